@@ -1,0 +1,6 @@
+"""What a decoder stack is: its layers, projections that share an input, norms, and the config fields that count layers."""
+
+from compression_dags.architectures.catalog import KNOWN, architecture_of
+from compression_dags.architectures.decoder import Architecture, Experts, ProjectionGroup, StackFacts
+
+__all__ = ["KNOWN", "Architecture", "Experts", "ProjectionGroup", "StackFacts", "architecture_of"]

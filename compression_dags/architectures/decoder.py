@@ -1,0 +1,154 @@
+"""One small description of a decoder stack, enough for every compression method here.
+
+Nothing in this file imports torch: descriptions are read when definitions load and when a recipe is checked.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from compression_dags.errors import InputError
+
+
+@dataclass(frozen=True)
+class ProjectionGroup:
+    """Linear projections of one layer that read the same input (so they share one Hessian, one norm vector)."""
+
+    name: str
+    projections: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How a mixture-of-experts block is named on disk (one tensor an expert) and in memory (fused parameters)."""
+
+    disk_block: str  # "mlp" or "block_sparse_moe"
+    gate: str
+    up: str
+    down: str
+
+
+LLAMA_GROUPS = (
+    ProjectionGroup("attention_input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ProjectionGroup("attention_output", ("self_attn.o_proj",)),
+    ProjectionGroup("mlp_input", ("mlp.gate_proj", "mlp.up_proj")),
+    ProjectionGroup("mlp_output", ("mlp.down_proj",)),
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of decoder-only models, described once.
+
+    Attributes:
+        model_type: the `model_type` of the family's config.
+        stack: module path of the object that loops over the layers.
+        groups: projections that share an input, in the order in which a layer evaluates them.
+        norms: norm modules of a layer that carry a weight (γ).
+        residual_writer: the linear map whose output is added to the residual stream unchanged at the end of a
+            layer; closed-form recovery folds into it. None where a norm or a router stands between.
+        layer_lists: config lists with one entry a layer.
+        layer_index_lists: config lists of layer indices.
+        layer_boundaries: config counts that mean "the layers below this index".
+        experts: names of mixture-of-experts tensors, if the family has them.
+    """
+
+    model_type: str
+    stack: str = "model"
+    groups: tuple[ProjectionGroup, ...] = LLAMA_GROUPS
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    residual_writer: str | None = "mlp.down_proj"
+    layer_lists: tuple[str, ...] = ()
+    layer_index_lists: tuple[str, ...] = ()
+    layer_boundaries: tuple[str, ...] = ()
+    stale_cadences: tuple[str, ...] = field(default=())
+    experts: Experts | None = None
+
+    @property
+    def layers(self) -> str:
+        """Path of the layer list, in modules and in tensor names alike."""
+        return f"{self.stack}.layers"
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.layers}.{index}."
+
+    def split_name(self, name: str) -> tuple[int | None, str]:
+        """`model.layers.3.mlp.up_proj.weight` → (3, "mlp.up_proj.weight"); (None, name) for tensors of no layer."""
+        match = re.match(rf"{re.escape(self.layers)}\.(\d+)\.(.+)$", name)
+        return (int(match[1]), match[2]) if match else (None, name)
+
+    def projections(self) -> tuple[str, ...]:
+        return tuple(p for group in self.groups for p in group.projections)
+
+    def is_sparse_layer(self, config: dict[str, Any], index: int) -> bool:
+        """Whether layer `index` is a mixture of experts (Qwen3-MoE mixes both kinds)."""
+        if self.experts is None:
+            return False
+        if index in (config.get("mlp_only_layers") or ()):
+            return False
+        experts = config.get("num_experts", config.get("num_local_experts", 0)) or 0
+        return experts > 0 and (index + 1) % (config.get("decoder_sparse_step") or 1) == 0
+
+    def layer_kind(self, config: dict[str, Any], index: int) -> tuple[str, str]:
+        """(attention type, dense | experts). Only layers of one kind may be merged: no config can state a mixture."""
+        types = config.get("layer_types")
+        attention = types[index] if types else "attention"
+        return attention, "experts" if self.is_sparse_layer(config, index) else "dense"
+
+    def remap_config(self, config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+        """Config of the model whose layer j is (or is merged into) the original layer `kept[j]`.
+
+        Raises:
+            InputError: the config holds a per-layer field that this description does not know; silently keeping it
+                would re-initialise or mis-type layers on reload (landscape.md §5).
+        """
+        old_count = config["num_hidden_layers"]
+        self._refuse_unknown_layer_fields(config, old_count)
+        new = copy.deepcopy(config)
+        new["num_hidden_layers"] = len(kept)
+        for name in self.layer_lists:
+            if config.get(name) is not None:
+                new[name] = [config[name][i] for i in kept]
+        for name in self.layer_boundaries:
+            if config.get(name) is not None:
+                new[name] = sum(i < config[name] for i in kept)
+        if self.experts and (config.get("mlp_only_layers") is not None or config.get("decoder_sparse_step", 1) != 1):
+            # A cadence stops being true after a drop, so the explicit list replaces it.
+            new["decoder_sparse_step"] = 1
+            new["mlp_only_layers"] = [j for j, i in enumerate(kept) if not self.is_sparse_layer(config, i)]
+        for name in self.stale_cadences:
+            new.pop(name, None)
+        return new
+
+    def _refuse_unknown_layer_fields(self, config: dict[str, Any], count: int) -> None:
+        if config.get("per_layer_config"):
+            raise InputError("config field per_layer_config is set; only models with uniform layers are supported")
+        known = {*self.layer_lists, *self.layer_index_lists, "architectures", "eos_token_id"}
+        for name, value in config.items():
+            if isinstance(value, list) and len(value) == count and count > 1 and name not in known:
+                raise InputError(
+                    f"config field {name!r} has one entry a layer and is unknown for {self.model_type}; "
+                    f"known per-layer fields: {', '.join((*self.layer_lists, *self.layer_index_lists)) or 'none'}"
+                )
+
+
+@dataclass(frozen=True)
+class StackFacts:
+    """What a planner needs to know of a model, without its weights."""
+
+    architecture: Architecture
+    config: dict[str, Any]
+
+    @property
+    def layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config["hidden_size"])
+
+    def kind(self, index: int) -> tuple[str, str]:
+        return self.architecture.layer_kind(self.config, index)

@@ -1,0 +1,221 @@
+"""One streamed pass over the calibration tokens, and the sufficient statistics it leaves.
+
+* block influence of layer l (ShortGPT, Men et al. 2024): BI_l = 1 − E_t[cos(h_l,t, h_{l+1},t)], over all real tokens;
+* hidden states h_0 … h_L of sampled tokens, before the final norm (transformers' last hidden state is after it);
+* angular distance of every window (Gromov et al. 2024): d(a, b) = E_t[arccos cos(h_a,t, h_b,t)] / π, over the sampled
+  tokens and, apart, over the last token of each sequence as in the paper;
+* per-channel mean square and mean absolute value of the input of every group of projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.streaming import Batch, DecoderStream
+from compression_dags.errors import IntegrityError
+from compression_dags.provenance.progress import Progress
+from compression_dags.stages import Track, silent
+
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Statistics of one model on one calibration set. L layers, N sequences, n sampled tokens, d hidden size.
+
+    Attributes:
+        block_influence: (L,) float64 in [0, 2].
+        block_influence_stderr: (L,) float64, standard error over sequences.
+        angular: (L+1, L+1) float64 in [0, 1], entry (a, b) between the states at the entries of layers a and b.
+        angular_last: the same over the last token of each sequence.
+        hidden: (L+1, n, d) sampled states, in the compute dtype.
+        sampled: (n, 2) int64: sequence and position of each sampled token.
+        norms: `layers.3.mlp_input.mean_square` → (channels,) float64; likewise `mean_abs`.
+        tokens: real tokens seen.
+    """
+
+    block_influence: Tensor
+    block_influence_stderr: Tensor
+    angular: Tensor
+    angular_last: Tensor
+    hidden: Tensor
+    sampled: Tensor
+    norms: dict[str, Tensor]
+    tokens: int
+
+    FILES: ClassVar[tuple[str, str]] = ("statistics.safetensors", "hidden_states.safetensors")
+
+    def save(self, directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        statistics = {
+            "block_influence": self.block_influence,
+            "block_influence_stderr": self.block_influence_stderr,
+            "angular": self.angular,
+            "angular_last": self.angular_last,
+            **{f"norms.{k}": v for k, v in self.norms.items()},
+        }
+        save_file(statistics, directory / self.FILES[0], metadata={"tokens": str(self.tokens)})
+        save_file({"hidden": self.hidden, "sampled": self.sampled}, directory / self.FILES[1])
+
+
+def load_statistics(directory: Path) -> dict[str, np.ndarray]:
+    """The small statistics (no hidden states), as float64 arrays."""
+    from safetensors.numpy import load_file
+
+    return load_file(directory / Activations.FILES[0])
+
+
+def sample_tokens(lengths: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """(n, 2) sequence and position of n tokens drawn without replacement from all real ones, in reading order."""
+    total = int(lengths.sum())
+    chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
+    ends = np.cumsum(lengths)
+    sequence = np.searchsorted(ends, chosen, side="right")
+    return np.stack([sequence, chosen - (ends - lengths)[sequence]], axis=1).astype(np.int64)
+
+
+@torch.inference_mode()
+def profile_activations(
+    stream: DecoderStream,
+    blocks: TokenBlocks,
+    *,
+    samples: int = 2048,
+    seed: int = 0,
+    progress: Progress | None = None,
+    track: Track = silent,
+) -> Activations:
+    """Run the calibration set through every layer once and accumulate.
+
+    Sums are taken per sequence in float64 and added in sequence order, so they depend on neither batch size nor padding.
+
+    Raises:
+        IntegrityError: a layer gave a non-finite value on a real token.
+    """
+    accumulators = _Accumulators(stream, blocks, sample_tokens(blocks.lengths, samples, seed))
+    batches = stream.batches(blocks)
+    first = accumulators.restore(progress, batches) if progress else 0
+    if first == 0:
+        accumulators.record_states(0, batches)
+    for index in track(range(first, stream.num_layers), "calibration pass (layers)"):
+        with stream.layer(index) as layer:
+            hooks = accumulators.watch(layer, index)
+            for batch in batches:
+                accumulators.enter(batch)
+                output = stream.apply(layer, index, batch)
+                accumulators.step(index, batch, output)
+                batch.hidden = output
+            for hook in hooks:
+                hook.remove()
+        accumulators.record_states(index + 1, batches)
+        if progress:
+            progress.save_if_due(index + 1, lambda: accumulators.state(batches))
+    return accumulators.finish()
+
+
+class _Accumulators:
+    def __init__(self, stream: DecoderStream, blocks: TokenBlocks, sampled: np.ndarray):
+        count, rows = stream.num_layers, len(blocks.lengths)
+        hidden = stream.checkpoint.facts.hidden
+        self.stream, self.blocks = stream, blocks
+        self.lengths = torch.from_numpy(blocks.lengths).double()
+        self.sampled = torch.from_numpy(sampled)
+        self.cosine = torch.zeros(count, rows, dtype=torch.float64)
+        self.hidden = torch.zeros(count + 1, len(sampled), hidden, dtype=stream.dtype)
+        self.last = torch.zeros(count + 1, rows, hidden, dtype=stream.dtype)
+        self.norms: dict[str, Tensor] = {}
+        self._mask = torch.empty(0)
+        self._rows = range(0)
+
+    # hooks see only the layer's input, so the current batch's mask is left here for them
+    def enter(self, batch: Batch) -> None:
+        self._mask, self._rows = batch.mask.to(self.stream.device), batch.rows
+
+    def watch(self, layer: torch.nn.Module, index: int) -> list[torch.utils.hooks.RemovableHandle]:
+        hooks = []
+        modules = dict(layer.named_modules())
+        for group in self.stream.checkpoint.architecture.groups:
+            if group.projections[0] in modules:
+                hooks.append(modules[group.projections[0]].register_forward_pre_hook(self._norms_of(index, group.name)))
+        return hooks
+
+    def _norms_of(self, index: int, group: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(*self._mask.shape, -1).float() * self._mask[..., None]
+            # (b, channels) float32 sums over ≤ T tokens, then float64 across sequences
+            for name, sums in (("mean_square", x.square().sum(1)), ("mean_abs", x.abs().sum(1))):
+                key = f"layers.{index}.{group}.{name}"
+                total = sums.double().sum(0).cpu() / self.lengths.sum()
+                self.norms[key] = self.norms[key] + total if key in self.norms else total
+
+        return hook
+
+    def step(self, index: int, batch: Batch, output: Tensor) -> None:
+        cosine = torch.nn.functional.cosine_similarity(batch.hidden.float(), output.float(), dim=-1).double()
+        sums = torch.where(self._mask, cosine, 0.0).sum(1).cpu()
+        if not torch.isfinite(sums).all():
+            raise IntegrityError(f"layer {index} of {self.stream.checkpoint.path.name} gives non-finite hidden states")
+        self.cosine[index, batch.rows.start : batch.rows.stop] = sums
+
+    def record_states(self, index: int, batches: list[Batch]) -> None:
+        for batch in batches:
+            chosen = (self.sampled[:, 0] >= batch.rows.start) & (self.sampled[:, 0] < batch.rows.stop)
+            rows = (self.sampled[chosen, 0] - batch.rows.start).to(batch.hidden.device)
+            self.hidden[index, chosen] = batch.hidden[rows, self.sampled[chosen, 1].to(rows.device)].cpu()
+            here = torch.arange(len(batch.rows), device=rows.device)
+            ends = torch.from_numpy(self.blocks.lengths[batch.rows.start : batch.rows.stop]).long() - 1
+            self.last[index, batch.rows.start : batch.rows.stop] = batch.hidden[here, ends.to(rows.device)].cpu()
+
+    def state(self, batches: list[Batch]) -> dict[str, Tensor]:
+        fixed = {"cosine": self.cosine, "sampled_hidden": self.hidden, "last": self.last}
+        norms = {f"norms.{k}": v for k, v in self.norms.items()}
+        return {**fixed, **norms, "entry": torch.cat([b.hidden.cpu() for b in batches])}
+
+    def restore(self, progress: Progress, batches: list[Batch]) -> int:
+        saved = progress.load()
+        if saved is None:
+            return 0
+        step, tensors = saved
+        self.cosine, self.hidden, self.last = tensors["cosine"], tensors["sampled_hidden"], tensors["last"]
+        self.norms = {k.removeprefix("norms."): t for k, t in tensors.items() if k.startswith("norms.")}
+        for batch in batches:
+            batch.hidden = tensors["entry"][batch.rows.start : batch.rows.stop].to(self.stream.device)
+        return step
+
+    def finish(self) -> Activations:
+        per_sequence = 1.0 - self.cosine / self.lengths
+        rows = per_sequence.shape[1]
+        spread = per_sequence.std(dim=1) / rows**0.5 if rows > 1 else torch.zeros(len(per_sequence)).double()
+        influence = 1.0 - self.cosine.sum(1) / self.lengths.sum()
+        return Activations(
+            influence,
+            spread,
+            angular_distances(self.hidden, self.stream.device),
+            angular_distances(self.last, self.stream.device),
+            self.hidden,
+            self.sampled,
+            self.norms,
+            int(self.lengths.sum()),
+        )
+
+
+def angular_distances(hidden: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Mean angle over π between the states of every two depths: (L+1, n, d) → (L+1, L+1) float64.
+
+    Computed in float64: neighbouring layers differ by angles near the resolution of a float32 cosine.
+    """
+    depths, count, _ = hidden.shape
+    total = torch.zeros(depths, depths, dtype=torch.float64)
+    for start in range(0, count, 512):
+        x = hidden[:, start : start + 512].to(device).double().transpose(0, 1)
+        x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        total += torch.arccos((x @ x.transpose(1, 2)).clamp(-1, 1)).sum(0).cpu()
+    return (total / (count * np.pi)).fill_diagonal_(0.0)

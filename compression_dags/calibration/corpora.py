@@ -1,0 +1,206 @@
+"""Calibration corpora → exact blocks of tokens.
+
+A corpus is an embedded name, a local .txt / .jsonl / .parquet file, or a hub data set (`hub:org/name[/config][:split]`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from compression_dags.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROJECT = Path(__file__).resolve().parents[2]
+EMBEDDED = {"c4-sample": PROJECT / "data" / "c4-sample" / "c4_2000.jsonl"}
+
+
+class Calibration(BaseModel):
+    """What calibration data a recipe asks for.
+
+    Attributes:
+        corpus: `c4-sample`, a path to .txt / .jsonl / .parquet, or `hub:org/name[/config][:split]`.
+        sequences: N, the number of token blocks.
+        length: T, tokens in a block; clipped to the model's context, and the clipped value is recorded.
+        seed: shuffles the documents, and picks the sampled tokens.
+        packing: `concat` joins documents into one stream and cuts it; `document` takes one truncated document a
+            block and pads the rest, which every statistic then masks.
+        samples: n, tokens whose hidden states are kept for similarity metrics.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: ClassVar[str] = "1"
+
+    corpus: str = "c4-sample"
+    sequences: int = Field(128, ge=1)
+    length: int = Field(2048, ge=8)
+    seed: int = Field(0, ge=0)
+    packing: Literal["concat", "document"] = "concat"
+    samples: int = Field(2048, ge=64)
+
+    @property
+    def slug(self) -> str:
+        """Name of the shared analysis that uses this calibration, as an asset key prefix."""
+        stem = self.corpus.split("/")[-1].split(".")[0] if self.corpus not in EMBEDDED else self.corpus
+        name = f"{stem}_{self.sequences}x{self.length}"
+        defaults = type(self)()
+        if self.seed != defaults.seed:
+            name += f"_s{self.seed}"
+        if self.packing != defaults.packing:
+            name += f"_{self.packing}"
+        if self.samples != defaults.samples:
+            name += f"_n{self.samples}"
+        if self.corpus not in EMBEDDED:
+            name += "_" + hashlib.sha256(self.corpus.encode()).hexdigest()[:6]
+        return "".join(c if c.isalnum() else "_" for c in name).lower()
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Calibration tokens: ids (N, T) int32 and the number of real tokens of each row (N,) int32."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    documents: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def resolve_corpus(corpus: str) -> Path | None:
+    """The corpus's file, or None for a hub data set.
+
+    Raises:
+        InputError: neither embedded, nor a file of a known form, nor a hub reference.
+    """
+    if corpus.startswith("hub:"):
+        return None
+    path = EMBEDDED.get(corpus) or Path(corpus).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"calibration corpus {corpus!r} is unknown; allowed: {', '.join(EMBEDDED)}, a .txt/.jsonl/.parquet file, "
+            "or hub:org/name[/config][:split]"
+        )
+    if path.suffix not in {".txt", ".jsonl", ".parquet"}:
+        raise InputError(f"calibration corpus {corpus!r} must be .txt, .jsonl or .parquet, not {path.suffix or 'bare'}")
+    return path
+
+
+def corpus_digest(corpus: str) -> str:
+    """sha256 of the corpus file; for a hub data set, of its reference."""
+    path = resolve_corpus(corpus)
+    return hashlib.sha256(path.read_bytes() if path else corpus.encode()).hexdigest()
+
+
+def read_documents(corpus: str) -> list[str]:
+    """All non-empty documents of a corpus, in file order.
+
+    Raises:
+        InputError: the corpus is empty or has no `text` column.
+    """
+    path = resolve_corpus(corpus)
+    texts = [t for t in (_read_file(path) if path else _read_hub(corpus)) if t and t.strip()]
+    if not texts:
+        raise InputError(f"calibration corpus {corpus!r} is empty: it holds no text")
+    return texts
+
+
+def _read_file(path: Path) -> Iterable[str]:
+    if path.suffix == ".txt":
+        return path.read_text(encoding="utf-8").split("\n\n")
+    import pandas as pd
+
+    if path.stat().st_size == 0:
+        return []
+    frame = pd.read_json(path, lines=True) if path.suffix == ".jsonl" else pd.read_parquet(path)
+    if "text" not in frame:
+        raise InputError(f"calibration corpus {path} needs a `text` column; it has {', '.join(map(str, frame))}")
+    return frame["text"].astype(str).tolist()
+
+
+def _read_hub(corpus: str) -> Iterable[str]:
+    from datasets import load_dataset
+
+    name, _, split = corpus.removeprefix("hub:").partition(":")
+    parts = name.split("/")
+    try:
+        data = load_dataset("/".join(parts[:2]), *parts[2:3], split=split or "train", streaming=True)
+        return [row["text"] for _, row in zip(range(20_000), data, strict=False)]
+    except Exception as error:
+        raise InputError(f"calibration corpus {corpus!r} could not be read from the hub: {error}") from None
+
+
+def make_blocks(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, request: Calibration, context: int
+) -> TokenBlocks:
+    """Tokenise shuffled documents and cut them into blocks; only as many documents as needed are tokenised.
+
+    Documents are tokenised as the tokenizer does it by default (with BOS where it adds one) and, when it adds none,
+    separated by EOS where there is one.
+
+    Raises:
+        InputError: the corpus gives too few tokens for `sequences × length`.
+    """
+    length = min(request.length, context)
+    order = np.random.default_rng(request.seed).permutation(len(documents))
+    encoded = _encode(documents, order, tokenizer)
+    if request.packing == "document":
+        return _one_document_a_row(encoded, request.sequences, length, tokenizer.pad_token_id or 0)
+    need, stream, used = request.sequences * length, [], 0
+    for ids in encoded:
+        stream.extend(ids)
+        used += 1
+        if len(stream) >= need:
+            break
+    if len(stream) < need:
+        raise InputError(
+            f"calibration corpus {request.corpus!r} gives {len(stream):,} tokens with this tokenizer; "
+            f"{request.sequences} × {length} needs {need:,}: lower `sequences` to at most {len(stream) // length}"
+        )
+    ids = np.asarray(stream[:need], dtype=np.int32).reshape(request.sequences, length)
+    return TokenBlocks(ids, np.full(request.sequences, length, dtype=np.int32), used)
+
+
+def _encode(documents: list[str], order: np.ndarray, tokenizer: Any) -> Iterator[list[int]]:
+    for index in order:
+        ids = tokenizer(documents[index], verbose=False)["input_ids"]
+        adds_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+        yield ids if adds_bos or tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _one_document_a_row(encoded: Iterator[list[int]], rows: int, length: int, pad: int) -> TokenBlocks:
+    ids = np.full((rows, length), pad, dtype=np.int32)
+    lengths = np.zeros(rows, dtype=np.int32)
+    row = 0
+    for document in encoded:
+        if row == rows:
+            break
+        if len(document) >= 8:  # shorter ones say nothing about a context
+            ids[row, : len(document[:length])] = document[:length]
+            lengths[row] = len(document[:length])
+            row += 1
+    if row < rows:
+        raise InputError(f"the corpus holds {row} documents of at least 8 tokens; `sequences: {rows}` needs as many")
+    return TokenBlocks(ids, lengths, rows)
+
+
+def save_blocks(blocks: TokenBlocks, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"ids": blocks.ids, "lengths": blocks.lengths}, path, metadata={"documents": str(blocks.documents)})
+
+
+def load_blocks(path: Path) -> TokenBlocks:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as f:
+        return TokenBlocks(f.get_tensor("ids"), f.get_tensor("lengths"), int(f.metadata()["documents"]))

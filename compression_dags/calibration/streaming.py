@@ -1,0 +1,227 @@
+"""A decoder run layer by layer: the layer (and the next, prefetched) is on the device, the rest stays on disk.
+
+Hidden states of the whole calibration set flow through one layer at a time, so a model needs device memory for two of
+its layers only. A small model keeps its layers resident; the arithmetic is the same either way.
+
+Every layer is called with the keyword arguments that the real model gave it (masks and rotary embeddings differ by
+layer type), captured once by running the model with pass-through layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression_dags.architectures import Experts
+from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.checkpoints.reader import Checkpoint
+
+#: Tokens in one forward of one layer; large enough to fill the device, small enough for its activations.
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
+
+
+@dataclass
+class Batch:
+    """Some rows of the calibration set on their way through the decoder.
+
+    Attributes:
+        rows: indices of the rows, in order.
+        ids: (b, T) int64 on the CPU.
+        mask: (b, T) bool, False at padding.
+        hidden: (b, T, hidden) state at the entry of the next layer.
+        kwargs: for each layer, the keyword arguments the model calls it with.
+    """
+
+    rows: range
+    ids: Tensor
+    mask: Tensor
+    hidden: Tensor
+    kwargs: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.mask.all())
+
+
+def output_of(result: Any) -> Tensor:
+    """The hidden state of a layer's result: transformers 5 returns a tensor, older ones a tuple."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+class DecoderStream:
+    """One checkpoint's decoder, run layer by layer.
+
+    Args:
+        checkpoint: a dense (not quantized) checkpoint.
+        device, dtype: where and in what to compute; float32 on the CPU, bfloat16 on a GPU.
+        resident: keep all layers on the device. None decides by size: at most half of the device's free memory.
+        batch_size: rows a forward; None fits `TOKENS_PER_BATCH`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        resident: bool | None = None,
+        batch_size: int | None = None,
+    ):
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self.batch_size = batch_size
+        self.resident = self._fits() if resident is None else resident
+        self.shell = self._build_shell()
+        self.stack = self.shell.get_submodule(checkpoint.architecture.stack)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="layer-prefetch")
+        self._pending: dict[int, Future[dict[str, Tensor]]] = {}
+        self._loaded: set[int] = set()
+
+    @property
+    def num_layers(self) -> int:
+        return self.checkpoint.num_layers
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def _fits(self) -> bool:
+        need = self.checkpoint.numel * self.dtype.itemsize
+        if self.device.type == "cuda":
+            return need < torch.cuda.mem_get_info(self.device)[0] / 2
+        import psutil
+
+        return need < psutil.virtual_memory().available / 2
+
+    def _build_shell(self) -> nn.Module:
+        """The model with everything but its decoder layers on the device; layers stay on the meta device."""
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self.checkpoint.path)
+        config.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            shell = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        state = {name: self._to_device(self.checkpoint.tensor(name)) for name in self.checkpoint.outside_layers()}
+        shell.load_state_dict(state, strict=False, assign=True)
+        shell.tie_weights()
+        for module in shell.modules():  # rotary frequencies and position offsets are buffers, built for real
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, buffer.to(self.device))
+        return shell.eval().requires_grad_(False)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True).to(self.dtype)
+        return tensor.to(self.dtype)
+
+    # -- layers -----------------------------------------------------------------------------------------------------
+
+    def _read_layer(self, index: int) -> dict[str, Tensor]:
+        tensors = {local: self.checkpoint.tensor(name) for local, name in self.checkpoint.layer(index).items()}
+        experts = self.checkpoint.architecture.experts
+        return fuse_experts(tensors, experts) if experts else tensors
+
+    def prefetch(self, index: int) -> None:
+        """Start reading a layer from disk in the background."""
+        if index < self.num_layers and index not in self._loaded and index not in self._pending:
+            self._pending[index] = self._loader.submit(self._read_layer, index)
+
+    @contextmanager
+    def layer(self, index: int, prefetch: int | None = None) -> Iterator[nn.Module]:
+        """Layer `index` on the device; `prefetch` names the layer wanted next (default: the following one)."""
+        module = self.stack.layers[index]
+        if index not in self._loaded:
+            self.prefetch(index)
+            tensors = self._pending.pop(index).result()
+            module.load_state_dict({k: self._to_device(t) for k, t in tensors.items()}, assign=True)
+            module.requires_grad_(False)
+            self._loaded.add(index)
+        self.prefetch(index + 1 if prefetch is None else prefetch)
+        try:
+            yield module
+        finally:
+            if not self.resident:
+                module.to("meta")
+                self._loaded.discard(index)
+
+    def close(self) -> None:
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def batches(self, blocks: TokenBlocks) -> list[Batch]:
+        """The calibration set at the entry of layer 0, with every layer's keyword arguments."""
+        rows, length = blocks.ids.shape
+        size = self.batch_size or max(1, TOKENS_PER_BATCH[self.device.type] // length)
+        shared: dict[int, list[dict[str, Any]]] = {}
+        found = []
+        for start in range(0, rows, size):
+            chosen = range(start, min(start + size, rows))
+            ids = torch.from_numpy(blocks.ids[start : chosen.stop]).long()
+            mask = torch.arange(length)[None, :] < torch.from_numpy(blocks.lengths[start : chosen.stop])[:, None]
+            batch = Batch(chosen, ids, mask, *self._enter(ids, mask))
+            if not batch.padded:  # the same for all unpadded batches of one size
+                batch.kwargs = shared.setdefault(len(chosen), batch.kwargs)
+            found.append(batch)
+        return found
+
+    def _enter(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        captured: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            captured.append((hidden_states, kwargs))
+            return hidden_states
+
+        with self._replaced_layers(lambda _: pass_through):
+            attention_mask = None if bool(mask.all()) else mask.long().to(self.device)
+            self.stack(input_ids=ids.to(self.device), attention_mask=attention_mask, use_cache=False)
+        return captured[0][0], [kwargs for _, kwargs in captured]
+
+    @contextmanager
+    def _replaced_layers(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+        for index, layer in enumerate(self.stack.layers):
+            layer.forward = forward(index)
+        try:
+            yield
+        finally:
+            for layer in self.stack.layers:
+                del layer.forward
+
+    def apply(self, module: nn.Module, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+        """Output (b, T, hidden) of layer `index` on the batch's hidden states (or on `hidden`)."""
+        return output_of(module(batch.hidden if hidden is None else hidden, **batch.kwargs[index]))
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Logits of final hidden states, by the model's own tail (final norm, projections, soft caps)."""
+        with self._replaced_layers(lambda _: lambda hidden_states, *args, **kwargs: hidden):
+            mask = batch.mask.long().to(self.device) if batch.padded else None
+            return self.shell(input_ids=batch.ids.to(self.device), attention_mask=mask, use_cache=False).logits
+
+
+def fuse_experts(tensors: dict[str, Tensor], names: Experts) -> dict[str, Tensor]:
+    """Per-expert tensors of the file → the fused parameters that transformers 5 holds in memory.
+
+    `experts.e.gate (I, H)`, `.up (I, H)`, `.down (H, I)` become `experts.gate_up_proj (E, 2I, H)` and
+    `experts.down_proj (E, H, I)`. A dense layer passes through.
+    """
+    prefix = f"{names.disk_block}.experts."
+    count = 1 + max((int(k[len(prefix) :].split(".")[0]) for k in tensors if k.startswith(prefix)), default=-1)
+    rest = {k.replace(f"{names.disk_block}.", "mlp.", 1): t for k, t in tensors.items() if not k.startswith(prefix)}
+    if not count:
+        return tensors
+
+    def of(expert: int, which: str) -> Tensor:
+        return tensors[f"{prefix}{expert}.{which}.weight"]
+
+    gate_up = [torch.cat([of(e, names.gate), of(e, names.up)]) for e in range(count)]
+    rest["mlp.experts.gate_up_proj"] = torch.stack(gate_up)
+    rest["mlp.experts.down_proj"] = torch.stack([of(e, names.down) for e in range(count)])
+    return rest

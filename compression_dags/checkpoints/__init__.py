@@ -1,0 +1,1 @@
+"""Reading, writing, importing and gating stock safetensors checkpoints."""

@@ -1,0 +1,82 @@
+"""The reload gate: a checkpoint is released only if stock transformers loads it whole and computes the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compression_dags.errors import IntegrityError
+
+if TYPE_CHECKING:
+    import torch
+
+PROBE_TOKENS = 48
+#: Largest allowed ‖reloaded − in-memory‖ / ‖in-memory‖ of the logits. float32 on the CPU must be equal.
+TOLERANCE = {"float32": 0.0, "bfloat16": 2e-2, "float16": 5e-3}
+
+
+def probe_ids(vocab_size: int, context: int) -> torch.Tensor:
+    """Two short sequences of token ids, the same for every run, (2, ≤48) int64."""
+    import torch
+
+    length = min(PROBE_TOKENS, context)
+    ids = (torch.arange(2 * length, dtype=torch.int64) * 7919 + 11) % vocab_size
+    return ids.reshape(2, length)
+
+
+def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
+    """`AutoModelForCausalLM.from_pretrained`, refusing any missing, unexpected or re-initialised tensor.
+
+    Raises:
+        IntegrityError: naming the first tensors that do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+    problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if problems:
+        text = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)})" for kind, names in problems.items())
+        raise IntegrityError(f"{directory} does not load cleanly in stock transformers: {text}")
+    return model.to(device).eval()
+
+
+def check_reload(
+    directory: Path, reference: torch.Tensor, *, device: str = "cpu", dtype: str = "float32"
+) -> dict[str, Any]:
+    """Load `directory` in stock transformers and compare its logits on the probe with the in-memory `reference`.
+
+    Args:
+        reference: logits (2, T, vocabulary) of the model as it was in memory, computed from the stage's inputs and
+            its plan, never from the written files.
+
+    Returns:
+        What goes into the artifact's facts: the error, the tolerance, dtype and device.
+
+    Raises:
+        IntegrityError: the checkpoint does not load cleanly, gives non-finite logits, or other logits.
+    """
+    import torch
+
+    model = load_stock(directory, device=device, dtype=dtype)
+    ids = probe_ids(model.config.vocab_size, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    with torch.inference_mode():
+        logits = model(ids.to(device)).logits.float().cpu()
+    reference = reference.float().cpu()
+    if not torch.isfinite(logits).all():
+        raise IntegrityError(f"{directory} computes non-finite logits after reload")
+    error = float((logits - reference).norm() / reference.norm())
+    tolerance = TOLERANCE[dtype]
+    if not error <= tolerance:
+        raise IntegrityError(f"{directory}: reloaded logits differ by {error:.3g} (relative), allowed {tolerance:g}")
+    return {"gate": "passed", "relative_logit_error": error, "tolerance": tolerance, "dtype": dtype, "device": device}

@@ -1,0 +1,107 @@
+"""Apply a depth plan: write the stock checkpoint, and compute what its logits must be.
+
+Bytes come from the source's tensors alone; the reference logits run the source's own layers in the plan's order, with
+the arguments that the source model gave them, so renumbering, config and files are all under test in the reload gate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
+from compression_dags.errors import InputError
+from compression_dags.merging.plan import MergePlan, PlannedLayer
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = "1"
+
+
+def apply_plan(source: Checkpoint, plan: MergePlan, directory: Path) -> Checkpoint:
+    """Write `source` with its layers dropped and merged as planned, renumbered, config remapped.
+
+    Raises:
+        InputError: the plan is for another number of layers, or merges layers whose tensors differ in name or shape.
+    """
+    if plan.base_layers != source.num_layers:
+        raise InputError(f"the plan is for {plan.base_layers} layers; {source.path.name} has {source.num_layers}")
+    architecture = source.architecture
+    new_names = {
+        name: architecture.layer_prefix(position) + local
+        for position, layer in enumerate(plan.layers)
+        for local, name in source.layer(layer.slot).items()
+    }
+    tensors: dict[str, PlannedTensor] = {}
+    for name in source.tensors:  # in file order, so that shards keep their locality
+        index, local = architecture.split_name(name)
+        if index is None:
+            tensors[name] = unchanged(source, name)
+        elif name in new_names:
+            layer = next(x for x in plan.layers if x.slot == index)
+            tensors[new_names[name]] = _planned(source, layer, local, new_names[name])
+    config = architecture.remap_config(source.config, plan.slots)
+    return write_checkpoint(directory, source, config, tensors)
+
+
+def _planned(source: Checkpoint, layer: PlannedLayer, local: str, new_name: str) -> PlannedTensor:
+    name = source.layer(layer.slot)[local]
+    if len(layer.sources) == 1:
+        return unchanged(source, name, new_name)
+    info = source.tensors[name]
+    for other in layer.sources[1:]:
+        theirs = source.layer(other).get(local)
+        if theirs is None or source.tensors[theirs].shape != info.shape:
+            raise InputError(f"layers {layer.sources} cannot be merged: {local} differs between them")
+    return PlannedTensor(info.dtype, info.shape, lambda: merged_tensor(source, layer, local))
+
+
+def merged_tensor(source: Checkpoint, layer: PlannedLayer, local: str) -> torch.Tensor:
+    """Σ share · W over the layer's sources, summed in float32, in the stored dtype."""
+    import torch
+
+    first = source.tensor(source.layer(layer.slot)[local])
+    total = torch.zeros(first.shape, dtype=torch.float32)
+    for index, share in zip(layer.sources, layer.shares, strict=True):
+        total += share * source.tensor(source.layer(index)[local]).float()
+    return total.to(first.dtype)
+
+
+def reference_logits(
+    source: Checkpoint,
+    plan: MergePlan,
+    *,
+    replaced: dict[str, torch.Tensor] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> torch.Tensor:
+    """Logits of the planned model on the gate's probe, from the source's layers alone: (2, T, vocabulary) float32.
+
+    `replaced` holds tensors, by their full name in the source, that a later stage computed anew.
+    """
+    import numpy as np
+    import torch
+
+    from compression_dags.calibration.corpora import TokenBlocks
+    from compression_dags.calibration.streaming import DecoderStream, fuse_experts
+    from compression_dags.checkpoints.gate import PROBE_TOKENS, probe_ids
+
+    stream = DecoderStream(source, device=device, dtype=dtype, resident=False)
+    config = source.config
+    ids = probe_ids(config["vocab_size"], config.get("max_position_embeddings", PROBE_TOKENS)).numpy()
+    blocks = TokenBlocks(ids.astype(np.int32), np.full(len(ids), ids.shape[1], dtype=np.int32), 0)
+    (batch,) = stream.batches(blocks)
+    with torch.inference_mode():
+        for layer in plan.layers:
+            with stream.layer(layer.slot, prefetch=source.num_layers) as module:
+                new = {k: replaced[n] for k, n in source.layer(layer.slot).items() if replaced and n in replaced}
+                if len(layer.sources) > 1:
+                    new = {local: merged_tensor(source, layer, local) for local in source.layer(layer.slot)}
+                    new = fuse_experts(new, source.architecture.experts) if source.architecture.experts else new
+                if new:
+                    new = {k: t.to(stream.device, stream.dtype) for k, t in new.items()}
+                    module.load_state_dict(new, assign=True, strict=False)
+                batch.hidden = stream.apply(module, layer.slot, batch)
+        return stream.logits(batch, batch.hidden).float().cpu()

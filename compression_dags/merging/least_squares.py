@@ -1,0 +1,372 @@
+"""Closed-form recovery after a depth plan: ridge least squares folded into an existing projection.
+
+Family: ReplaceMe (arXiv 2505.02819) fits a d×d map and folds it into the MLP output projection before a cut; Ghosted
+Layers (2605.15491) keeps such a map as an extra matrix. Here nothing is added to the model: at every gap the residual
+writer W (`down_proj`, `fc2`) of the layer before it is refitted, so that the layer's output matches the teacher's
+hidden state *after* the gap.
+
+With student states z_t (input of W, I channels, plus 1 where W has a bias), the teacher's exit state h_t, the student's
+exit state s_t and e_t = h_t − s_t:
+
+    ΔW = argmin Σ_t w_t ‖z_t ΔW − e_t‖² + λ ‖ΔW‖²,   w_t = 1/‖h_t‖²,   λ = α · mean diag Σ w_t z_t z_tᵀ
+
+so the solution shrinks to the old weights. `fold` restricts ΔW to W·D with D (d×d), ReplaceMe's form; `refit` leaves
+all I×d entries free. Both, and their error on held-out sequences, follow from the same sums
+
+    G = Σ w z zᵀ (I×I),   C = Σ w z eᵀ (I×d),   E = Σ w ‖e‖²   →   E(ΔW) = E − 2 tr ΔWᵀC + tr ΔWᵀGΔW,
+
+one set over fitting rows and one over held-out rows. The first positions of a sequence (attention sinks with massive
+activations) and padding have weight 0. A fit that is not better on the held-out rows, with its weights rounded to the
+stored dtype, is rejected and recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from compression_dags.architectures import StackFacts
+from compression_dags.errors import InputError
+from compression_dags.provenance.decisions import Decision
+from compression_dags.stages import Stage, Track, silent
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from compression_dags.calibration.corpora import TokenBlocks
+    from compression_dags.calibration.streaming import Batch, DecoderStream
+    from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.merging.plan import MergePlan
+    from compression_dags.provenance.progress import Progress
+
+TOKENS_PER_UNKNOWN = 10
+
+
+class LeastSquares(Stage):
+    """Refit the output projection before every gap in closed form, so that it also does the removed layers' work.
+
+    Accepted only where it lowers the error on held-out calibration sequences. Adds no tensor and no parameter.
+    """
+
+    stage: ClassVar[str] = "recover"
+    version: ClassVar[str] = "1"
+    method: Literal["least-squares"] = "least-squares"
+    form: Literal["auto", "fold", "refit"] = Field(
+        "auto", description="fold: a d×d map; refit: all I×d weights; auto: the better one on held-out tokens"
+    )
+    alphas: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="ridge grid α")
+    holdout: float = Field(0.125, gt=0, lt=1, description="share of the calibration sequences held out")
+    skip_positions: int = Field(4, ge=0, description="first positions of a sequence left out (attention sinks)")
+    scope: Literal["gaps", "sweep"] = Field(
+        "gaps", description="gaps: only layers before a gap; sweep: also every later layer, against drift"
+    )
+
+    def check(self, facts: StackFacts) -> None:
+        if facts.architecture.residual_writer is None:
+            raise InputError(
+                f"recover: least-squares cannot fold into {facts.architecture.model_type}: a norm or a router stands "
+                "between its last projection and the residual stream; leave the stage out for this model"
+            )
+
+    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+        """Refuse a fit with fewer than 10 tokens an unknown (per output column).
+
+        Raises:
+            InputError: with the count, the need and the remedy.
+        """
+        fit_rows = sequences - self.held_out(sequences)
+        tokens = fit_rows * max(0, length - self.skip_positions)
+        inner = int(facts.config.get("intermediate_size") or facts.config.get("ffn_dim") or facts.hidden)
+        need = TOKENS_PER_UNKNOWN * (inner if self.form == "refit" else facts.hidden)
+        if tokens < need or not fit_rows:
+            raise InputError(
+                f"recover: least-squares ({self.form}) has {tokens:,} fitting tokens and needs {need:,} "
+                f"({TOKENS_PER_UNKNOWN} an unknown): raise calibration.sequences (now {sequences} × {length})"
+            )
+
+    def held_out(self, sequences: int) -> int:
+        return max(1, round(self.holdout * sequences))
+
+    def recover(
+        self,
+        teacher: Checkpoint,
+        student: Checkpoint,
+        plan: MergePlan,
+        blocks: TokenBlocks,
+        directory: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        progress: Progress | None = None,
+        track: Track = silent,
+    ) -> Recovery:
+        """Fit every gap of `plan` in turn, on the student's own (already recovered) states, and write the checkpoint."""
+        self.check_tokens(teacher.facts, len(blocks.lengths), int(blocks.tokens // len(blocks.lengths)))
+        run = _Run(self, teacher, student, plan, blocks, device, dtype)
+        fitted, decisions = run.all_positions(progress, track)
+        return Recovery(_write(student, fitted, directory), fitted, decisions)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The recovered checkpoint, the tensors that changed (in the stored dtype), and why."""
+
+    checkpoint: Checkpoint
+    fitted: dict[str, Tensor] = field(repr=False)
+    decisions: list[Decision]
+
+
+def _write(student: Checkpoint, fitted: dict[str, Tensor], directory: Path) -> Checkpoint:
+    from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
+
+    def planned(name: str) -> PlannedTensor:
+        if name not in fitted:
+            return unchanged(student, name)
+        info = student.tensors[name]
+        return PlannedTensor(info.dtype, info.shape, lambda: fitted[name])
+
+    return write_checkpoint(directory, student, student.config, {name: planned(name) for name in student.tensors})
+
+
+@dataclass
+class _Sums:
+    """G, C, E and Σ w ‖h‖² over some rows, float64; the last channel of z is 1 where the projection has a bias."""
+
+    gram: Tensor
+    cross: Tensor
+    error: float = 0.0
+    target: float = 0.0
+    tokens: int = 0
+
+    def of(self, delta: Tensor) -> float:
+        """Weighted squared error left by ΔW (I, d)."""
+        return float(self.error - 2 * (delta * self.cross).sum() + (delta * (self.gram @ delta)).sum())
+
+
+class _Run:
+    def __init__(
+        self,
+        options: LeastSquares,
+        teacher: Checkpoint,
+        student: Checkpoint,
+        plan: MergePlan,
+        blocks: TokenBlocks,
+        device: str,
+        dtype: str,
+    ):
+        from compression_dags.calibration.streaming import DecoderStream
+
+        self.options, self.plan = options, plan
+        self.teacher: DecoderStream = DecoderStream(teacher, device=device, dtype=dtype)
+        self.student: DecoderStream = DecoderStream(student, device=device, dtype=dtype)
+        self.t_batches: list[Batch] = self.teacher.batches(blocks)
+        self.s_batches: list[Batch] = self.student.batches(blocks)
+        self.held = options.held_out(len(blocks.lengths))
+        self.rows = len(blocks.lengths)
+
+    def all_positions(self, progress: Progress | None, track: Track) -> tuple[dict[str, Tensor], list[Decision]]:
+        gaps = self.plan.gaps()
+        if not gaps:
+            return {}, []
+        last = gaps[-1] if self.options.scope == "gaps" else len(self.plan.layers) - 1
+        first, fitted, decisions = self._restore(progress)
+        for position in track(range(first, last + 1), "least squares (layers)"):
+            self._advance_teacher(position)
+            exact = position < gaps[0] and self.plan.slots[0] == 0
+            if exact:
+                for ours, theirs in zip(self.s_batches, self.t_batches, strict=True):
+                    ours.hidden = theirs.hidden
+                continue
+            with self.student.layer(position) as layer:
+                if position in gaps or self.options.scope == "sweep":
+                    decisions.append(self._fit(position, layer, fitted, len(decisions)))
+                for batch in self.s_batches:
+                    batch.hidden = self.student.apply(layer, position, batch)
+            if progress:
+                progress.save_if_due(position + 1, lambda: self._state(fitted, decisions))
+        return fitted, decisions
+
+    def _advance_teacher(self, position: int) -> None:
+        import torch
+
+        with torch.inference_mode():
+            for index in self.plan.covered(position):
+                with self.teacher.layer(index) as layer:
+                    for batch in self.t_batches:
+                        batch.hidden = self.teacher.apply(layer, index, batch)
+
+    def _fit(self, position: int, layer: nn.Module, fitted: dict[str, Tensor], step: int) -> Decision:
+        """Choose ΔW for one layer, write it into `layer` and `fitted` if it is accepted, and say so."""
+        writer = self.student.checkpoint.architecture.residual_writer
+        assert writer is not None  # `check` refused such models
+        name = self.student.checkpoint.architecture.layer_prefix(position) + writer
+        module = layer.get_submodule(writer)
+        fit, held = self._sums(position, layer, module)
+        best = self._best(fit, held, module, self.student.checkpoint, name)
+        accepted = best is not None and best.held_after < held.error
+        evidence = {
+            "covers": list(self.plan.covered(position)),
+            "held_out_before": held.error / held.target,
+            "held_out_after": best.held_after / held.target if best else None,
+            "form": best.form if best else None,
+            "alpha": best.alpha if best else None,
+            "tried": best.tried if best else {},
+            "fit_tokens": fit.tokens,
+            "held_out_tokens": held.tokens,
+        }
+        if accepted and best is not None:
+            fitted.update(best.tensors)
+            for local, tensor in best.tensors.items():
+                getattr(module, local.rsplit(".", 1)[1]).data.copy_(tensor)
+        sources = list(self.plan.layers[position].sources)
+        value = best.held_after / held.error if best else None
+        action = "recover" if accepted else "reject"
+        return Decision(
+            "recover", self.options.method, step, name, action, sources, value, "held-out error after / before", evidence
+        )
+
+    def _sums(self, position: int, layer: nn.Module, module: nn.Module) -> tuple[_Sums, _Sums]:
+        import torch
+
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        channels = weight.shape[1] + (module.bias is not None)
+        both = tuple(
+            _Sums(
+                torch.zeros(channels, channels, dtype=torch.float64, device=weight.device),
+                torch.zeros(channels, weight.shape[0], dtype=torch.float64, device=weight.device),
+            )
+            for _ in range(2)
+        )
+        seen: list[Tensor] = []
+        hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.inference_mode():
+            for ours, theirs in zip(self.s_batches, self.t_batches, strict=True):
+                exit_state = self.student.apply(layer, position, ours).float()
+                self._accumulate(both, ours, seen.pop(), exit_state, theirs.hidden.float(), module.bias is not None)
+        hook.remove()
+        return both[0], both[1]
+
+    def _accumulate(
+        self, both: tuple[_Sums, ...], batch: Batch, z: Tensor, exit_state: Tensor, target: Tensor, bias: bool
+    ) -> None:
+        import torch
+
+        counted = batch.mask.clone()
+        counted[:, : self.options.skip_positions] = False
+        counted = counted.to(target.device)
+        z = z.reshape(*counted.shape, -1).float()
+        # held-out rows are the last ones: the same whatever the batch size
+        held = torch.tensor([r >= self.rows - self.held for r in batch.rows], device=target.device)[:, None]
+        for sums, chosen in zip(both, (counted & ~held, counted & held), strict=True):
+            if not bool(chosen.any()):
+                continue
+            h, e, x = target[chosen], (target - exit_state)[chosen], z[chosen]
+            if bias:
+                x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+            root = 1.0 / h.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            x, e = x * root, e * root
+            sums.gram += (x.T @ x).double()
+            sums.cross += (x.T @ e).double()
+            sums.error += float(e.double().square().sum())
+            sums.target += float((h * root).double().square().sum())
+            sums.tokens += len(h)
+
+    def _best(
+        self, fit: _Sums, held: _Sums, module: nn.Module, student: Checkpoint, name: str
+    ) -> _Candidate | None:
+        import torch
+
+        old = module.weight.detach().T.double()  # (I, d)
+        if module.bias is not None:
+            old = torch.cat([old, module.bias.detach()[None].double()])
+        forms = ("fold", "refit") if self.options.form == "auto" else (self.options.form,)
+        best, tried = None, {}
+        for form in forms:
+            unknowns = old.shape[1] if form == "fold" else old.shape[0]
+            if fit.tokens < TOKENS_PER_UNKNOWN * unknowns:
+                tried[form] = f"skipped: {fit.tokens} tokens for {unknowns} unknowns"
+                continue
+            for alpha, delta in _solutions(fit, old, form, self.options.alphas):
+                tensors = _rounded(old + delta, module.bias is not None, student, name)
+                after = held.of(_as_matrix(tensors, name, old.device) - old)
+                tried[f"{form} α={alpha:g}"] = after / held.error
+                if best is None or after < best.held_after:
+                    best = _Candidate(form, alpha, after, tensors, tried)
+        return best
+
+    def _state(self, fitted: dict[str, Tensor], decisions: list[Decision]) -> dict[str, Tensor]:
+        import json
+        from dataclasses import asdict
+
+        import torch
+
+        note = json.dumps([asdict(d) for d in decisions]).encode()
+        return {
+            "teacher": torch.cat([b.hidden.cpu() for b in self.t_batches]),
+            "student": torch.cat([b.hidden.cpu() for b in self.s_batches]),
+            "decisions": torch.frombuffer(bytearray(note), dtype=torch.uint8),
+            **{f"fitted.{k}": v for k, v in fitted.items()},
+        }
+
+    def _restore(self, progress: Progress | None) -> tuple[int, dict[str, Tensor], list[Decision]]:
+        import json
+
+        saved = progress.load() if progress else None
+        if saved is None:
+            return 0, {}, []
+        step, tensors = saved
+        for name, batches in (("teacher", self.t_batches), ("student", self.s_batches)):
+            for batch in batches:
+                batch.hidden = tensors[name][batch.rows.start : batch.rows.stop].to(batch.hidden)
+        rows = json.loads(bytes(tensors["decisions"].numpy()).decode())
+        fitted = {k.removeprefix("fitted."): t for k, t in tensors.items() if k.startswith("fitted.")}
+        return step, fitted, [Decision(**row) for row in rows]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    form: str
+    alpha: float
+    held_after: float
+    tensors: dict[str, Tensor]
+    tried: dict[str, float | str]
+
+
+def _solutions(fit: _Sums, old: Tensor, form: str, alphas: tuple[float, ...]) -> list[tuple[float, Tensor]]:
+    """ΔW (I, d) for every α; one Cholesky each, in float64."""
+    import torch
+
+    gram, cross = (old.T @ fit.gram @ old, old.T @ fit.cross) if form == "fold" else (fit.gram, fit.cross)
+    scale = gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    found = []
+    for alpha in alphas:
+        factor, failed = torch.linalg.cholesky_ex(gram + alpha * scale * eye)
+        if int(failed) == 0:
+            solution = torch.cholesky_solve(cross, factor)
+            found.append((alpha, old @ solution if form == "fold" else solution))
+    return found
+
+
+def _rounded(new: Tensor, bias: bool, student: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The refitted projection as it will be stored: what is accepted is what is written."""
+    stored = {"weight": (new[:-1] if bias else new).T}
+    if bias:
+        stored["bias"] = new[-1]
+    return {
+        f"{name}.{part}": tensor.to(student.tensor(f"{name}.{part}").dtype).contiguous().cpu()
+        for part, tensor in stored.items()
+    }
+
+
+def _as_matrix(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
+    import torch
+
+    weight = tensors[f"{name}.weight"].to(device).double().T
+    bias = tensors.get(f"{name}.bias")
+    return weight if bias is None else torch.cat([weight, bias.to(device).double()[None]])

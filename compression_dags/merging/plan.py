@@ -1,0 +1,160 @@
+"""A depth plan as a frozen value: which original layers each new layer is made of.
+
+Applying a stored plan reproduces the bytes: `apply.py` reads only weights and a plan.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from compression_dags.architectures import StackFacts
+from compression_dags.errors import InputError
+from compression_dags.provenance.decisions import Decision
+from compression_dags.stages import Stage
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of the new model: the original layers it holds, and the share of each. A kept layer has one source."""
+
+    sources: tuple[int, ...]
+    shares: tuple[float, ...] = (1.0,)
+
+    @property
+    def slot(self) -> int:
+        """The original layer whose place (attention type, per-layer config) it takes."""
+        return self.sources[0]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """New layers in order. Original layers named by none of them are dropped."""
+
+    method: str
+    base_layers: int
+    layers: tuple[PlannedLayer, ...]
+
+    def __post_init__(self) -> None:
+        named = [s for layer in self.layers for s in layer.sources]
+        if not self.layers or sorted(set(named)) != named or named[-1] >= self.base_layers:
+            raise InputError(f"not a depth plan over {self.base_layers} layers: {named}")
+        if any(not math.isclose(sum(layer.shares), 1.0, abs_tol=1e-9) for layer in self.layers):
+            raise InputError("shares of a planned layer must sum to 1")
+
+    @property
+    def slots(self) -> list[int]:
+        return [layer.slot for layer in self.layers]
+
+    @property
+    def dropped(self) -> list[int]:
+        named = {s for layer in self.layers for s in layer.sources}
+        return [i for i in range(self.base_layers) if i not in named]
+
+    def covered(self, position: int) -> range:
+        """Original layers that new layer `position` stands for: its own, and the dropped ones after it."""
+        starts = [0, *self.slots[1:], self.base_layers]
+        return range(starts[position], starts[position + 1])
+
+    def gaps(self) -> list[int]:
+        """Positions of new layers that stand for more than one original layer."""
+        return [p for p in range(len(self.layers)) if len(self.covered(p)) > 1]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> MergePlan:
+        raw = json.loads(text)
+        layers = tuple(PlannedLayer(tuple(x["sources"]), tuple(x["shares"])) for x in raw["layers"])
+        return cls(raw["method"], raw["base_layers"], layers)
+
+
+def keep_only(method: str, base_layers: int, kept: list[int]) -> MergePlan:
+    return MergePlan(method, base_layers, tuple(PlannedLayer((i,)) for i in kept))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What planners may read: small statistics of the calibration pass.
+
+    Attributes:
+        block_influence: (L,).
+        angular, angular_last: (L+1, L+1), mean angle over π between the states at the entries of two layers.
+    """
+
+    block_influence: np.ndarray
+    angular: np.ndarray
+    angular_last: np.ndarray
+
+
+class MergeStage(Stage):
+    """Common options of the depth methods.
+
+    `ratio` is the share of decoder layers removed, rounded to the nearest whole layer (ties up); `layers` is the exact
+    number instead. Protected layers are neither removed nor merged.
+    """
+
+    stage: ClassVar[str] = "merge"
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Similarity assets that `plan` reads: block_influence, angular."""
+
+    ratio: float | None = Field(None, gt=0, lt=1, description="share of decoder layers removed")
+    layers: int | None = Field(None, ge=1, description="number of decoder layers removed")
+    protect_first: int = Field(1, ge=0, description="first layers never touched")
+    protect_last: int = Field(1, ge=0, description="last layers never touched")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> MergeStage:
+        if (self.ratio is None) == (self.layers is None):
+            raise ValueError("give exactly one of ratio (0 < ratio < 1) and layers (≥ 1)")
+        return self
+
+    def removed(self, total: int) -> int:
+        """Number of layers to remove from a model of `total`."""
+        if self.layers is not None:
+            return self.layers
+        assert self.ratio is not None
+        return math.floor(self.ratio * total + 0.5 + 1e-9)
+
+    def free_layers(self, total: int) -> range:
+        return range(min(self.protect_first, total), max(self.protect_first, total - self.protect_last))
+
+    def check(self, facts: StackFacts) -> None:
+        count, free = self.removed(facts.layers), len(self.free_layers(facts.layers))
+        target = f"ratio {self.ratio}" if self.ratio is not None else f"layers {self.layers}"
+        if count < 1:
+            raise InputError(f"{target} of {facts.layers} layers removes none; the least is ratio {0.5 / facts.layers:.3g}")
+        if count > free or count >= facts.layers:
+            raise InputError(
+                f"{target} removes {count} of {facts.layers} layers, but only {free} are unprotected "
+                f"(protect_first {self.protect_first}, protect_last {self.protect_last})"
+            )
+
+    def plan(self, facts: StackFacts, evidence: Evidence) -> tuple[MergePlan, list[Decision]]:
+        """Decide, and say why, layer by layer."""
+        raise AssertionError(f"{type(self).__name__} must define plan")
+
+
+def depth_decisions(
+    plan: MergePlan, scores: np.ndarray | list[float | None], unit: str, evidence: dict[str, Any]
+) -> list[Decision]:
+    """One row for every original layer: kept, dropped or merged, with its score and its rank among all."""
+    values = [None if s is None else float(s) for s in scores]
+    order = {i: r for r, i in enumerate(sorted(range(len(values)), key=lambda i: (values[i] is None, values[i] or 0.0)))}
+    home = {s: layer for layer in plan.layers for s in layer.sources}
+    rows = []
+    for index in range(plan.base_layers):
+        layer = home.get(index)
+        action = "drop" if layer is None else "keep" if len(layer.sources) == 1 else "merge"
+        note: dict[str, Any] = {"rank": order[index], **evidence}
+        if layer is not None and action == "merge":
+            note |= {"share": layer.shares[layer.sources.index(index)], "into": layer.slot}
+        sources = list(layer.sources) if layer else []
+        rows.append(Decision("merge", plan.method, index, f"layer {index}", action, sources, values[index], unit, note))
+    return rows

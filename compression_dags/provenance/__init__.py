@@ -1,0 +1,1 @@
+"""Where everything came from: fingerprints, artifacts, decisions, model cards, reports."""

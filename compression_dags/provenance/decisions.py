@@ -1,0 +1,53 @@
+"""The decision ledger: one row for every choice that shaped a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+Action = Literal["keep", "drop", "merge", "concat", "prune", "quantize", "recover", "reject"]
+COLUMNS = ["stage", "method", "step", "target", "action", "sources", "value", "unit", "evidence"]
+LEDGER_COLUMNS = ["base_model", "recipe", *COLUMNS, "fingerprint", "run_id"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One choice.
+
+    Attributes:
+        stage: merge, recover, sparsify or quantize.
+        step: order in which the method decided.
+        target: the layer or tensor decided upon, by its name in the model before the stage.
+        sources: original layer indices that end up in the target.
+        value, unit: the number that decided (block influence, angular distance, relative error, …).
+        evidence: scores, alternatives considered, shares, held-out error before and after.
+    """
+
+    stage: str
+    method: str
+    step: int
+    target: str
+    action: Action
+    sources: list[int]
+    value: float | None
+    unit: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def write_decisions(decisions: list[Decision], path: Path) -> None:
+    """Write rows as parquet; `evidence` becomes JSON text.
+
+    What depends on who asked (base model, recipe, run) is not in the file: an artifact is shared by every recipe with
+    the same inputs. `decision_ledger` joins those columns on.
+    """
+    rows = [{**asdict(d), "evidence": json.dumps(d.evidence, sort_keys=True)} for d in decisions]
+    frame = pd.DataFrame(rows, columns=COLUMNS).astype({"step": "int64", "value": "float64"})
+    frame.to_parquet(path, index=False)
+
+
+def read_decisions(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(path)

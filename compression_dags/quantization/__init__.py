@@ -1,0 +1,1 @@
+"""Quantizers that write compressed-tensors checkpoints."""

@@ -1,0 +1,54 @@
+"""What every recipe stage has in common: options that refuse unknown keys, a version, a check before compute.
+
+A method is a pydantic class: its fields are what a recipe may set, its docstring is what `compression-dags methods`
+prints, its `version` enters the fingerprint of everything it makes. Method modules import no torch at the top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from compression_dags.architectures import StackFacts
+
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """Wraps an iterable to show progress; `silent` shows nothing."""
+
+    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]: ...
+
+
+def silent(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    return items
+
+
+def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """A live bar on standard error when that is a terminal, nothing otherwise."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=description, total=total, disable=None, leave=False, dynamic_ncols=True)
+
+
+
+class Stage(BaseModel):
+    """Options of one method. Subclasses set `stage`, `version` and the `method` literal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: ClassVar[str]
+    version: ClassVar[str]
+
+    def check(self, facts: StackFacts) -> None:
+        """Refuse what cannot work on this model, before any compute.
+
+        Raises:
+            InputError: naming the option, its value and what is allowed.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """All options, defaults included, as they enter the fingerprint."""
+        return self.model_dump(mode="json")
