@@ -33,7 +33,6 @@ def bar(items: Iterable[T], description: str, total: int | None = None) -> Itera
     return tqdm(items, desc=description, total=total, disable=None, leave=False, dynamic_ncols=True)
 
 
-
 class Stage(BaseModel):
     """Options of one method. Subclasses set `stage`, `version` and the `method` literal."""
 

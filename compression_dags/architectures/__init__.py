@@ -1,4 +1,4 @@
-"""What a decoder stack is: its layers, projections that share an input, norms, and the config fields that count layers."""
+"""What a decoder stack is: its layers, projections that share an input, norms, per-layer config fields."""
 
 from compression_dags.architectures.catalog import KNOWN, architecture_of
 from compression_dags.architectures.decoder import Architecture, Experts, ProjectionGroup, StackFacts

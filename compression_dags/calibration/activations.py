@@ -12,19 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.statistics import HIDDEN_STATES, STATISTICS
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.errors import IntegrityError
 from compression_dags.provenance.progress import Progress
 from compression_dags.stages import Track, silent
-
-VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,6 @@ class Activations:
     norms: dict[str, Tensor]
     tokens: int
 
-    FILES: ClassVar[tuple[str, str]] = ("statistics.safetensors", "hidden_states.safetensors")
-
     def save(self, directory: Path) -> None:
         from safetensors.torch import save_file
 
@@ -63,15 +59,8 @@ class Activations:
             "angular_last": self.angular_last,
             **{f"norms.{k}": v for k, v in self.norms.items()},
         }
-        save_file(statistics, directory / self.FILES[0], metadata={"tokens": str(self.tokens)})
-        save_file({"hidden": self.hidden, "sampled": self.sampled}, directory / self.FILES[1])
-
-
-def load_statistics(directory: Path) -> dict[str, np.ndarray]:
-    """The small statistics (no hidden states), as float64 arrays."""
-    from safetensors.numpy import load_file
-
-    return load_file(directory / Activations.FILES[0])
+        save_file(statistics, directory / STATISTICS, metadata={"tokens": str(self.tokens)})
+        save_file({"hidden": self.hidden, "sampled": self.sampled}, directory / HIDDEN_STATES)
 
 
 def sample_tokens(lengths: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -95,7 +84,7 @@ def profile_activations(
 ) -> Activations:
     """Run the calibration set through every layer once and accumulate.
 
-    Sums are taken per sequence in float64 and added in sequence order, so they depend on neither batch size nor padding.
+    Sums are taken per sequence and added in float64 in sequence order: they depend on neither batch size nor padding.
 
     Raises:
         IntegrityError: a layer gave a non-finite value on a real token.

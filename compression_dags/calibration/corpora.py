@@ -1,6 +1,6 @@
 """Calibration corpora → exact blocks of tokens.
 
-A corpus is an embedded name, a local .txt / .jsonl / .parquet file, or a hub data set (`hub:org/name[/config][:split]`).
+A corpus is an embedded name, a local .txt / .jsonl / .parquet file, or a hub data set (`hub:org/name[/config][:split]`)
 """
 
 from __future__ import annotations

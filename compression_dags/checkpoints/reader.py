@@ -122,6 +122,11 @@ class Checkpoint:
         return StackFacts(self.architecture, self.config)
 
     @property
+    def stated_facts(self) -> StackFacts:
+        """The same from `config.json` as it stands, without importing transformers: enough for checks before a run."""
+        return StackFacts(self.architecture, self.raw_config)
+
+    @property
     def num_layers(self) -> int:
         return int(self.raw_config["num_hidden_layers"])
 

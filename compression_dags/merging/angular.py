@@ -34,4 +34,6 @@ class Angular(MergeStage):
         plan = keep_only(self.method, facts.layers, kept)
         scores = [windows.get(i) for i in range(facts.layers)]
         note = {"window": count, "chosen_start": best, "tokens": self.tokens}
-        return plan, depth_decisions(plan, scores, f"angular distance of the {count}-layer window that starts here", note)
+        return plan, depth_decisions(
+            plan, scores, f"angular distance of the {count}-layer window that starts here", note
+        )

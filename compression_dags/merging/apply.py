@@ -46,6 +46,16 @@ def apply_plan(source: Checkpoint, plan: MergePlan, directory: Path) -> Checkpoi
     return write_checkpoint(directory, source, config, tensors)
 
 
+def removed_share(source: Checkpoint, plan: MergePlan) -> dict[str, float]:
+    """Shares of the parameters and of the weight bytes that a plan removes, from the file headers."""
+    kept = set(plan.slots)
+    gone = [info for n, info in source.tensors.items() if source.architecture.split_name(n)[0] not in {None, *kept}]
+    return {
+        "ratio_of_parameters": sum(info.numel for info in gone) / source.numel,
+        "ratio_of_bytes": sum(info.nbytes for info in gone) / source.nbytes,
+    }
+
+
 def _planned(source: Checkpoint, layer: PlannedLayer, local: str, new_name: str) -> PlannedTensor:
     name = source.layer(layer.slot)[local]
     if len(layer.sources) == 1:

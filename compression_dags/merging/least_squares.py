@@ -104,7 +104,7 @@ class LeastSquares(Stage):
         progress: Progress | None = None,
         track: Track = silent,
     ) -> Recovery:
-        """Fit every gap of `plan` in turn, on the student's own (already recovered) states, and write the checkpoint."""
+        """Fit every gap of `plan` in turn, on the student's own (already recovered) states; write the checkpoint."""
         self.check_tokens(teacher.facts, len(blocks.lengths), int(blocks.tokens // len(blocks.lengths)))
         run = _Run(self, teacher, student, plan, blocks, device, dtype)
         fitted, decisions = run.all_positions(progress, track)
@@ -226,7 +226,15 @@ class _Run:
         value = best.held_after / held.error if best else None
         action = "recover" if accepted else "reject"
         return Decision(
-            "recover", self.options.method, step, name, action, sources, value, "held-out error after / before", evidence
+            "recover",
+            self.options.method,
+            step,
+            name,
+            action,
+            sources,
+            value,
+            "held-out error after / before",
+            evidence,
         )
 
     def _sums(self, position: int, layer: nn.Module, module: nn.Module) -> tuple[_Sums, _Sums]:
@@ -276,9 +284,7 @@ class _Run:
             sums.target += float((h * root).double().square().sum())
             sums.tokens += len(h)
 
-    def _best(
-        self, fit: _Sums, held: _Sums, module: nn.Module, student: Checkpoint, name: str
-    ) -> _Candidate | None:
+    def _best(self, fit: _Sums, held: _Sums, module: nn.Module, student: Checkpoint, name: str) -> _Candidate | None:
         import torch
 
         old = module.weight.detach().T.double()  # (I, d)

@@ -129,7 +129,9 @@ class MergeStage(Stage):
         count, free = self.removed(facts.layers), len(self.free_layers(facts.layers))
         target = f"ratio {self.ratio}" if self.ratio is not None else f"layers {self.layers}"
         if count < 1:
-            raise InputError(f"{target} of {facts.layers} layers removes none; the least is ratio {0.5 / facts.layers:.3g}")
+            raise InputError(
+                f"{target} of {facts.layers} layers removes none; the least is ratio {0.5 / facts.layers:.3g}"
+            )
         if count > free or count >= facts.layers:
             raise InputError(
                 f"{target} removes {count} of {facts.layers} layers, but only {free} are unprotected "
@@ -146,7 +148,9 @@ def depth_decisions(
 ) -> list[Decision]:
     """One row for every original layer: kept, dropped or merged, with its score and its rank among all."""
     values = [None if s is None else float(s) for s in scores]
-    order = {i: r for r, i in enumerate(sorted(range(len(values)), key=lambda i: (values[i] is None, values[i] or 0.0)))}
+    order = {
+        i: r for r, i in enumerate(sorted(range(len(values)), key=lambda i: (values[i] is None, values[i] or 0.0)))
+    }
     home = {s: layer for layer in plan.layers for s in layer.sources}
     rows = []
     for index in range(plan.base_layers):

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from compression_dags.provenance.artifacts import Artifact
+
 Action = Literal["keep", "drop", "merge", "concat", "prune", "quantize", "recover", "reject"]
 COLUMNS = ["stage", "method", "step", "target", "action", "sources", "value", "unit", "evidence"]
 LEDGER_COLUMNS = ["base_model", "recipe", *COLUMNS, "fingerprint", "run_id"]
@@ -51,3 +53,19 @@ def write_decisions(decisions: list[Decision], path: Path) -> None:
 
 def read_decisions(path: Path) -> pd.DataFrame:
     return pd.read_parquet(path)
+
+
+def join_ledger(base_model: str, artifacts: list[tuple[str, Artifact]]) -> pd.DataFrame:
+    """The ledger of one base model: the decisions of (recipe, artifact) pairs with what identifies them.
+
+    Returns:
+        Columns `LEDGER_COLUMNS`, in recipe and pipeline order.
+    """
+    frames = []
+    for recipe, artifact in artifacts:
+        if artifact.decisions:
+            rows = read_decisions(artifact.decisions)
+            identity = {"base_model": base_model, "recipe": recipe}
+            origin = {"fingerprint": artifact.fingerprint, "run_id": artifact.run_id}
+            frames.append(rows.assign(**identity, **origin)[LEDGER_COLUMNS])
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=LEDGER_COLUMNS)

@@ -1,0 +1,31 @@
+"""`base_model`: validated, digested copies of the models that recipes start from."""
+
+import dagster as dg
+from resources.model_hub import ModelHub
+
+from assets.publishing import publish
+from compression_dags.provenance.artifacts import Artifact, Request
+from resources.artifact_store import ArtifactStore
+
+base_models = dg.DynamicPartitionsDefinition(name="base_model")
+
+
+@dg.asset(partitions_def=base_models, group_name="base_models", kinds={"huggingface", "safetensors"}, code_version="1")
+def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: ModelHub) -> dg.Output[Artifact]:
+    """A base model as it came: weights, tokenizer and config, validated (architecture, whole and finite safetensors,
+    tokenizer matches the vocabulary, stock reload) with revision, licence and the sha256 of every file."""
+    source = hub.source(context.partition_key)
+    request = Request("base_model", "1", {}, hub.identity(source))
+
+    def build(work):
+        from compression_dags.checkpoints.importing import import_checkpoint
+
+        from compression_dags.stages import bar
+
+        folder = hub.fetch(source, work.scratch)
+        imported = import_checkpoint(
+            folder, work.out / "checkpoint", revision=source.revision, origin=source.location, track=bar
+        )
+        return imported.facts
+
+    return publish(context, store, request, build)

@@ -1,0 +1,140 @@
+"""Shared analysis: one family of assets for every calibration setting, however many recipes use it."""
+
+import dagster as dg
+
+from assets.base_models import base_model, base_models
+from assets.publishing import GPU, picture, publish
+from compression_dags.calibration.corpora import Calibration, corpus_digest
+from compression_dags.provenance.artifacts import Artifact, Request
+from compression_dags.recipes import options_digest
+from resources.accelerator import Accelerator
+from resources.artifact_store import ArtifactStore
+
+SIMILARITIES = ("block_influence", "angular")
+
+
+def calibration_key(calibration: Calibration, name: str) -> dg.AssetKey:
+    return dg.AssetKey([calibration.slug, name])
+
+
+def build_calibration_assets(calibration: Calibration) -> list[dg.AssetsDefinition]:
+    """`calibration_tokens` → `calibration_activations` → `similarity_*` for one calibration setting."""
+    return [
+        _tokens(calibration),
+        _activations(calibration),
+        *(_similarity(calibration, metric) for metric in SIMILARITIES),
+    ]
+
+
+def _tokens(calibration: Calibration) -> dg.AssetsDefinition:
+    options = calibration.model_dump(mode="json", exclude={"samples"})
+
+    @dg.asset(
+        key=calibration_key(calibration, "calibration_tokens"),
+        partitions_def=base_models,
+        group_name="analysis",
+        kinds={"parquet"},
+        code_version=f"{calibration.version}:{options_digest(options)}",
+        ins={"base": dg.AssetIn(base_model.key)},
+        description=f"{calibration.sequences} × {calibration.length} tokens of `{calibration.corpus}`, packed by "
+        f"`{calibration.packing}`, seed {calibration.seed}: exact counts, clipped to the model's context.",
+    )
+    def calibration_tokens(
+        context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact
+    ) -> dg.Output[Artifact]:
+        inputs = {"base_model": base.digest, "corpus": corpus_digest(calibration.corpus)}
+
+        def build(work):
+            from transformers import AutoTokenizer
+
+            from compression_dags.calibration.corpora import make_blocks, read_documents, save_blocks
+
+            tokenizer = AutoTokenizer.from_pretrained(base.checkpoint, local_files_only=True)
+            blocks = make_blocks(read_documents(calibration.corpus), tokenizer, calibration, base.facts["context"])
+            save_blocks(blocks, work.out / "tokens.safetensors")
+            sequences, length = blocks.ids.shape
+            counts = {"sequences": sequences, "length": length, "tokens": blocks.tokens, "documents": blocks.documents}
+            return {"corpus": calibration.corpus, **counts}
+
+        return publish(context, store, Request("calibration_tokens", calibration.version, options, inputs), build)
+
+    return calibration_tokens
+
+
+def _activations(calibration: Calibration) -> dg.AssetsDefinition:
+    options = {"samples": calibration.samples, "seed": calibration.seed}
+
+    @dg.asset(
+        key=calibration_key(calibration, "calibration_activations"),
+        partitions_def=base_models,
+        group_name="analysis",
+        kinds={"torch", "safetensors"},
+        code_version=f"1:{options_digest(options)}",
+        ins={
+            "base": dg.AssetIn(base_model.key),
+            "tokens": dg.AssetIn(calibration_key(calibration, "calibration_tokens")),
+        },
+        description="One streamed pass over the calibration tokens: block influence, angular distances, hidden states "
+        f"of {calibration.samples} sampled tokens before the final norm, channel norms of every projection input.",
+        **GPU,
+    )
+    def calibration_activations(
+        context: dg.AssetExecutionContext,
+        store: ArtifactStore,
+        accelerator: Accelerator,
+        base: Artifact,
+        tokens: Artifact,
+    ) -> dg.Output[Artifact]:
+        inputs = {"base_model": base.digest, "calibration_tokens": tokens.digest}
+
+        def build(work):
+            from compression_dags.calibration.activations import profile_activations
+            from compression_dags.calibration.corpora import load_blocks
+            from compression_dags.calibration.streaming import DecoderStream
+            from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.stages import bar
+
+            with accelerator.lease() as device:
+                stream = DecoderStream(Checkpoint(base.checkpoint), device=device.name, dtype=device.dtype)
+                blocks = load_blocks(tokens.path / "tokens.safetensors")
+                found = profile_activations(stream, blocks, **options, progress=work.progress(), track=bar)
+                stream.close()
+            found.save(work.out)
+            return {"tokens": found.tokens, "layers": stream.num_layers, "sampled_tokens": len(found.sampled)}
+
+        request = Request("calibration_activations", "1", options, inputs, accelerator.numeric)
+        return publish(context, store, request, build)
+
+    return calibration_activations
+
+
+def _similarity(calibration: Calibration, metric: str) -> dg.AssetsDefinition:
+    says = {
+        "block_influence": "1 − mean cosine between the input and the output of every layer (ShortGPT).",
+        "angular": "Mean angle over π between the states at the entries of every two layers (Gromov et al.).",
+    }[metric]
+
+    @dg.asset(
+        key=calibration_key(calibration, f"similarity_{metric}"),
+        partitions_def=base_models,
+        group_name="analysis",
+        kinds={"numpy"},
+        code_version="1",
+        ins={"activations": dg.AssetIn(calibration_key(calibration, "calibration_activations"))},
+        description=says,
+    )
+    def similarity(
+        context: dg.AssetExecutionContext, store: ArtifactStore, activations: Artifact
+    ) -> dg.Output[Artifact]:
+        def build(work):
+            from compression_dags.merging.similarity import write_similarity
+
+            return write_similarity(metric, activations.path, work.out)
+
+        def plot(artifact: Artifact) -> dict:
+            return {"plot": picture((artifact.path / "plot.png").read_bytes())}
+
+        request = Request(f"similarity_{metric}", "1", {}, {"calibration_activations": activations.digest})
+        return publish(context, store, request, build, extra=plot)
+
+    return similarity

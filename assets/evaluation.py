@@ -1,0 +1,110 @@
+"""`eval_<task>` and `scorecard` of one family: a recipe, or the uncompressed baseline."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+import dagster as dg
+
+from assets.base_models import base_model, base_models
+from assets.publishing import GPU, publish
+from compression_dags.evaluation.tasks import Task
+from compression_dags.provenance.artifacts import Artifact, Request
+from compression_dags.recipes import BASELINE, options_digest
+from resources.accelerator import Accelerator
+from resources.artifact_store import ArtifactStore
+from resources.evaluator import Evaluator
+
+
+def eval_key(family: str, task: str) -> dg.AssetKey:
+    return dg.AssetKey([family, f"eval_{task}"])
+
+
+def build_evaluations(family: str, weights_key: dg.AssetKey, tasks: Sequence[Task]) -> dg.AssetsDefinition:
+    """One subsettable multi-asset: the model is loaded once, whatever tasks are selected, and not at all on hits."""
+    specs = [
+        dg.AssetSpec(
+            eval_key(family, task.name),
+            deps=[weights_key],
+            group_name=family,
+            kinds={"eval"},
+            partitions_def=base_models,
+            skippable=True,
+            code_version=f"{task.version}:{options_digest(task.options())}",
+            description=task.description or f"lm-eval task `{task.name}`.",
+        )
+        for task in tasks
+    ]
+
+    @dg.multi_asset(specs=specs, name=f"{family}__evaluate", can_subset=True, partitions_def=base_models, **GPU)
+    def evaluate(
+        context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator, evaluator: Evaluator
+    ) -> Iterator[dg.MaterializeResult]:
+        weights = store.recall(weights_key, context.partition_key)
+        if weights is None:
+            raise dg.Failure(f"{weights_key.to_user_string()} of {context.partition_key} is not in the store")
+        wanted = [t for t in tasks if eval_key(family, t.name) in context.selected_asset_keys]
+        requests = {
+            task.name: Request(
+                "evaluation",
+                task.version,
+                task.options(),
+                {"weights": weights.digest, "data": evaluator.data_digest(task)},
+                accelerator.numeric,
+            )
+            for task in wanted
+        }
+        missing = [t for t in wanted if store.find("evaluation", requests[t.name].fingerprint) is None]
+        with evaluator.session(weights.checkpoint, missing, accelerator) as session:
+            for task in wanted:
+
+                def build(work, task=task):
+                    metrics = session.score(task, work.out)
+                    if family == BASELINE:
+                        session.guard(context.partition_key, task, metrics)
+                    return metrics
+
+                key = eval_key(family, task.name)
+                out = publish(context, store, requests[task.name], build, key=key)
+                store.remember(key, context.partition_key, out.value)
+                yield dg.MaterializeResult(asset_key=key, metadata=out.metadata, data_version=out.data_version)
+
+    return evaluate
+
+
+def build_scorecard(family: str, weights_key: dg.AssetKey, tasks: Sequence[Task]) -> dg.AssetsDefinition:
+    """Size and scores of one family against the baseline."""
+    reference = dg.AssetKey([BASELINE, "scorecard"])
+    deps = [weights_key, *(eval_key(family, t.name) for t in tasks), *([reference] if family != BASELINE else [])]
+
+    @dg.asset(
+        key=dg.AssetKey([family, "scorecard"]),
+        partitions_def=base_models,
+        group_name=family,
+        kinds={"json"},
+        code_version="1",
+        ins={"base": dg.AssetIn(base_model.key)},
+        deps=[d for d in deps if d != base_model.key],
+        description="Layers, parameters, bytes and every score, with the change against the uncompressed model.",
+    )
+    def scorecard(context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact) -> dg.Output[Artifact]:
+        here = context.partition_key
+        weights = store.recall(weights_key, here) or base
+        scores = {task.name: store.recall(eval_key(family, task.name), here) for task in tasks}
+        # a task that was not selected may still hold the score of older weights: it does not count
+        scores = {n: a for n, a in scores.items() if a and a.inputs["weights"] == weights.digest}
+        dense = store.recall(reference, here) if family != BASELINE else None
+        inputs = {"weights": weights.digest, "base_model": base.digest} | {n: a.digest for n, a in scores.items()}
+        if dense:
+            inputs["baseline"] = dense.digest
+
+        def build(work):
+            from compression_dags.evaluation.scorecard import make_scorecard
+
+            baseline = json.loads((dense.path / "scorecard.json").read_text()) if dense else None
+            card = make_scorecard(family, weights.facts, base.facts, {n: a.facts for n, a in scores.items()}, baseline)
+            (work.out / "scorecard.json").write_text(json.dumps(card, indent=1, sort_keys=True))
+            return {"layers": card["layers"], "parameters": card["parameters"], "bytes": card["bytes"], **card["flat"]}
+
+        return publish(context, store, Request("scorecard", "1", {"family": family}, inputs), build)
+
+    return scorecard

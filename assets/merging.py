@@ -1,0 +1,171 @@
+"""`merge_plan`, `merged_weights`, `recovered_weights` of one recipe."""
+
+import dagster as dg
+
+from assets.base_models import base_model, base_models
+from assets.calibration import calibration_key
+from assets.publishing import GPU, publish
+from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
+from compression_dags.recipes import Recipe, options_digest
+from resources.accelerator import Accelerator
+from resources.artifact_store import ArtifactStore
+
+
+def recipe_key(recipe: Recipe, name: str) -> dg.AssetKey:
+    return dg.AssetKey([recipe.slug, name])
+
+
+def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
+    merge = recipe.merge
+    assert merge is not None
+    similarities = {
+        f"similarity_{need}": dg.AssetIn(calibration_key(recipe.calibration, f"similarity_{need}"))
+        for need in merge.needs
+    }
+
+    @dg.asset(
+        key=recipe_key(recipe, "merge_plan"),
+        partitions_def=base_models,
+        group_name=recipe.slug,
+        kinds={"parquet"},
+        tags={"recipe": recipe.name, "method": merge.method},
+        code_version=f"{merge.version}:{options_digest(merge.options())}",
+        ins={"base": dg.AssetIn(base_model.key), **similarities},
+        description=f"`{merge.method}`: {(type(merge).__doc__ or '').strip()}",
+    )
+    def merge_plan(
+        context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact, **similarity: Artifact
+    ) -> dg.Output[Artifact]:
+        inputs = {"base_model": base.digest, **{name: a.digest for name, a in similarity.items()}}
+
+        def build(work):
+            from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.merging.apply import removed_share
+            from compression_dags.merging.similarity import read_evidence
+            from compression_dags.provenance.decisions import write_decisions
+
+            source = Checkpoint(base.checkpoint)
+            merge.check(source.facts)
+            plan, decisions = merge.plan(source.facts, read_evidence({name: a.path for name, a in similarity.items()}))
+            (work.out / "plan.json").write_text(plan.to_json())
+            write_decisions(decisions, work.out / DECISIONS)
+            return {
+                "layers_before": plan.base_layers,
+                "layers_after": len(plan.layers),
+                "ratio_asked": merge.ratio or merge.removed(plan.base_layers) / plan.base_layers,
+                "ratio_of_layers": 1 - len(plan.layers) / plan.base_layers,
+                **removed_share(source, plan),
+                "dropped": ", ".join(map(str, plan.dropped)),
+                "merged": "; ".join("+".join(map(str, x.sources)) for x in plan.layers if len(x.sources) > 1),
+            }
+
+        return publish(context, store, Request("merge_plan", merge.version, merge.options(), inputs), build)
+
+    return merge_plan
+
+
+def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
+    from compression_dags.merging.apply import VERSION
+
+    @dg.asset(
+        key=recipe_key(recipe, "merged_weights"),
+        partitions_def=base_models,
+        group_name=recipe.slug,
+        kinds={"torch", "safetensors"},
+        tags={"recipe": recipe.name},
+        code_version=VERSION,
+        ins={"base": dg.AssetIn(base_model.key), "plan": dg.AssetIn(recipe_key(recipe, "merge_plan"))},
+        description="The plan applied: layers renumbered, per-layer config remapped, reload gate passed.",
+        **GPU,
+    )
+    def merged_weights(
+        context: dg.AssetExecutionContext,
+        store: ArtifactStore,
+        accelerator: Accelerator,
+        base: Artifact,
+        plan: Artifact,
+    ) -> dg.Output[Artifact]:
+        inputs = {"base_model": base.digest, "merge_plan": plan.digest}
+
+        def build(work):
+            from compression_dags.checkpoints.facts import weight_facts
+            from compression_dags.checkpoints.gate import check_reload
+            from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.merging.apply import apply_plan, reference_logits
+            from compression_dags.merging.plan import MergePlan
+
+            source, chosen = Checkpoint(base.checkpoint), MergePlan.from_json((plan.path / "plan.json").read_text())
+            written = apply_plan(source, chosen, work.out / CHECKPOINT)
+            with accelerator.lease() as device:
+                reference = reference_logits(source, chosen, device=device.name, dtype=device.dtype)
+                gate = check_reload(written.path, reference, device=device.name, dtype=device.dtype)
+            return {**weight_facts(written), **gate}
+
+        return publish(context, store, Request("merged_weights", VERSION, {}, inputs, accelerator.numeric), build)
+
+    return merged_weights
+
+
+def build_recovered_weights(recipe: Recipe) -> dg.AssetsDefinition:
+    recover = recipe.recover
+    assert recover is not None
+
+    @dg.asset(
+        key=recipe_key(recipe, "recovered_weights"),
+        partitions_def=base_models,
+        group_name=recipe.slug,
+        kinds={"torch", "safetensors"},
+        tags={"recipe": recipe.name, "method": recover.method},
+        code_version=f"{recover.version}:{options_digest(recover.options())}",
+        ins={
+            "base": dg.AssetIn(base_model.key),
+            "tokens": dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens")),
+            "plan": dg.AssetIn(recipe_key(recipe, "merge_plan")),
+            "weights": dg.AssetIn(recipe_key(recipe, "merged_weights")),
+        },
+        description=f"`{recover.method}`: {(type(recover).__doc__ or '').strip()}",
+        **GPU,
+    )
+    def recovered_weights(
+        context: dg.AssetExecutionContext,
+        store: ArtifactStore,
+        accelerator: Accelerator,
+        base: Artifact,
+        tokens: Artifact,
+        plan: Artifact,
+        weights: Artifact,
+    ) -> dg.Output[Artifact]:
+        handles = {"base_model": base, "calibration_tokens": tokens, "merge_plan": plan, "weights": weights}
+        inputs = {role: handle.digest for role, handle in handles.items()}
+
+        def build(work):
+            from compression_dags.calibration.corpora import load_blocks
+            from compression_dags.checkpoints.facts import weight_facts
+            from compression_dags.checkpoints.gate import check_reload
+            from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.merging.apply import reference_logits
+            from compression_dags.merging.plan import MergePlan, keep_only
+            from compression_dags.provenance.decisions import write_decisions
+            from compression_dags.stages import bar
+
+            teacher, student = Checkpoint(base.checkpoint), Checkpoint(weights.checkpoint)
+            recover.check(teacher.facts)
+            chosen = MergePlan.from_json((plan.path / "plan.json").read_text())
+            blocks = load_blocks(tokens.path / "tokens.safetensors")
+            with accelerator.lease() as device:
+                on = {"device": device.name, "dtype": device.dtype}
+                recovery = recover.recover(
+                    teacher, student, chosen, blocks, work.out / CHECKPOINT, **on, progress=work.progress(), track=bar
+                )
+                same = keep_only("none", student.num_layers, list(range(student.num_layers)))
+                reference = reference_logits(student, same, replaced=recovery.fitted, **on)
+                gate = check_reload(recovery.checkpoint.path, reference, **on)
+            write_decisions(recovery.decisions, work.out / DECISIONS)
+            accepted = sum(d.action == "recover" for d in recovery.decisions)
+            tally = {"accepted": accepted, "rejected": len(recovery.decisions) - accepted}
+            return {**weight_facts(recovery.checkpoint), **tally, **gate}
+
+        request = Request("recovered_weights", recover.version, recover.options(), inputs, accelerator.numeric)
+        return publish(context, store, request, build)
+
+    return recovered_weights

@@ -1,0 +1,72 @@
+"""How every asset reports itself: data version, cache hit or computed, facts, decisions table, plots."""
+
+import base64
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import dagster as dg
+
+from compression_dags.provenance.artifacts import Artifact, Request
+from resources.artifact_store import ArtifactStore, Workplace
+
+logger = logging.getLogger("compression_dags")
+GPU = {"pool": "gpu"}
+TABLE_ROWS = 300
+
+
+def publish(
+    context: dg.AssetExecutionContext,
+    store: ArtifactStore,
+    request: Request,
+    build: Callable[[Workplace], dict[str, Any]],
+    *,
+    key: dg.AssetKey | None = None,
+    extra: Callable[[Artifact], Mapping[str, Any]] | None = None,
+) -> dg.Output[Artifact]:
+    """Ask the store, build on a miss, and hand Dagster the handle with its metadata."""
+    key = key or context.asset_key
+    produced = store.produce(request, build, context.run_id)
+    artifact = produced.artifact
+    state = "hit" if produced.hit else "computed"
+    logger.info("%-9s %s (%.1f s)", state, key.to_user_string(), produced.seconds, extra={"asset": key.path})
+    metadata: dict[str, Any] = {
+        "cache": state,
+        "seconds": round(produced.seconds, 3),
+        "computed_seconds": artifact.seconds,
+        "peak_memory_mb": artifact.peak_memory_mb,
+        "fingerprint": artifact.fingerprint,
+        "path": dg.MetadataValue.path(artifact.path),
+        **{name: value for name, value in artifact.facts.items() if isinstance(value, (int, float, str))},
+        **({"computed_by": dg.MetadataValue.dagster_run(artifact.run_id)} if produced.hit and artifact.run_id else {}),
+        **(decisions_table(artifact) if artifact.decisions else {}),
+        **(extra(artifact) if extra else {}),
+    }
+    return dg.Output(artifact, data_version=dg.DataVersion(artifact.digest), metadata=metadata)
+
+
+def decisions_table(artifact: Artifact) -> dict[str, Any]:
+    """The decision rows as an inline table: all of them, or the first 300 and the count."""
+    import pandas as pd
+
+    frame = pd.read_parquet(artifact.decisions)
+    shown = frame.head(TABLE_ROWS)
+    records = [
+        dg.TableRecord(
+            {
+                "step": int(row.step),
+                "target": row.target,
+                "action": row.action,
+                "sources": ", ".join(map(str, row.sources)),
+                "value": "" if pd.isna(row.value) else f"{row.value:.6g}",
+                "unit": row.unit,
+                "evidence": row.evidence,
+            }
+        )
+        for row in shown.itertuples()
+    ]
+    return {"decisions": dg.MetadataValue.table(records), "decision_count": len(frame)}
+
+
+def picture(png: bytes) -> dg.MarkdownMetadataValue:
+    return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(png).decode()})")

@@ -1,0 +1,54 @@
+"""`quantized_weights` of one recipe."""
+
+import dagster as dg
+
+from assets.base_models import base_models
+from assets.merging import recipe_key
+from assets.publishing import GPU, publish
+from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
+from compression_dags.recipes import Recipe, options_digest
+from resources.accelerator import Accelerator
+from resources.artifact_store import ArtifactStore
+
+
+def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDefinition:
+    quantizer = recipe.quantize
+    assert quantizer is not None
+
+    @dg.asset(
+        key=recipe_key(recipe, "quantized_weights"),
+        partitions_def=base_models,
+        group_name=recipe.slug,
+        kinds={"torch", "safetensors"},
+        tags={"recipe": recipe.name, "method": quantizer.method, "scheme": quantizer.scheme},
+        code_version=f"{quantizer.version}:{options_digest(quantizer.options())}",
+        ins={"weights": dg.AssetIn(weights_key)},
+        description=f"`{quantizer.method}` onto compressed-tensors `{quantizer.scheme}`: "
+        f"{(type(quantizer).__doc__ or '').strip()}",
+        **GPU,
+    )
+    def quantized_weights(
+        context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator, weights: Artifact
+    ) -> dg.Output[Artifact]:
+        def build(work):
+            from compression_dags.checkpoints.facts import weight_facts
+            from compression_dags.checkpoints.gate import check_reload
+            from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.provenance.decisions import write_decisions
+            from compression_dags.stages import bar
+
+            source = Checkpoint(weights.checkpoint)
+            quantizer.check(source.facts)
+            with accelerator.lease() as device:
+                on = {"device": device.name, "dtype": device.dtype}
+                model = quantizer.quantize(source, work.out / CHECKPOINT, **on, track=bar)
+                gate = check_reload(model.checkpoint.path, quantizer.reference_logits(source, **on), **on)
+            write_decisions(model.decisions, work.out / DECISIONS)
+            facts = weight_facts(model.checkpoint, parameters=weights.facts["parameters"])
+            return {**facts, "bits_per_weight": model.bits_per_weight, "scheme": quantizer.scheme, **gate}
+
+        inputs = {"weights": weights.digest}
+        request = Request("quantized_weights", quantizer.version, quantizer.options(), inputs, accelerator.numeric)
+        return publish(context, store, request, build)
+
+    return quantized_weights

@@ -1,0 +1,90 @@
+"""`leaderboard` and `decision_ledger` of one base model, over all recipes that have been run on it."""
+
+import json
+from collections.abc import Sequence
+
+import dagster as dg
+
+from assets.base_models import base_model, base_models
+from assets.publishing import picture, publish
+from compression_dags.provenance.artifacts import Artifact, Request
+from resources.artifact_store import ArtifactStore
+
+
+def build_leaderboard(scorecards: dict[str, dg.AssetKey], similarities: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
+    """`scorecards`: recipe name → key, the baseline included. Recipes that were not run yet are left out."""
+
+    @dg.asset(
+        partitions_def=base_models,
+        group_name="results",
+        kinds={"pandas"},
+        code_version="1",
+        ins={"base": dg.AssetIn(base_model.key)},
+        deps=list(scorecards.values()),
+        description="All recipes beside the uncompressed model: layers, parameters, bytes, scores, change.",
+    )
+    def leaderboard(context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact) -> dg.Output[Artifact]:
+        here = context.partition_key
+        found = {name: store.recall(key, here) for name, key in scorecards.items()}
+        cards = {name: a for name, a in found.items() if a}
+        maps = {key: a for key in similarities if (a := store.recall(key, here))}
+        inputs = {name: a.digest for name, a in cards.items()}
+        inputs |= {key.to_user_string(): a.digest for key, a in maps.items()} | {"base_model": base.digest}
+
+        def build(work):
+            from compression_dags.evaluation.scorecard import leaderboard_frame
+            from compression_dags.provenance.report import write_report
+
+            read = [json.loads((a.path / "scorecard.json").read_text()) | {"family": name} for name, a in cards.items()]
+            frame = leaderboard_frame(read)
+            frame.to_parquet(work.out / "leaderboard.parquet", index=False)
+            plots = {key.to_user_string(): (a.path / "plot.png").read_bytes() for key, a in maps.items()}
+            write_report(work.out, here, base.facts, read, plots)
+            return {"recipes": len(cards) - ("baseline" in cards)}
+
+        def table(artifact: Artifact) -> dict:
+            import pandas as pd
+
+            frame = pd.read_parquet(artifact.path / "leaderboard.parquet")
+            rows = [dg.TableRecord({k: _cell(v) for k, v in row.items()}) for row in frame.to_dict("records")]
+            plot = artifact.path / "scores.png"
+            shown = {"plot": picture(plot.read_bytes())} if plot.exists() else {}
+            return {"leaderboard": dg.MetadataValue.table(rows), **shown} if rows else shown
+
+        return publish(context, store, Request("leaderboard", "1", {}, inputs), build, extra=table)
+
+    return leaderboard
+
+
+def build_decision_ledger(deciders: dict[str, list[dg.AssetKey]]) -> dg.AssetsDefinition:
+    """`deciders`: recipe name → assets that decide something, in pipeline order."""
+
+    @dg.asset(
+        partitions_def=base_models,
+        group_name="results",
+        kinds={"parquet"},
+        code_version="1",
+        deps=[key for keys in deciders.values() for key in keys],
+        description="Every decision of every recipe on a base model, one row each, with its evidence.",
+    )
+    def decision_ledger(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.Output[Artifact]:
+        here = context.partition_key
+        found = [(recipe, a) for recipe, keys in deciders.items() for k in keys if (a := store.recall(k, here))]
+        inputs = {f"{recipe}/{a.kind}": a.fingerprint for recipe, a in found}
+
+        def build(work):
+            from compression_dags.provenance.decisions import join_ledger
+
+            ledger = join_ledger(here, found)
+            ledger.to_parquet(work.out / "ledger.parquet", index=False)
+            return {"rows": len(ledger), "recipes": ledger["recipe"].nunique()}
+
+        return publish(context, store, Request("decision_ledger", "1", {"base_model": here}, inputs), build)
+
+    return decision_ledger
+
+
+def _cell(value):
+    if value is None or value != value:
+        return ""
+    return value if isinstance(value, (int, str)) else round(float(value), 6)

@@ -1,0 +1,131 @@
+"""The CLI's reading verbs: leaderboard, decisions, export, store. They read the artifact store and compute nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from resources.model_hub import ModelHub
+
+from assets.base_models import base_model
+from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
+from compression_dags.errors import InputError
+from compression_dags.provenance.artifacts import Artifact
+from compression_dags.recipes import load_recipes, pick_recipes, recipes_folder
+from resources.artifact_store import ArtifactStore
+
+
+def _graph() -> Graph:
+    folder = recipes_folder()
+    return build_graph(load_recipes(folder), evaluation_book(folder), Settings.from_environment())
+
+
+def _slug(home: Path, model: str) -> str:
+    """The slug of a model that this home knows.
+
+    Raises:
+        InputError: listing the known ones.
+    """
+    hub = ModelHub(home=str(home))
+    known = hub.registered()
+    if model in known:
+        return model
+    slug = hub.resolve(model).slug
+    if slug not in known:
+        raise InputError(f"model {model!r} is not in {home}; known: {', '.join(sorted(known)) or 'none'}")
+    return slug
+
+
+def leaderboards(home: Path, model: str | None) -> dict[str, pd.DataFrame]:
+    """Slug → leaderboard of every model that has one."""
+    store = ArtifactStore(home=str(home))
+    slugs = [_slug(home, model)] if model else sorted(ModelHub(home=str(home)).registered())
+    found = {slug: store.recall(Graph.SUMMARY[0], slug) for slug in slugs}
+    return {slug: pd.read_parquet(a.path / "leaderboard.parquet") for slug, a in found.items() if a}
+
+
+def leaderboard_text(tables: dict[str, pd.DataFrame]) -> str:
+    from compression_dags.evaluation.scorecard import frame_text
+
+    if not tables:
+        return "nothing was run yet: compression-dags run -m MODEL -r RECIPE"
+    return "\n\n".join(f"{slug}\n{frame_text(table)}" for slug, table in tables.items())
+
+
+def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.DataFrame:
+    """Decision rows of a model, of one recipe or stage if asked.
+
+    Raises:
+        InputError: unknown model, recipe or stage, or nothing run yet.
+    """
+    slug = _slug(home, model)
+    found = ArtifactStore(home=str(home)).recall(Graph.SUMMARY[1], slug)
+    if found is None:
+        raise InputError(f"no recipe was run on {slug} yet")
+    frame = pd.read_parquet(found.path / "ledger.parquet")
+    for column, value in (("recipe", recipe), ("stage", stage)):
+        if value is not None:
+            allowed = sorted(frame[column].unique())
+            if value not in allowed:
+                raise InputError(f"{column} {value!r} has no decisions for {slug}; there are: {', '.join(allowed)}")
+            frame = frame[frame[column] == value]
+    return frame
+
+
+def export_checkpoint(home: Path, model: str, recipe: str, target: Path) -> Path:
+    """Copy the last weights of a recipe with model card and `compression.json`.
+
+    Raises:
+        InputError: not run yet, or the target is not an empty or new directory.
+    """
+    from compression_dags.provenance.model_card import write_card
+
+    slug, store, graph = _slug(home, model), ArtifactStore(home=str(home)), _graph()
+    (chosen,) = pick_recipes(graph.recipes, [recipe])
+    family = graph.families[recipe]
+    weights, card = store.recall(family.weights, slug), store.recall(family.scorecard, slug)
+    base = store.recall(base_model.key, slug)
+    if weights is None or card is None or base is None:
+        raise InputError(f"recipe {recipe} was not run on {slug}: compression-dags run -m {slug} -r {recipe}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"--to {target} must be a new or empty directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # real copies: what a user does to an export must not reach the store
+        shutil.copytree(weights.checkpoint, target, dirs_exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--to {target} cannot be written: {error.strerror}") from None
+    lineage = {key.to_user_string(): a for key in family.keys([]) if (a := store.recall(key, slug))}
+    scores = json.loads((card.path / "scorecard.json").read_text())
+    write_card(target, chosen.describe(), slug, base, weights, _lineage(lineage), scores, _stage_decisions(lineage))
+    return target
+
+
+def _lineage(artifacts: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
+    return {
+        key: {"fingerprint": a.fingerprint, "digest": a.digest, "run_id": a.run_id, "inputs": a.inputs}
+        for key, a in artifacts.items()
+    }
+
+
+def _stage_decisions(artifacts: dict[str, Artifact]) -> pd.DataFrame:
+    from compression_dags.provenance.decisions import join_ledger
+
+    return join_ledger("", [("", a) for a in artifacts.values()])
+
+
+def store_sizes(home: Path) -> dict[str, dict[str, int]]:
+    return ArtifactStore(home=str(home)).sizes()
+
+
+def prune_store(home: Path, delete: bool) -> list[str]:
+    """What no asset of the present recipes reaches: its paths, removed if `delete`."""
+    store = ArtifactStore(home=str(home))
+    keys = {tuple(key.path) for key in _graph().definitions.resolve_asset_graph().get_all_asset_keys()}
+    dead = store.unreachable(keys)
+    for path in dead if delete else []:
+        shutil.rmtree(path)
+    return [str(path.relative_to(home)) for path in dead]

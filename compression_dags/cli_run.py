@@ -1,0 +1,268 @@
+"""Run recipes through Dagster in this process (the CLI's run verbs), and show what came out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compression_dags.calibration.corpora import PROJECT
+from compression_dags.cli import WorkFailed
+from compression_dags.errors import InputError
+from compression_dags.recipes import BASELINE, Recipe, load_recipes, pick_recipes, recipes_folder
+
+if TYPE_CHECKING:
+    import dagster as dg
+    from resources.model_hub import ModelSource
+
+    from compression_dags.definitions import Graph, Settings
+    from compression_dags.provenance.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of recipes on one model came to."""
+
+    slug: str
+    home: Path
+    base: Artifact
+    weights: dict[str, Artifact]
+    cards: dict[str, dict[str, Any]]
+    assets: dict[str, dict[str, dict[str, Any]]]
+    report: Path
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `run --json` prints; its keys are stable."""
+        size = {key: self.base.facts[key] for key in ("bytes", "layers")}
+        base = {"name": self.base.facts["origin"], "slug": self.slug, "params": self.base.facts["parameters"], **size}
+        return {
+            "base_model": base,
+            "baseline": {"scores": self.cards[BASELINE]["scores"]},
+            "recipes": {
+                name: {
+                    "checkpoint": str(self.weights[name].checkpoint),
+                    "layers": card["layers"],
+                    "params": card["parameters"],
+                    "bytes": card["bytes"],
+                    "scores": card["scores"],
+                    "assets": self.assets[name],
+                }
+                for name, card in self.cards.items()
+                if name != BASELINE
+            },
+        }
+
+    def scoreboard(self) -> str:
+        from compression_dags.evaluation.scorecard import scoreboard
+
+        hits = {name: self._hits(name) for name in self.cards}
+        return scoreboard(self.slug, list(self.cards.values()), hits)
+
+    def _hits(self, name: str) -> str:
+        states = [a["cache"] for a in self.assets[name].values()]
+        return f"{states.count('hit')}/{len(states)}"
+
+    def closing(self) -> str:
+        ui = "./run compression-dags ui" if (Path.cwd() / "run").is_file() else "compression-dags ui"
+        home = "" if self.home == Path.cwd() / ".compression_dags" else f" --home {self.home}"
+        return f"report: {self.report}\nopen the UI: {ui}{home}   ({self.seconds:.0f} s)"
+
+
+def prepare_instance(home: Path) -> Path:
+    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off)."""
+    folder = home / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "dagster.yaml").is_file():
+        shutil.copyfile(PROJECT / "dagster.yaml", folder / "dagster.yaml")
+    return folder
+
+
+def run_recipes(
+    model: str,
+    names: list[str],
+    settings: Settings,
+    *,
+    tasks: str | None = None,
+    name: str | None = None,
+    calibration: dict[str, int] | None = None,
+) -> Outcome:
+    """Check everything that can be checked, then materialize what is missing.
+
+    Raises:
+        InputError: anything the user gave that cannot work, before compute where that can be known.
+        WorkFailed: a stage failed; what finished before is stored.
+    """
+    start = time.monotonic()
+    _speak()
+    recipes = load_recipes(recipes_folder())
+    chosen = pick_recipes(recipes, names)
+    if calibration:
+        changed = {r.name: replace(r, calibration=_changed(r, calibration)) for r in chosen}
+        recipes |= changed
+        chosen = list(changed.values())
+    source = _register(model, settings, name)
+    _check(source, chosen, settings)
+
+    from compression_dags.definitions import added_tasks, build_graph, evaluation_book
+
+    book = evaluation_book(recipes_folder())
+    wanted = _wanted_tasks(book, source.slug, chosen, tasks, settings)
+    extra = book.resolve(added_tasks(settings.home, tasks.split(",") if tasks else ()))
+    graph = build_graph(recipes, book, settings, extra)
+    result = _execute(graph.definitions, source.slug, graph.keys([r.name for r in chosen], wanted), settings)
+    return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start)
+
+
+def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
+    """Register and import one base model."""
+    _speak()
+    source = _register(model, settings, name)
+    _check(source, [], settings)
+    from assets.base_models import base_model
+    from compression_dags.definitions import build_graph, evaluation_book
+
+    graph = build_graph({}, evaluation_book(recipes_folder()), settings)
+    _execute(graph.definitions, source.slug, [base_model.key], settings)
+    return _recall(settings, base_model.key, source.slug)
+
+
+def _speak() -> None:
+    """One line an asset on standard error; Dagster's own chatter and library warnings stay in its event log."""
+    logging.getLogger().handlers.clear()
+    warnings.filterwarnings("ignore", message=".*(beta|preview|superseded).*")
+    ours = logging.getLogger("compression_dags")
+    ours.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _changed(recipe: Recipe, values: dict[str, int]):
+    return recipe.calibration.model_copy(update=values)
+
+
+def _register(model: str, settings: Settings, name: str | None) -> ModelSource:
+    from resources.model_hub import ModelHub
+
+    from resources.artifact_store import ArtifactStore
+
+    ArtifactStore(home=str(settings.home)).ensure_writable()
+    hub = ModelHub(home=str(settings.home))
+    source = hub.resolve(model, name)
+    hub.register(source)
+    return source
+
+
+def _check(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
+    """Architecture, recipes, device and disk, from the model's headers, before any compute."""
+    from compression_dags.checkpoints.reader import Checkpoint
+    from resources.accelerator import Accelerator
+    from resources.artifact_store import ArtifactStore
+
+    Accelerator(home=str(settings.home), device=settings.device, dtype=settings.dtype).check()
+    if source.kind not in {"embedded", "directory"}:
+        return  # not downloaded yet: `base_model` and the plan assets check it
+    checkpoint = Checkpoint(source.location)
+    for recipe in recipes:
+        recipe.check(checkpoint.stated_facts)
+    ArtifactStore(home=str(settings.home)).ensure_writable(checkpoint.nbytes * (1 + len(recipes)))
+
+
+def _wanted_tasks(book, slug: str, recipes: list[Recipe], tasks: str | None, settings: Settings) -> list[str]:
+    """Names of the tasks to score: the command line's, else the recipes' own, else the model's default suite."""
+    from resources.evaluator import Evaluator
+
+    if tasks:
+        names = [t.strip() for t in tasks.split(",") if t.strip()]
+    else:
+        default = book.default_names(slug)
+        names = [t for r in recipes for t in (r.evaluate or default)] or default
+    book.check_harness(names, Evaluator(data_dirs=settings.eval_data).folders)
+    return list(dict.fromkeys(task.name for task in book.resolve(names)))
+
+
+def _execute(
+    definitions: dg.Definitions, slug: str, keys: list[dg.AssetKey], settings: Settings
+) -> dg.ExecuteInProcessResult:
+    import dagster as dg
+
+    from assets.base_models import base_models
+
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(settings.home))
+    with dg.DagsterInstance.get() as instance:
+        instance.add_dynamic_partitions(base_models.name or "", [slug])
+        job = definitions.resolve_implicit_global_asset_job_def()
+        result = job.execute_in_process(
+            instance=instance,
+            partition_key=slug,
+            asset_selection=keys,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+    if not result.success:
+        _raise_first_failure(result)
+    return result
+
+
+def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
+    for event in result.all_events:
+        if event.is_step_failure:
+            error = event.step_failure_data.error
+            while error is not None and error.cause is not None:
+                error = error.cause
+            text = (
+                (error.message if error else "unknown failure")
+                .strip()
+                .removeprefix(f"{error.cls_name}: " if error else "")
+            )
+            line = " ".join(text.split("\n\nStack")[0].split())
+            if error is not None and error.cls_name == "InputError":
+                raise InputError(line.split("compression_dags.errors.InputError: ")[-1])
+            raise WorkFailed(f"{event.step_key}: {line}  (run {result.run_id})")
+    raise WorkFailed(f"run {result.run_id} failed without a failed step")
+
+
+def _recall(settings: Settings, key: dg.AssetKey, slug: str) -> Artifact:
+    from resources.artifact_store import ArtifactStore
+
+    found = ArtifactStore(home=str(settings.home)).recall(key, slug)
+    if found is None:
+        raise WorkFailed(f"{key.to_user_string()} of {slug} is missing from the store after the run")
+    return found
+
+
+def _outcome(graph: Graph, slug: str, recipes: list[Recipe], tasks: list[str], result, settings, seconds) -> Outcome:
+    events = {
+        e.asset_key: {k: e.materialization.metadata[k].value for k in ("cache", "seconds", "fingerprint")}
+        for e in result.all_events
+        if e.is_step_materialization and e.asset_key is not None
+    }
+    names = [BASELINE, *(r.name for r in recipes)]
+    families = {name: graph.families[name] for name in names}
+    cards = {
+        name: json.loads((_recall(settings, f.scorecard, slug).path / "scorecard.json").read_text()) | {"family": name}
+        for name, f in families.items()
+    }
+    assets = {
+        name: {key.to_user_string(): events[key] for key in f.keys(tasks) if key in events}
+        for name, f in families.items()
+    }
+    board = _recall(settings, graph.SUMMARY[0], slug)
+    report = settings.home / "reports" / f"{slug}.html"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(board.path / "report.html", report)
+    weights = {name: _recall(settings, f.weights, slug) for name, f in families.items()}
+    base = _recall(settings, graph.families[BASELINE].weights, slug)
+    return Outcome(slug, settings.home, base, weights, cards, assets, report, seconds)

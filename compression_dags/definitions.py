@@ -1,0 +1,206 @@
+"""The composition root: recipes → assets, resources, jobs, schedule, sensor. Imports no torch."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+from resources.model_hub import ModelHub
+
+from assets.base_models import base_model, base_models
+from assets.calibration import SIMILARITIES, build_calibration_assets, calibration_key
+from assets.families import Family, build_baseline, build_recipe_family
+from assets.summary import build_decision_ledger, build_leaderboard
+from compression_dags.calibration.corpora import PROJECT, Calibration
+from compression_dags.evaluation.tasks import Task, TaskBook, load_tasks
+from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
+from resources.accelerator import Accelerator
+from resources.artifact_store import ArtifactStore, HandleIO
+from resources.evaluator import Evaluator
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where things lie and what computes.
+
+    Attributes:
+        home: artifact store, Dagster instance, imported models.
+        device, dtype: for `Accelerator`.
+        eval_data: folders with local evaluation tasks, separated by the path separator.
+        watch: a folder of model directories, or a text file with one model reference a line; the sensor reads it.
+    """
+
+    home: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    eval_data: str = ""
+    watch: str = ""
+
+    @classmethod
+    def from_environment(cls) -> "Settings":
+        get = os.environ.get
+        return cls(
+            Path(get("COMPRESSION_DAGS_HOME") or Path.cwd() / ".compression_dags").absolute(),
+            get("COMPRESSION_DAGS_DEVICE") or "auto",
+            get("COMPRESSION_DAGS_DTYPE") or "auto",
+            get("COMPRESSION_DAGS_EVAL_DATA") or "",
+            get("COMPRESSION_DAGS_WATCH") or "",
+        )
+
+    def resources(self) -> dict[str, object]:
+        home = str(self.home)
+        store = ArtifactStore(home=home)
+        return {
+            "store": store,
+            "hub": ModelHub(home=home),
+            "accelerator": Accelerator(home=home, device=self.device, dtype=self.dtype),
+            "evaluator": Evaluator(data_dirs=self.eval_data),
+            "io_manager": HandleIO(store=store),
+        }
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Everything that was built, for the CLI to select from."""
+
+    definitions: dg.Definitions
+    recipes: dict[str, Recipe]
+    families: dict[str, Family]
+    book: TaskBook
+
+    SUMMARY = (dg.AssetKey(["leaderboard"]), dg.AssetKey(["decision_ledger"]))
+
+    def keys(self, names: Sequence[str], tasks: Sequence[str]) -> list[dg.AssetKey]:
+        """Assets of a run: the baseline, the named recipes, and the summaries over all."""
+        chosen = [self.families[name] for name in (BASELINE, *names)]
+        return list(dict.fromkeys([*(k for f in chosen for k in f.keys(tasks)), *self.SUMMARY]))
+
+
+def added_tasks(home: Path, more: Sequence[str] = ()) -> list[str]:
+    """Tasks asked for with `--tasks` in this home, so that the UI shows them too; `more` are added."""
+    file = home / "tasks.json"
+    known = json.loads(file.read_text()) if file.is_file() else []
+    wanted = list(dict.fromkeys([*known, *more]))
+    if wanted != known:
+        home.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(wanted))
+    return wanted
+
+
+def evaluation_book(folder: Path) -> TaskBook:
+    own = folder / "evaluation.yaml"
+    return load_tasks(own if own.is_file() else PROJECT / "recipes" / "evaluation.yaml")
+
+
+def build_graph(recipes: dict[str, Recipe], book: TaskBook, settings: Settings, extra: Sequence[Task] = ()) -> Graph:
+    """All assets of all recipes. `extra` are tasks asked for on the command line, offered to every family."""
+    defaults = book.resolve(sorted({task for suite in book.default_suites.values() for task in book.suites[suite]}))
+
+    def tasks_of(recipe: Recipe | None) -> list[Task]:
+        own = book.resolve(list(recipe.evaluate)) if recipe and recipe.evaluate else defaults
+        return list({t.name: t for t in [*own, *extra]}.values())
+
+    everything = {t.name: t for r in (None, *recipes.values()) for t in tasks_of(r)}
+    families = {BASELINE: build_baseline(list(everything.values()))}
+    families |= {name: build_recipe_family(recipe, tasks_of(recipe)) for name, recipe in recipes.items()}
+    calibrations = _calibrations(recipes)
+    assets = [
+        base_model,
+        *(a for c in calibrations for a in build_calibration_assets(c)),
+        *(a for f in families.values() for a in f.assets),
+        build_leaderboard({n: f.scorecard for n, f in families.items()}, _similarity_keys(calibrations)),
+        build_decision_ledger({n: f.stages for n, f in families.items() if f.stages}),
+    ]
+    jobs, everything_job = _jobs(families)
+    definitions = dg.Definitions(
+        assets=assets,
+        resources=settings.resources(),
+        jobs=[*jobs, everything_job],
+        schedules=[_recompress_monthly(everything_job)],
+        sensors=[_new_base_models(everything_job, settings)],
+        executor=dg.in_process_executor,
+    )
+    return Graph(definitions, recipes, families, book)
+
+
+def _calibrations(recipes: dict[str, Recipe]) -> list[Calibration]:
+    used = [r.calibration for r in recipes.values() if (r.merge and r.merge.needs) or r.recover]
+    return list({c.slug: c for c in used}.values())
+
+
+def _similarity_keys(calibrations: Sequence[Calibration]) -> list[dg.AssetKey]:
+    return [calibration_key(c, f"similarity_{metric}") for c in calibrations for metric in SIMILARITIES]
+
+
+def _jobs(families: dict[str, Family]):
+    """`compress_<recipe>` with everything upstream, `evaluate_all`, and `compress_all`."""
+    summary = dg.AssetSelection.assets(*Graph.SUMMARY)
+    jobs = [
+        dg.define_asset_job(
+            f"compress_{family.slug}",
+            dg.AssetSelection.assets(family.scorecard).upstream() | summary,
+            description=f"Recipe {family.name} from base model to scorecard.",
+        )
+        for family in families.values()
+        if family.name != BASELINE
+    ]
+    evaluations = [key for f in families.values() for key in (*f.tasks.values(), f.scorecard)]
+    jobs.append(
+        dg.define_asset_job(
+            "evaluate_all",
+            dg.AssetSelection.assets(*evaluations) | summary,
+            description="Score stored weights again: what is scored already is a hit.",
+        )
+    )
+    return jobs, dg.define_asset_job("compress_all", dg.AssetSelection.all(), description="Every recipe.")
+
+
+def _recompress_monthly(job) -> dg.ScheduleDefinition:
+    @dg.schedule(job=job, cron_schedule="0 3 1 * *", name="recompress_monthly")
+    def recompress_monthly(context: dg.ScheduleEvaluationContext):
+        """Every base model through every recipe; runs are idempotent, so only what changed is computed."""
+        for slug in context.instance.get_dynamic_partitions(base_models.name or ""):
+            yield dg.RunRequest(run_key=f"{slug}-{context.scheduled_execution_time:%Y-%m}", partition_key=slug)
+
+    return recompress_monthly
+
+
+def _new_base_models(job, settings: Settings) -> dg.SensorDefinition:
+    @dg.sensor(job=job, name="new_base_models", minimum_interval_seconds=300)
+    def new_base_models(context: dg.SensorEvaluationContext):
+        """Registers models that appear in the watched folder or list (`COMPRESSION_DAGS_WATCH`) and compresses them."""
+        if not settings.watch:
+            return dg.SkipReason("COMPRESSION_DAGS_WATCH names no folder or list of models")
+        hub = ModelHub(home=str(settings.home))
+        known = set(context.instance.get_dynamic_partitions(base_models.name or ""))
+        found, refused = {}, []
+        for reference in hub.watch(settings.watch):
+            try:
+                source = hub.resolve(reference)
+                if source.slug not in known:
+                    hub.register(source)
+                    found[source.slug] = source
+            except ValueError as error:
+                refused.append(f"{reference}: {error}")
+        for line in refused:
+            context.log.warning(line)
+        if not found:
+            return dg.SkipReason(f"no new base model in {settings.watch}" + "; refused: ".join(["", *refused]))
+        return dg.SensorResult(
+            run_requests=[dg.RunRequest(run_key=slug, partition_key=slug) for slug in found],
+            dynamic_partitions_requests=[base_models.build_add_request(list(found))],
+        )
+
+    return new_base_models
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What Dagster's tools load: the recipes folder and the home of the environment."""
+    settings = Settings.from_environment()
+    folder = recipes_folder()
+    book = evaluation_book(folder)
+    extra = book.resolve(added_tasks(settings.home))
+    return build_graph(load_recipes(folder), book, settings, extra).definitions

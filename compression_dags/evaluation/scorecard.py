@@ -1,0 +1,104 @@
+"""Scorecards and the leaderboard: size and scores beside the uncompressed model's. Plain JSON and pandas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+
+def make_scorecard(
+    family: str,
+    weights: dict[str, Any],
+    base: dict[str, Any],
+    scores: dict[str, dict[str, float]],
+    baseline: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Join the size of a family's weights and its scores with the base model's.
+
+    Returns:
+        `layers`, `parameters`, `bytes`; their ratios to the base; `scores` (task → metric → value); `change`
+        (task → metric → relative change for perplexities, difference otherwise); `flat`, one number a metric.
+    """
+    dense = (baseline or {}).get("scores", {})
+    change = {
+        task: {
+            metric: value / dense[task][metric] - 1 if metric.startswith("perplexity") else value - dense[task][metric]
+            for metric, value in metrics.items()
+            if is_headline(metric) and metric in dense.get(task, {})
+        }
+        for task, metrics in scores.items()
+    }
+    flat = {f"{t}/{m}": v for t, metrics in scores.items() for m, v in metrics.items() if is_headline(m)}
+    size = {name: weights[name] for name in ("layers", "parameters", "bytes")}
+    ratios = {f"{name}_ratio": size[name] / base[name] for name in size}
+    return {"family": family, **size, **ratios, "scores": scores, "change": change, "flat": flat}
+
+
+def is_headline(metric: str) -> bool:
+    """Whether a metric is a score, rather than a count or a standard error."""
+    return metric.startswith("perplexity@") or metric in {"acc", "acc_norm", "exact_match", "f1", "perplexity"}
+
+
+def leaderboard_frame(cards: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row a family, the baseline first, then by bytes; a column a headline metric and its change."""
+    rows = []
+    for card in cards:
+        row = {name: card[name] for name in ("family", "layers", "parameters", "bytes")}
+        for task, metrics in sorted(card["scores"].items()):
+            for metric in sorted(filter(is_headline, metrics)):
+                row[f"{task} {metric}"] = metrics[metric]
+                if metric in card["change"].get(task, {}):
+                    row[f"{task} {metric} change"] = card["change"][task][metric]
+        rows.append(row)
+    rows.sort(key=lambda r: (r["family"] != "baseline", -r["bytes"], r["family"]))
+    return pd.DataFrame(rows)
+
+
+def scoreboard(model: str, cards: list[dict[str, Any]], hits: dict[str, str]) -> str:
+    """The table at the end of a run: size, scores, change against the baseline, cache hits."""
+    frame = leaderboard_frame(cards)
+    frame.insert(len(frame.columns), "cache hits", [hits[name] for name in frame["family"]])
+    return f"{model}\n{frame_text(frame)}"
+
+
+def frame_text(frame: pd.DataFrame) -> str:
+    """A leaderboard as aligned text; a change stands in brackets behind its score."""
+    columns: list[tuple[str, list[str]]] = []
+    for name in frame.columns:
+        if name.endswith(" change"):
+            continue
+        values = [_text(name, v) for v in frame[name]]
+        if f"{name} change" in frame:
+            changes = frame[f"{name} change"]
+            percent = "perplexity" in name
+            values = [v + _change(c, percent) for v, c in zip(values, changes, strict=True)]
+        columns.append((_heading(name), values))
+    widths = [max(len(title), *map(len, values)) for title, values in columns]
+    lines = ["  ".join(title.ljust(w) for (title, _), w in zip(columns, widths, strict=True))]
+    lines.append("  ".join("-" * w for w in widths))
+    for i in range(len(frame)):
+        cells = [
+            values[i].ljust(w) if k == 0 else values[i].rjust(w)
+            for k, ((_, values), w) in enumerate(zip(columns, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+def _heading(name: str) -> str:
+    return {"family": "recipe", "bytes": "MB", "parameters": "M params"}.get(name, name.replace("perplexity", "ppl"))
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    if name in {"bytes", "parameters"}:
+        return f"{value / 1e6:.2f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _change(value: float | None, percent: bool) -> str:
+    if value is None or value != value:
+        return ""
+    return f" ({value:+.1%})" if percent else f" ({value:+.3f})"

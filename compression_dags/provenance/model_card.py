@@ -1,0 +1,99 @@
+"""The model card and `compression.json` of an exported checkpoint; every number is read from artifacts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from compression_dags.evaluation.scorecard import is_headline
+from compression_dags.provenance.artifacts import Artifact, describe_files
+
+
+def write_card(
+    directory: Path,
+    recipe: dict[str, Any],
+    slug: str,
+    base: Artifact,
+    weights: Artifact,
+    lineage: dict[str, dict[str, Any]],
+    card: dict[str, Any],
+    decisions: pd.DataFrame,
+) -> None:
+    """Write `README.md` and `compression.json` beside the weights in `directory`."""
+    record = {
+        "base_model": {"slug": slug, "digest": base.digest, **{k: base.facts.get(k) for k in ("origin", "revision")}},
+        "recipe": recipe,
+        "weights": {"fingerprint": weights.fingerprint, "digest": weights.digest, "facts": weights.facts},
+        "scores": card["scores"],
+        "change": card["change"],
+        "lineage": lineage,
+        "files": describe_files(directory),
+    }
+    (directory / "compression.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    (directory / "README.md").write_text(_readme(recipe, slug, base, card, decisions), encoding="utf-8")
+
+
+def _readme(recipe: dict[str, Any], slug: str, base: Artifact, card: dict[str, Any], decisions: pd.DataFrame) -> str:
+    kind = "quantized" if any("quantize" in s for s in recipe["stages"]) else "merge"
+    front = {
+        "base_model": base.facts.get("origin") if "/" in str(base.facts.get("origin")) else slug,
+        "base_model_relation": kind,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"license": base.facts["licence"]} if base.facts.get("licence") else {}),
+        "tags": ["compression-dags", *(f"{s}-{o['method']}" for e in recipe["stages"] for s, o in e.items())],
+    }
+    if str(front["base_model"]).startswith(("/", ".")):
+        front["base_model"] = slug  # a path of the machine that made it says nothing to a reader
+    sizes = [
+        f"| {name} | {base.facts[name]:,} | {card[name]:,} | {card[f'{name}_ratio']:.4f} |"
+        for name in ("layers", "parameters", "bytes")
+    ]
+    scores = [
+        f"| {task} | {metric} | {value:.5g} | {_change(card, task, metric)} |"
+        for task, metrics in card["scores"].items()
+        for metric, value in metrics.items()
+        if is_headline(metric)
+    ]
+    counts = decisions.groupby(["stage", "method", "action"]).size().reset_index(name="count")
+    rows = [f"| {r.stage} | {r.method} | {r.action} | {r['count']} |" for _, r in counts.iterrows()]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            f"# {slug}, {recipe['name']}",
+            "",
+            f"{recipe['description']}. Made by compression_dags; loads in stock transformers.",
+            "",
+            "```yaml",
+            yaml.safe_dump({"stages": recipe["stages"]}, sort_keys=False).strip(),
+            "```",
+            "",
+            "| | base | this | ratio |",
+            "| --- | --- | --- | --- |",
+            *sizes,
+            "",
+            "| task | metric | score | change |",
+            "| --- | --- | --- | --- |",
+            *scores,
+            "",
+            "Decisions (every one with its evidence is in the ledger; lineage in `compression.json`):",
+            "",
+            "| stage | method | action | count |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _change(card: dict[str, Any], task: str, metric: str) -> str:
+    value = card["change"].get(task, {}).get(metric)
+    if value is None:
+        return ""
+    return f"{value:+.2%}" if metric.startswith("perplexity") else f"{value:+.4f}"

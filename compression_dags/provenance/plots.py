@@ -1,0 +1,58 @@
+"""Small plots as PNG bytes, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+INK, SOFT, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2563eb", "#d97706"
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def heatmap_png(matrix: np.ndarray, axis: str, label: str) -> bytes:
+    """A square matrix; small values dark."""
+    figure, axes = _figure(5.6, 4.6)
+    image = axes.imshow(matrix, cmap="viridis", origin="upper", interpolation="nearest")
+    axes.set(xlabel=axis, ylabel=axis)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    return _png(figure)
+
+
+def bars_png(values: np.ndarray, errors: np.ndarray | None, axis: str, label: str) -> bytes:
+    figure, axes = _figure(6.4, 3.2)
+    axes.bar(np.arange(len(values)), values, yerr=errors, color=ACCENT, ecolor=INK, capsize=2)
+    axes.set(xlabel=axis, ylabel=label)
+    axes.set_xticks(np.arange(0, len(values), max(1, len(values) // 16)))
+    return _png(figure)
+
+
+def scatter_png(points: dict[str, tuple[float, float]], xlabel: str, ylabel: str, baseline: str | None = None) -> bytes:
+    """Labelled points; the baseline in another colour. The y axis is logarithmic when it spans a factor of 5."""
+    figure, axes = _figure(7.2, 4.2)
+    for name, (x, y) in points.items():
+        axes.scatter([x], [y], s=46, color=SECOND if name == baseline else ACCENT, zorder=3)
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, color=INK)
+    ys = [y for _, y in points.values() if y > 0]
+    if ys and max(ys) > 5 * min(ys):
+        axes.set_yscale("log")
+    axes.grid(True, color=SOFT, alpha=0.3)
+    axes.margins(x=0.15, y=0.12)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return _png(figure)

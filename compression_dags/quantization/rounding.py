@@ -1,0 +1,180 @@
+"""Round to nearest on a grid: scales, zero points and codes of one weight matrix.
+
+W (out, in) is cut along its input dimension into groups; every group has a scale s and, if asymmetric, a zero point z:
+
+    q = clamp(round(W / s + z), q_min, q_max)        Ŵ = (q - z) · s
+
+Conventions are compressed-tensors' (`calculate_qparams`, `fake_quantize`), so that Ŵ survives packing and loading
+unchanged. Scales are found in float32 and kept in the dtype in which they are stored; codes are rounded against the
+stored scale, not against the ideal one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from compression_dags.errors import IntegrityError
+
+FP8 = torch.float8_e4m3fn
+FP4_GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1
+Q_MAX = {"fp8": 448.0, "fp4": 6.0}
+SMALLEST_FP8 = 2.0**-9
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which values a weight may take.
+
+    Attributes:
+        kind: int (two's complement), fp8 (E4M3), or fp4 (E2M1 with FP8 group scales and a float32 global
+            scale: NVFP4).
+        group_size: inputs that share a scale; None is one scale for each output channel.
+    """
+
+    kind: Literal["int", "fp8", "fp4"]
+    bits: int
+    group_size: int | None
+    symmetric: bool = True
+
+    @property
+    def range(self) -> tuple[float, float]:
+        if self.kind == "int":
+            return -(2.0 ** (self.bits - 1)), 2.0 ** (self.bits - 1) - 1
+        return -Q_MAX[self.kind], Q_MAX[self.kind]
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The quantization parameters of one matrix.
+
+    Attributes:
+        scale: (out, groups), in the stored dtype: the source's, or float8_e4m3fn for fp4.
+        zero_point: (out, groups) int8, None if symmetric.
+        global_scale: (1,) float32, fp4 only; the step of a group is scale / global_scale.
+    """
+
+    grid: Grid
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+
+    def step(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Distance of neighbouring integer codes, (out, groups)."""
+        scale = self.scale.to(dtype)
+        return scale if self.global_scale is None else scale / self.global_scale
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix on its grid: `codes` (out, in) float32 holds the grid values q exactly."""
+
+    codes: torch.Tensor
+    scales: Scales
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Ŵ (out, in), computed in `dtype` as a loader does that keeps scales in `dtype`."""
+        step, zero = self.scales.step(dtype), self.scales.zero_point
+        codes = _groups(self.codes.to(dtype), step.shape[1])
+        if zero is not None:
+            codes = codes - zero.to(dtype).unsqueeze(-1)
+        return (codes * step.unsqueeze(-1)).flatten(1)
+
+    def relative_error(self, weight: torch.Tensor) -> float:
+        """‖W − Ŵ‖ / ‖W‖ with float64 sums; 0 for a matrix of zeros."""
+        norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
+        difference = torch.linalg.vector_norm(weight.float() - self.dequantize(), dtype=torch.float64)
+        return float(difference / norm) if norm > 0 else 0.0
+
+
+def round_to_nearest(weight: torch.Tensor, grid: Grid, name: str = "weight") -> Rounded:
+    """RTN of one matrix.
+
+    Args:
+        weight: (out, in), float32, float16 or bfloat16; its dtype is the dtype of the stored scales.
+        name: named in errors.
+
+    Raises:
+        IntegrityError: the weight or a scale is not finite.
+    """
+    scales = find_scales(weight, grid, name)
+    return Rounded(round_codes(weight, scales), scales)
+
+
+def find_scales(weight: torch.Tensor, grid: Grid, name: str = "weight") -> Scales:
+    """Scales from the range of every group (absmax if symmetric, min and max otherwise; zero is always inside).
+
+    Raises:
+        IntegrityError: the weight is not finite, or a scale overflows its stored dtype.
+    """
+    groups = 1 if grid.group_size is None else weight.shape[1] // grid.group_size
+    low, high = torch.aminmax(_groups(weight.float(), groups), dim=-1)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise IntegrityError(f"{name} holds values that are not finite; it cannot be quantized")
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if grid.kind == "fp4":
+        return _fp4_scales(torch.maximum(-low, high), grid)
+    q_min, q_max = grid.range
+    half = (q_max - q_min) / 2
+    ideal = torch.maximum(-low, high) / half if grid.symmetric else (high - low) / (q_max - q_min)
+    scale = _store(ideal, weight.dtype)
+    if not torch.isfinite(scale).all():
+        raise IntegrityError(f"{name}: a scale overflows {str(weight.dtype).removeprefix('torch.')}")
+    if grid.symmetric:
+        return Scales(grid, scale)
+    zero = (q_min - low / scale.float()).clamp(q_min, q_max).round().to(torch.int8)
+    return Scales(grid, scale, zero)
+
+
+def round_codes(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """Nearest grid values, ties to even, (out, in) float32. Weights beyond the grid go to its end."""
+    step = scales.step()
+    q = _groups(weight.float(), step.shape[1]) / step.unsqueeze(-1)
+    if scales.zero_point is not None:
+        q = q + scales.zero_point.float().unsqueeze(-1)
+    return _snap(q.clamp(*scales.grid.range), scales.grid.kind).flatten(1)
+
+
+def _snap(q: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "int":
+        return q.round()
+    return q.to(FP8).float() if kind == "fp8" else _snap_fp4(q)
+
+
+def _snap_fp4(q: torch.Tensor) -> torch.Tensor:
+    grid = torch.tensor(FP4_GRID, device=q.device)
+    middle = (grid[1:] + grid[:-1]) / 2
+    magnitude = q.abs()
+    below, above = torch.bucketize(magnitude, middle), torch.bucketize(magnitude, middle, right=True)
+    # The two differ only on a tie; an even index is an even mantissa.
+    return grid[torch.where(below % 2 == 0, below, above)].copysign(q)
+
+
+def _fp4_scales(peak: torch.Tensor, grid: Grid) -> Scales:
+    """NVFP4: the global scale maps the largest |w| onto the largest FP8 scale times the largest FP4 value.
+
+    A group too small for FP8 gets the smallest scale there is, so that as much of it as possible survives
+    (compressed-tensors would put 0.125 there and lose all of it).
+    """
+    whole = torch.nan_to_num(Q_MAX["fp8"] * Q_MAX["fp4"] / peak.max(), posinf=1.0).reshape(1)
+    scale = (peak / Q_MAX["fp4"] * whole).clamp(SMALLEST_FP8, Q_MAX["fp8"]).to(FP8)
+    return Scales(grid, scale, global_scale=whole)
+
+
+def _store(ideal: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales in the dtype they are stored in, rounded upwards; a group of zeros gets 1, which keeps its zeros.
+
+    Rounded down, a bfloat16 scale could push the largest of 255 levels half a step out of range, and a subnormal
+    float16 scale much further, or become zero.
+    """
+    scale = ideal.to(dtype)
+    bits = {2: torch.int16, 4: torch.int32}[scale.element_size()]
+    scale = torch.where(scale.float() < ideal, (scale.view(bits) + 1).view(dtype), scale)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _groups(matrix: torch.Tensor, groups: int) -> torch.Tensor:
+    """(out, in) → (out, groups, in / groups), a view."""
+    return matrix.unflatten(1, (groups, -1))

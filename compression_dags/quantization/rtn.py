@@ -1,0 +1,28 @@
+"""Round to nearest: the floor that every calibrated quantizer is compared with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.quantization.schemes import QuantizeStage
+
+if TYPE_CHECKING:
+    from compression_dags.quantization.rounding import Rounded
+
+
+class RTN(QuantizeStage):
+    """Round every weight to the nearest value of a grid scaled to its group's range; needs no data.
+
+    A group of inputs of one output channel shares a scale s (and a zero point z if asymmetric):
+    Ŵ = (clamp(round(W/s + z)) - z)·s. W8A8 and FP8_DYNAMIC also round a projection's inputs, with one scale a token
+    found while the model runs.
+    """
+
+    version: ClassVar[str] = "1"
+    method: Literal["rtn"] = "rtn"
+
+    def round_weight(self, source: Checkpoint, name: str, device: str) -> Rounded:
+        from compression_dags.quantization.rounding import round_to_nearest
+
+        return round_to_nearest(source.tensor(name).to(device), self.grid(), name)

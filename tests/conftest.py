@@ -1,0 +1,48 @@
+"""Fixtures shared by all rooms. Nothing here touches the network or imports torch before a test needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# torch reads it when first imported: the lazy form of torch.set_num_threads(2).
+os.environ["OMP_NUM_THREADS"] = "2"
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """stories260K: Llama, 5 layers, hidden 64, vocabulary 512, float32."""
+    return MODELS / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def novella() -> Path:
+    """novella-13m: Llama, 16 layers, hidden 256, vocabulary 4096, float16."""
+    return MODELS / "novella-13m"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model(family, **options)`: a directory made once a session for equal options. Read it, never write it."""
+    from models import tiny
+
+    made: dict[tuple, Path] = {}
+
+    def make(family: str, **options) -> Path:
+        key = (family, repr(sorted(options.items())))
+        if key not in made:
+            made[key] = tiny(family, tmp_path_factory.mktemp(family) / family, **options)
+        return made[key]
+
+    return make
