@@ -30,11 +30,6 @@ from compression_dags.merging.plan import Evidence, keep_only
 from compression_dags.registry import METHODS
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
-RECOVERIES = {
-    "least-squares": {},
-    "least-squares fold": {"form": "fold"},
-    "least-squares sweep": {"scope": "sweep"},
-}
 
 
 def main() -> None:
@@ -49,6 +44,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--methods", default="reverse,shortgpt,angular,weighted-sum")
     parser.add_argument("--removed", default="3,6,9", help="layers removed")
+    parser.add_argument("--recoveries", type=json.loads, default=[{}], help="JSON list of least-squares options")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     on = {"device": args.device, "dtype": args.dtype}
@@ -79,7 +75,9 @@ def main() -> None:
     if args.device != "cpu":
         torch.cuda.synchronize()
     record(step="calibration pass", tokens=blocks.tokens, seconds=round(time.monotonic() - start, 2))
-    evidence = Evidence(*(t.numpy() for t in (activations.block_influence, activations.angular, activations.angular_last)))
+    evidence = Evidence(
+        *(t.numpy() for t in (activations.block_influence, activations.angular, activations.angular_last))
+    )
     for method in args.methods.split(","):
         for removed in map(int, args.removed.split(",")):
             stage = METHODS["merge"][method].model_validate({"method": method, "layers": removed})
@@ -89,7 +87,8 @@ def main() -> None:
                 check_reload(merged.path, reference_logits(base, plan, **on), **on)
                 what = {"dropped": plan.dropped, "merged": [x.sources for x in plan.layers if len(x.sources) > 1]}
                 record(method=method, removed=removed, perplexity=score(merged.path), **what)
-                for name, options in RECOVERIES.items():
+                for options in args.recoveries:
+                    name = " ".join(["least-squares", *(f"{k}={v}" for k, v in options.items())])
                     start = time.monotonic()
                     found = LeastSquares(**options).recover(base, merged, plan, blocks, Path(folder, name), **on)
                     seconds = time.monotonic() - start
@@ -99,6 +98,7 @@ def main() -> None:
                     )
                     chosen = [
                         (d.target, d.action, d.evidence["form"], d.evidence["alpha"], round(d.value or 0, 4))
+                        + (d.evidence["held_out_loss_before"], d.evidence["held_out_loss_after"])
                         for d in found.decisions
                     ]
                     record(

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models import FAMILIES
 
 from compression_dags.architectures import KNOWN, architecture_of
 from compression_dags.checkpoints.gate import check_reload, load_stock, probe_ids
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import unchanged, write_checkpoint
 from compression_dags.errors import InputError
+from models import FAMILIES
 
 KEPT = [0, 2, 3]
 

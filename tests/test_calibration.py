@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compression_dags.calibration.activations import angular_distances, profile_activations, sample_tokens
@@ -14,6 +13,7 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.progress import Progress
+from models import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,12 @@ def test_document_packing_pads(tokenizer):
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
-    [("empty.txt", "", "is empty"), ("few.txt", "too little", "gives"), ("odd.csv", "a", "must be"), (None, "", "unknown")],
+    [
+        ("empty.txt", "", "is empty"),
+        ("few.txt", "too little", "gives"),
+        ("odd.csv", "a", "must be"),
+        (None, "", "unknown"),
+    ],
 )
 def test_bad_corpora(tmp_path, tokenizer, name, text, says):
     path = tmp_path / (name or "absent.txt")
@@ -65,7 +70,9 @@ def test_corpus_without_text_column(tmp_path):
 
 
 def test_slugs_tell_settings_apart():
-    slugs = {Calibration(**o).slug for o in ({}, {"seed": 1}, {"length": 64}, {"packing": "document"}, {"corpus": "a.txt"})}
+    slugs = {
+        Calibration(**o).slug for o in ({}, {"seed": 1}, {"length": 64}, {"packing": "document"}, {"corpus": "a.txt"})
+    }
     assert len(slugs) == 5 and all(s.replace("_", "").isalnum() for s in slugs)
 
 
@@ -117,7 +124,9 @@ def test_independent_of_padding(tiny_model):
     b = profile_activations(DecoderStream(checkpoint), other)
     assert torch.equal(a.block_influence, b.block_influence) and a.tokens == sum(lengths)
     alone = [
-        profile_activations(DecoderStream(checkpoint), TokenBlocks(padded.ids[r : r + 1, :n], padded.lengths[r : r + 1], 1))
+        profile_activations(
+            DecoderStream(checkpoint), TokenBlocks(padded.ids[r : r + 1, :n], padded.lengths[r : r + 1], 1)
+        )
         for r, n in enumerate(lengths)
     ]
     mean = sum(n * x.block_influence for n, x in zip(lengths, alone, strict=True)) / sum(lengths)

@@ -50,7 +50,7 @@ def test_equals_a_plain_weighted_ridge(cut, story_blocks, tmp_path, form):
     """The written matrix against numpy's least squares on explicitly stacked rows."""
     source, plan, merged = cut
     alpha, skip, held = 1e-2, 4, 5
-    options = LeastSquares(form=form, alphas=(alpha,), holdout=held / 40, skip_positions=skip)
+    options = LeastSquares(form=form, alphas=(alpha,), holdout=held / 40, sink_positions=skip, sink_weight=0)
     found = options.recover(source, merged, plan, story_blocks, tmp_path / form)
     model, student = load_stock(source.path), load_stock(merged.path)
     store = {}
@@ -91,7 +91,7 @@ def test_merged_groups_and_biases(tiny_model, tmp_path):
     merged = apply_plan(source, plan, tmp_path / "merged")
     ids = np.random.default_rng(0).integers(3, 512, (60, 64)).astype(np.int32)
     blocks = TokenBlocks(ids, np.full(60, 64, dtype=np.int32), 60)
-    found = LeastSquares().recover(source, merged, plan, blocks, tmp_path / "out")
+    found = LeastSquares(accept="error").recover(source, merged, plan, blocks, tmp_path / "out")
     (row,) = found.decisions
     assert row.action == "recover" and row.sources == [1, 2]
     assert set(found.fitted) == {"model.decoder.layers.1.fc2.weight", "model.decoder.layers.1.fc2.bias"}
@@ -101,7 +101,7 @@ def test_merged_groups_and_biases(tiny_model, tmp_path):
 
 def test_sweep_also_refits_later_layers(cut, story_blocks, tmp_path):
     source, plan, merged = cut
-    found = LeastSquares(scope="sweep").recover(source, merged, plan, story_blocks, tmp_path / "out")
+    found = LeastSquares(scope="sweep", accept="error").recover(source, merged, plan, story_blocks, tmp_path / "out")
     assert [d.target.split(".")[2] for d in found.decisions] == ["1", "2", "3"]
 
 

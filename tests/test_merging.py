@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES
 
 from compression_dags.checkpoints.gate import check_reload, load_stock, probe_ids
 from compression_dags.checkpoints.reader import Checkpoint
@@ -16,6 +15,7 @@ from compression_dags.merging.plan import Evidence, MergePlan, PlannedLayer, kee
 from compression_dags.merging.reverse import Reverse
 from compression_dags.merging.shortgpt import ShortGPT
 from compression_dags.merging.weighted_sum import WeightedSum
+from models import FAMILIES
 
 
 def evidence(layers, seed=0):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROJECT = Path(__file__).resolve().parents[2]
-EMBEDDED = {"c4-sample": PROJECT / "data" / "c4-sample" / "c4_2000.jsonl"}
+EMBEDDED = {"c4-sample": PROJECT / "data" / "c4-sample" / "c4_1800.jsonl"}
 
 
 class Calibration(BaseModel):

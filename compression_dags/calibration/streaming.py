@@ -44,9 +44,24 @@ class Batch:
     hidden: Tensor
     kwargs: list[dict[str, Any]] = field(repr=False)
 
+    def rows_from(self, first: int) -> Batch | None:
+        """The part of the batch whose row index is at least `first`, or None."""
+        skip = max(0, first - self.rows.start)
+        if skip >= len(self.rows):
+            return None
+        kwargs = [{k: _tail(v, skip, len(self.rows)) for k, v in layer.items()} for layer in self.kwargs]
+        return Batch(self.rows[skip:], self.ids[skip:], self.mask[skip:], self.hidden[skip:], kwargs)
+
     @property
     def padded(self) -> bool:
         return not bool(self.mask.all())
+
+
+def _tail(value: Any, skip: int, rows: int) -> Any:
+    """Drop the first rows of a keyword argument that has one entry a row (a padding mask, positions)."""
+    if isinstance(value, tuple):
+        return tuple(_tail(v, skip, rows) for v in value)
+    return value[skip:] if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows > 1 else value
 
 
 def output_of(result: Any) -> Tensor:

@@ -123,8 +123,8 @@ def leaves(task: str, data_dirs: Sequence[Path] = ()) -> list[Leaf]:
     Raises:
         InputError: lm-eval does not know the task.
     """
-    index = _manager([task], data_dirs).task_index
-    return [_leaf(name, index[name], data_dirs) for name in _expand(task, index)]
+    with _quiet():
+        return _leaves(task, _manager([task], data_dirs).task_index, data_dirs)
 
 
 def harness_digest(task: str, data_dirs: Sequence[Path] = ()) -> str:
@@ -146,8 +146,7 @@ def harness_digest(task: str, data_dirs: Sequence[Path] = ()) -> str:
 
 def _builtin_root() -> Path:
     spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError("lm-eval is not installed")
+    assert spec and spec.submodule_search_locations  # a dependency of the project
     return Path(next(iter(spec.submodule_search_locations))).resolve() / "tasks"
 
 
@@ -161,9 +160,10 @@ def _split_files(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
 
 
-def _leaf(name: str, entry: Any, data_dirs: Sequence[Path]) -> Leaf:
-    folder = next((f for f in _folders(name, data_dirs) if _split_files(f)), None)
-    return Leaf(name, entry.cfg, entry.yaml_path, folder)
+def _leaves(task: str, index: dict[str, Any], data_dirs: Sequence[Path]) -> list[Leaf]:
+    names = dict.fromkeys(n for n in _walk(task, index) if n in index and not _members(index[n]))
+    folders = {name: next(filter(_split_files, _folders(name, data_dirs)), None) for name in names}
+    return [Leaf(name, index[name].cfg, index[name].yaml_path, folder) for name, folder in folders.items()]
 
 
 def _family(path: Path) -> Path:
@@ -211,11 +211,6 @@ def _walk(name: str, index: dict[str, Any]) -> Iterator[str]:
         yield from _walk(member, index)
 
 
-def _expand(name: str, index: dict[str, Any]) -> list[str]:
-    names = [n for n in _walk(name, index) if n in index and not _members(index[n])]
-    return list(dict.fromkeys(names))
-
-
 # Running them ---------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +239,7 @@ def _load(tasks: list[HarnessTask], data_dirs: Sequence[Path], cache: Path) -> t
     seen: dict[str, str] = {}
     for task in tasks:
         _check_metric(task.task, index[task.task])
-        for leaf in (_leaf(name, index[name], data_dirs) for name in _expand(task.task, index)):
+        for leaf in _leaves(task.task, index, data_dirs):
             if (other := seen.setdefault(leaf.name, task.task)) != task.task:
                 raise InputError(f"{leaf.name} is part of both {other} and {task.task}: evaluate one of them at a time")
             if changes := _overrides(leaf, task.num_fewshot, cache):

@@ -15,9 +15,11 @@ all I×d entries free. Both, and their error on held-out sequences, follow from 
 
     G = Σ w z zᵀ (I×I),   C = Σ w z eᵀ (I×d),   E = Σ w ‖e‖²   →   E(ΔW) = E − 2 tr ΔWᵀC + tr ΔWᵀGΔW,
 
-one set over fitting rows and one over held-out rows. The first positions of a sequence (attention sinks with massive
-activations) and padding have weight 0. A fit that is not better on the held-out rows, with its weights rounded to the
-stored dtype, is rejected and recorded.
+one set over fitting rows and one over held-out rows; padding has weight 0. The first positions of a sequence carry massive
+activations that later layers use as attention sinks: a map that never saw them ruins them, and the model with them,
+so they weigh `sink_weight` times as much as another token. α and form are chosen by the held-out error of weights
+rounded to the stored dtype. The winner is accepted only if it also lowers the student's next-token loss on the held-out sequences
+(from this layer on; what lies below is not run again); otherwise it is rejected and recorded.
 """
 
 from __future__ import annotations
@@ -60,7 +62,11 @@ class LeastSquares(Stage):
     )
     alphas: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="ridge grid α")
     holdout: float = Field(0.125, gt=0, lt=1, description="share of the calibration sequences held out")
-    skip_positions: int = Field(4, ge=0, description="first positions of a sequence left out (attention sinks)")
+    sink_positions: int = Field(4, ge=0, description="first positions of a sequence, where attention sinks sit")
+    sink_weight: float = Field(32.0, ge=0, description="weight of a sink position against another token's")
+    accept: Literal["loss", "error"] = Field(
+        "loss", description="loss: also lower the held-out next-token loss; error: the held-out hidden error alone"
+    )
     scope: Literal["gaps", "sweep"] = Field(
         "gaps", description="gaps: only layers before a gap; sweep: also every later layer, against drift"
     )
@@ -79,7 +85,7 @@ class LeastSquares(Stage):
             InputError: with the count, the need and the remedy.
         """
         fit_rows = sequences - self.held_out(sequences)
-        tokens = fit_rows * max(0, length - self.skip_positions)
+        tokens = fit_rows * max(0, length - self.sink_positions)
         inner = int(facts.config.get("intermediate_size") or facts.config.get("ffn_dim") or facts.hidden)
         need = TOKENS_PER_UNKNOWN * (inner if self.form == "refit" else facts.hidden)
         if tokens < need or not fit_rows:
@@ -167,6 +173,7 @@ class _Run:
         self.s_batches: list[Batch] = self.student.batches(blocks)
         self.held = options.held_out(len(blocks.lengths))
         self.rows = len(blocks.lengths)
+        self.loss: float | None = None  # held-out loss of the student as it stands
 
     def all_positions(self, progress: Progress | None, track: Track) -> tuple[dict[str, Tensor], list[Decision]]:
         gaps = self.plan.gaps()
@@ -207,7 +214,7 @@ class _Run:
         module = layer.get_submodule(writer)
         fit, held = self._sums(position, layer, module)
         best = self._best(fit, held, module, self.student.checkpoint, name)
-        accepted = best is not None and best.held_after < held.error
+        before, after, accepted = self._accept(position, layer, module, best, held)
         evidence = {
             "covers": list(self.plan.covered(position)),
             "held_out_before": held.error / held.target,
@@ -217,11 +224,11 @@ class _Run:
             "tried": best.tried if best else {},
             "fit_tokens": fit.tokens,
             "held_out_tokens": held.tokens,
+            "held_out_loss_before": before,
+            "held_out_loss_after": after,
         }
         if accepted and best is not None:
             fitted.update(best.tensors)
-            for local, tensor in best.tensors.items():
-                getattr(module, local.rsplit(".", 1)[1]).data.copy_(tensor)
         sources = list(self.plan.layers[position].sources)
         value = best.held_after / held.error if best else None
         action = "recover" if accepted else "reject"
@@ -236,6 +243,48 @@ class _Run:
             "held-out error after / before",
             evidence,
         )
+
+    def _accept(
+        self, position: int, layer: nn.Module, module: nn.Module, best: _Candidate | None, held: _Sums
+    ) -> tuple[float | None, float | None, bool]:
+        """Install the candidate in `layer` if it passes; return the held-out loss before and after, and the verdict."""
+        if best is None or best.held_after >= held.error:
+            return self.loss, self.loss, False
+        if self.options.accept == "error":
+            _install(module, best.tensors)
+            return None, None, True
+        before = self._held_out_loss(position, layer) if self.loss is None else self.loss
+        old = _install(module, best.tensors)
+        after = self._held_out_loss(position, layer)
+        if after >= before:
+            _install(module, old)
+        self.loss = min(before, after)
+        return before, after, after < before
+
+    def _held_out_loss(self, position: int, layer: nn.Module) -> float:
+        """Mean next-token loss (nats) of the student on the held-out rows, from the entry of layer `position` on."""
+        import torch
+
+        held = [h for b in self.s_batches if (h := b.rows_from(self.rows - self.held)) is not None]
+        with torch.inference_mode():
+            for batch in held:
+                batch.hidden = self.student.apply(layer, position, batch)
+            for index in range(position + 1, self.student.num_layers):
+                with self.student.layer(index) as later:
+                    for batch in held:
+                        batch.hidden = self.student.apply(later, index, batch)
+            sums = [self._loss_sum(batch) for batch in held]
+        return sum(total for total, _ in sums) / sum(count for _, count in sums)
+
+    def _loss_sum(self, batch: Batch) -> tuple[float, int]:
+        import torch
+
+        logits = self.student.logits(batch, batch.hidden)[:, :-1]
+        targets = batch.ids[:, 1:].to(logits.device).masked_fill(~batch.mask[:, 1:].to(logits.device), -100)
+        total = 0.0
+        for row, target in zip(logits, targets, strict=True):  # a row at a time: float32 logits are large
+            total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
+        return total, int((targets >= 0).sum())
 
     def _sums(self, position: int, layer: nn.Module, module: nn.Module) -> tuple[_Sums, _Sums]:
         import torch
@@ -264,9 +313,10 @@ class _Run:
     ) -> None:
         import torch
 
-        counted = batch.mask.clone()
-        counted[:, : self.options.skip_positions] = False
-        counted = counted.to(target.device)
+        weight = batch.mask.float()
+        weight[:, : self.options.sink_positions] *= self.options.sink_weight
+        weight = weight.to(target.device)
+        counted = weight > 0
         z = z.reshape(*counted.shape, -1).float()
         # held-out rows are the last ones: the same whatever the batch size
         held = torch.tensor([r >= self.rows - self.held for r in batch.rows], device=target.device)[:, None]
@@ -276,7 +326,7 @@ class _Run:
             h, e, x = target[chosen], (target - exit_state)[chosen], z[chosen]
             if bias:
                 x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-            root = 1.0 / h.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            root = weight[chosen].sqrt()[:, None] / h.norm(dim=1, keepdim=True).clamp_min(1e-12)
             x, e = x * root, e * root
             sums.gram += (x.T @ x).double()
             sums.cross += (x.T @ e).double()
@@ -315,6 +365,7 @@ class _Run:
         return {
             "teacher": torch.cat([b.hidden.cpu() for b in self.t_batches]),
             "student": torch.cat([b.hidden.cpu() for b in self.s_batches]),
+            "loss": torch.tensor([float("nan") if self.loss is None else self.loss], dtype=torch.float64),
             "decisions": torch.frombuffer(bytearray(note), dtype=torch.uint8),
             **{f"fitted.{k}": v for k, v in fitted.items()},
         }
@@ -329,9 +380,24 @@ class _Run:
         for name, batches in (("teacher", self.t_batches), ("student", self.s_batches)):
             for batch in batches:
                 batch.hidden = tensors[name][batch.rows.start : batch.rows.stop].to(batch.hidden)
+        loss = float(tensors["loss"])
+        self.loss = None if loss != loss else loss
         rows = json.loads(bytes(tensors["decisions"].numpy()).decode())
         fitted = {k.removeprefix("fitted."): t for k, t in tensors.items() if k.startswith("fitted.")}
         return step, fitted, [Decision(**row) for row in rows]
+
+
+def _install(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give a projection other parameters (never in place: the old ones may be views of the file); return the old."""
+    import torch
+
+    old = {}
+    for name, tensor in tensors.items():
+        part = name.rsplit(".", 1)[1]
+        now = getattr(module, part)
+        old[name] = now.data
+        setattr(module, part, torch.nn.Parameter(tensor.to(now.device, now.dtype), requires_grad=False))
+    return old
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Scheme = Literal["W8A16", "W4A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16"]
 UNIT = "relative weight error"
+SHOWN = {"scheme", "symmetric"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,6 @@ class Format:
     Attributes:
         name: compressed-tensors' name of the format.
         group_size: the default (None: one scale a channel); it may be chosen only where `free`.
-        dtype_on_load: dtype in which a loader rebuilds the weights, whatever the model's is; None: the model's.
     """
 
     name: str
@@ -47,7 +48,6 @@ class Format:
     bits: int
     group_size: int | None = None
     free: bool = False
-    dtype_on_load: str | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -55,7 +55,7 @@ FORMATS: dict[str, Format] = {
     "W4A16": Format("pack-quantized", "int", 4, group_size=128, free=True),
     "W8A8": Format("int-quantized", "int", 8),
     "FP8_DYNAMIC": Format("float-quantized", "fp8", 8),
-    "NVFP4A16": Format("nvfp4-pack-quantized", "fp4", 4, group_size=16, dtype_on_load="bfloat16"),
+    "NVFP4A16": Format("nvfp4-pack-quantized", "fp4", 4, group_size=16),
 }
 FREE = ", ".join(name for name, format in FORMATS.items() if format.free)
 
@@ -119,10 +119,6 @@ class QuantizeStage(Stage):
 
         return Grid(self.format.kind, self.format.bits, self.effective_group, self.symmetric)
 
-    def is_ignored(self, module: str) -> bool:
-        """By compressed-tensors' rule: an equal name, or `re:` and a pattern matching from the start."""
-        return any(re.match(e[3:], module) if e.startswith("re:") else e == module for e in self.ignore)
-
     def check(self, facts: StackFacts) -> None:
         """See `Stage.check`: mixtures of experts, quantized sources, group sizes that do not divide, bad `ignore`."""
         architecture = facts.architecture
@@ -136,15 +132,14 @@ class QuantizeStage(Stage):
         self._check_groups(input_dimensions(facts))
         modules = [architecture.layer_prefix(i) + p for i in range(facts.layers) for p in architecture.projections()]
         for entry in self.ignore:
-            one = self.model_copy(update={"ignore": (entry,)})
-            if not any(map(one.is_ignored, ["lm_head", *modules])):
+            if not any(_matches(entry, module) for module in ("lm_head", *modules)):
                 raise InputError(f"ignore {entry!r} names no module; there are lm_head and e.g. {modules[0]}")
-        if all(map(self.is_ignored, modules)):
+        if all(any(_matches(entry, module) for entry in self.ignore) for module in modules):
             raise InputError(f"ignore {list(self.ignore)} leaves nothing to quantize")
 
     def _check_groups(self, dimensions: dict[str, int]) -> None:
-        size = self.effective_group
-        bad = next((name for name, d in dimensions.items() if size is not None and d % size), None)
+        size = self.effective_group or 1
+        bad = next((name for name, dimension in dimensions.items() if dimension % size), None)
         if bad is None:
             return
         common = [2**k for k in range(4, 13) if all(d % 2**k == 0 for d in dimensions.values())]
@@ -166,10 +161,14 @@ class QuantizeStage(Stage):
         `dtype` is what a method that runs the model would compute in; rounding itself is always float32.
 
         Raises:
-            InputError: see `check`; or a projection is not a float matrix.
+            InputError: see `check`; a projection is not a float matrix; the installed transformers cannot load it.
             IntegrityError: a weight or scale is not finite.
         """
         self.check(source.facts)
+        if self.format.kind == "fp4" and dtype != "bfloat16" and not rebuilds_while_loading():
+            raise InputError(
+                f"{self.scheme} in {dtype} needs transformers >= 5.23; older ones load it in bfloat16 only"
+            )
         return _Packer(self, source, device, track).write(directory)
 
     def reference_logits(
@@ -201,17 +200,21 @@ class QuantizeStage(Stage):
             return model(ids.to(device)).logits.float().cpu()
 
     def _as_loaded(self, rounded: Rounded, dtype: torch.dtype) -> torch.Tensor:
-        """Ŵ with the arithmetic of the loader that will read it.
-
-        Rebuilding while loading happens before scales are cast to the model's dtype, so it runs in the stored one.
-        """
+        """Ŵ with the arithmetic of the loader that will read it: in the stored scales' dtype, or in the model's."""
         import torch
 
-        if not self.dequantize_on_load:
-            return rounded.dequantize(dtype)
-        if self.format.dtype_on_load:
-            return rounded.dequantize(torch.float32).to(getattr(torch, self.format.dtype_on_load)).to(dtype)
-        return rounded.dequantize(rounded.scales.scale.dtype).to(dtype)
+        if self.format.kind == "fp4":
+            return rounded.dequantize(torch.float32).to(torch.bfloat16).to(dtype)
+        early = self.dequantize_on_load and rebuilds_while_loading()
+        return rounded.dequantize(rounded.scales.scale.dtype).to(dtype) if early else rounded.dequantize(dtype)
+
+
+def _matches(entry: str, module: str) -> bool:
+    """compressed-tensors' rule: an equal name, or `re:` and a pattern that matches from the start."""
+    try:
+        return bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module
+    except re.error as error:
+        raise InputError(f"ignore {entry!r} is not a regular expression: {error}") from None
 
 
 def _round_input(args: Any, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -221,6 +224,11 @@ def _round_input(args: Any, module: torch.nn.Module, inputs: tuple[torch.Tensor,
 
     scale, zero = compute_dynamic_scales_and_zp(inputs[0], args, module)
     return fake_quantize(inputs[0], scale, zero, args), *inputs[1:]
+
+
+def rebuilds_while_loading() -> bool:
+    """Whether `dequantize` acts on the stored tensors (transformers 5.23), not on the loaded model as it did before."""
+    return tuple(map(int, version("transformers").split(".")[:2])) >= (5, 23)
 
 
 def input_dimensions(facts: StackFacts) -> dict[str, int]:
@@ -240,7 +248,7 @@ def projections(source: Checkpoint, stage: QuantizeStage) -> list[str]:
     """Full names of the modules to quantize, layer by layer."""
     a = source.architecture
     names = (a.layer_prefix(i) + p for i in range(source.num_layers) for p in a.projections())
-    return [name for name in names if not stage.is_ignored(name)]
+    return [name for name in names if not any(_matches(entry, name) for entry in stage.ignore)]
 
 
 def linear_modules(source: Checkpoint) -> list[str]:
@@ -312,19 +320,15 @@ def pack(rounded: Rounded, scheme: QuantizationScheme) -> dict[str, torch.Tensor
     compressed-tensors rounds once more while packing. Given Ŵ and its scales in float32 that finds the same codes: the
     quotient is off by an ulp, never by half a step. (In bfloat16 it could be: 127·s has 8 bits too few.)
     """
-    import torch
     from compressed_tensors.compressors import BaseCompressor
 
     scales = rounded.scales
     state = {"weight": rounded.dequantize(), "weight_scale": scales.scale.float()}
-    if scales.zero_point is not None:
-        state["weight_zero_point"] = scales.zero_point
-    if scales.global_scale is not None:
-        state["weight_global_scale"] = scales.global_scale
-    assert scheme.format is not None
-    tensors = BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)
-    tensors["weight_scale"] = tensors["weight_scale"].to(scales.scale.dtype)
-    return {name: torch.as_tensor(t).contiguous().cpu() for name, t in tensors.items()}
+    optional = {"weight_zero_point": scales.zero_point, "weight_global_scale": scales.global_scale}
+    state |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    tensors = BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)  # pyright: ignore[reportArgumentType]
+    stored = {"weight_scale": scales.scale.dtype}
+    return {name: t.to("cpu", stored.get(name, t.dtype)).contiguous() for name, t in tensors.items() if t is not None}
 
 
 class _Packer:
@@ -333,11 +337,10 @@ class _Packer:
     def __init__(self, stage: QuantizeStage, source: Checkpoint, device: str, track: Track):
         self.stage, self.source, self.device = stage, source, device
         self.scheme = compression_scheme(stage)
-        self.modules = projections(source, stage)
         self.linear = linear_modules(source)
-        self.layouts = {name: self._layout(name) for name in self.modules}
+        self.layouts = {name: self._layout(name) for name in projections(source, stage)}
         self.errors: dict[str, float] = {}
-        self.progress = iter(track(self.modules, "round and pack", len(self.modules)))
+        self.progress = iter(track(self.layouts, "round and pack", len(self.layouts)))
         # One module at a time: its tensors are neighbours in the plan.
         self.packed = functools.lru_cache(maxsize=1)(self._pack)
 
@@ -350,8 +353,8 @@ class _Packer:
             planned.update(self._planned(module) if module in self.layouts else {name: unchanged(self.source, name)})
         checkpoint = write_checkpoint(directory, self.source, config, planned)
         next(self.progress, None)  # past the end: a progress bar closes
-        after = {module: sum(planned[n].nbytes for n in self._names(module)) for module in self.modules}
-        numel = sum(self.source.tensors[f"{module}.weight"].numel for module in self.modules)
+        after = {m: sum(planned[f"{m}.{local}"].nbytes for local in layout) for m, layout in self.layouts.items()}
+        numel = sum(self.source.tensors[f"{module}.weight"].numel for module in after)
         return QuantizedModel(checkpoint, self._decisions(after), 8 * sum(after.values()) / numel)
 
     def _layout(self, module: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -361,9 +364,6 @@ class _Packer:
         if info.dtype not in {"F32", "F16", "BF16"}:
             raise InputError(f"{info.name} is stored as {info.dtype}; only F32, F16 and BF16 weights can be quantized")
         return packed_layout(self.stage, info.shape, info.dtype)
-
-    def _names(self, module: str) -> list[str]:
-        return [f"{module}.{local}" for local in self.layouts[module]]
 
     def _planned(self, module: str) -> Iterator[tuple[str, PlannedTensor]]:
         for local, (dtype, shape) in self.layouts[module].items():
@@ -382,20 +382,18 @@ class _Packer:
 
     def _decisions(self, after: dict[str, int]) -> list[Decision]:
         stage, rows = self.stage, []
-        options = {"scheme": stage.scheme, "bits": stage.format.bits, "group_size": stage.effective_group}
-        options["symmetric"] = stage.symmetric
+        options = {"bits": stage.format.bits, "group_size": stage.effective_group, **stage.model_dump(include=SHOWN)}
         for module in (*self._embeddings(), *self.linear):
             layer, info = self.source.architecture.split_name(module)[0], self.source.tensors.get(f"{module}.weight")
             before = info.nbytes if info else 0  # a tied head is stored nowhere
             evidence = {"bytes_before": before, "bytes_after": after.get(module, before)}
             action, more = ("quantize", options) if module in after else ("keep", {"tied": info is None})
-            sources, error = [] if layer is None else [layer], self.errors.get(module)
-            evidence.update(more)
-            rows.append(Decision("quantize", stage.method, len(rows), module, action, sources, error, UNIT, evidence))
+            origin, error = [] if layer is None else [layer], self.errors.get(module)
+            row = Decision("quantize", stage.method, len(rows), module, action, origin, error, UNIT, evidence | more)
+            rows.append(row)
         return rows
 
     def _embeddings(self) -> list[str]:
         """Matrices outside the layers that are no Linear modules."""
-        source = self.source
-        names = [n.removesuffix(".weight") for n in source.outside_layers() if len(source.tensors[n].shape) == 2]
-        return [name for name in names if name not in self.linear]
+        outside = {n.removesuffix(".weight"): self.source.tensors[n] for n in self.source.outside_layers()}
+        return [name for name, info in outside.items() if len(info.shape) == 2 and name not in self.linear]
