@@ -5,6 +5,7 @@ import dagster as dg
 from assets.base_models import base_model, base_models
 from assets.publishing import GPU, picture, publish
 from compression_dags.calibration.corpora import Calibration, corpus_digest
+from compression_dags.calibration.statistics import VERSION
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.recipes import options_digest
 from resources.accelerator import Accelerator
@@ -69,7 +70,7 @@ def _activations(calibration: Calibration) -> dg.AssetsDefinition:
         partitions_def=base_models,
         group_name="analysis",
         kinds={"torch", "safetensors"},
-        code_version=f"1:{options_digest(options)}",
+        code_version=f"{VERSION}:{options_digest(options)}",
         ins={
             "base": dg.AssetIn(base_model.key),
             "tokens": dg.AssetIn(calibration_key(calibration, "calibration_tokens")),
@@ -102,7 +103,7 @@ def _activations(calibration: Calibration) -> dg.AssetsDefinition:
             found.save(work.out)
             return {"tokens": found.tokens, "layers": stream.num_layers, "sampled_tokens": len(found.sampled)}
 
-        request = Request("calibration_activations", "1", options, inputs, accelerator.numeric)
+        request = Request("calibration_activations", VERSION, options, inputs, accelerator.numeric)
         return publish(context, store, request, build)
 
     return calibration_activations

@@ -97,8 +97,7 @@ def main() -> None:
                         found.checkpoint.path, reference_logits(merged, same, replaced=found.fitted, **on), **on
                     )
                     chosen = [
-                        (d.target, d.action, d.evidence["form"], d.evidence["alpha"], round(d.value or 0, 4))
-                        + (d.evidence["held_out_loss_before"], d.evidence["held_out_loss_after"])
+                        (d.target, d.action, d.evidence["form"], d.evidence["alpha"], d.value)
                         for d in found.decisions
                     ]
                     record(

@@ -12,7 +12,7 @@ import click
 
 from compression_dags.errors import InputError
 
-DEMO = ("reverse-20", "shortgpt-20", "shortgpt-20-ls", "angular-20-ls", "weighted-sum-20-ls", "rtn-w4")
+DEMO = ("reverse-20", "shortgpt-20", "shortgpt-20-ls", "weighted-sum-20-ls", "rtn-w4", "angular-20-ls-rtn-w4")
 
 
 class Cli(click.Group):

@@ -20,10 +20,10 @@ from compression_dags.recipes import BASELINE, Recipe, load_recipes, pick_recipe
 
 if TYPE_CHECKING:
     import dagster as dg
-    from resources.model_hub import ModelSource
 
     from compression_dags.definitions import Graph, Settings
     from compression_dags.provenance.artifacts import Artifact
+    from resources.model_hub import ModelSource
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ def _speak() -> None:
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours say for themselves when they show
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -154,9 +155,8 @@ def _changed(recipe: Recipe, values: dict[str, int]):
 
 
 def _register(model: str, settings: Settings, name: str | None) -> ModelSource:
-    from resources.model_hub import ModelHub
-
     from resources.artifact_store import ArtifactStore
+    from resources.model_hub import ModelHub
 
     ArtifactStore(home=str(settings.home)).ensure_writable()
     hub = ModelHub(home=str(settings.home))

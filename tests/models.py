@@ -1,4 +1,4 @@
-"""Tiny random models of every known family: four layers by default, saved as a stock checkpoint with a real tokenizer."""
+"""Tiny random models of every known family, saved as stock checkpoints with a real tokenizer."""
 
 from __future__ import annotations
 

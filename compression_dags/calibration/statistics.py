@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+#: Code version of the calibration pass.
+VERSION = "1"
 STATISTICS = "statistics.safetensors"
 HIDDEN_STATES = "hidden_states.safetensors"
 

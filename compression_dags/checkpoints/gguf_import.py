@@ -1,7 +1,7 @@
 """SmolLM2 out of a GGUF file: de-quantize, undo llama.cpp's row order, write a stock float16 Llama checkpoint.
 
-The `gguf` package reads the tensors directly: transformers' own GGUF path takes a minute, keeps the model marked as
-quantized (it cannot be saved) and rebuilds the tokenizer without its digit rule.
+The `gguf` package reads the tensors directly: transformers' own GGUF path takes a minute and keeps the model marked as
+quantized, so that it cannot be saved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compression_dags.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-#: Enters the identity of converted models: raise it when this module writes other bytes for the same file.
+#: Enters the identity of converted models and the name of their cache: raise it when this module writes other bytes for the same file.
 CONVERSION = "1"
 NAME = "SmolLM2-135M-Instruct, Q4_1 de-quantized"
 

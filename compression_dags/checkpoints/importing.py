@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
+from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint, read_object
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.artifacts import file_digest
 from compression_dags.stages import Track, silent
@@ -87,7 +86,7 @@ def validate(checkpoint: Checkpoint, track: Track = silent) -> None:
 
 
 def import_files(checkpoint: Checkpoint) -> list[Path]:
-    """What an import copies: config, weights, tokenizer, generation config, model card, licence. No code, no pickles."""
+    """What an import copies: config, weights, tokenizer, generation config, card, licence. No code, no pickles."""
     index = [INDEX] if (checkpoint.path / INDEX).is_file() else []
     card = ["README.md"] if (checkpoint.path / "README.md").is_file() else []
     named = [checkpoint.path / name for name in ("config.json", *checkpoint.files, *index, *card)]
@@ -137,7 +136,7 @@ def _check_config(checkpoint: Checkpoint) -> None:
     """An architecture we know, whole weights, no remote code, not quantized before."""
     config, path = checkpoint.raw_config, checkpoint.path
     for name in ("config.json", "tokenizer_config.json"):
-        if _read_object(path / name).get("auto_map"):
+        if (path / name).is_file() and read_object(path / name).get("auto_map"):
             raise InputError(f"{path / name} asks for remote code (auto_map); only stock architectures are imported")
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
@@ -149,6 +148,7 @@ def _check_config(checkpoint: Checkpoint) -> None:
         )
     if (path / SINGLE).is_file() and (path / INDEX).is_file():
         raise InputError(f"{path} holds both {SINGLE} and {INDEX}, and loaders choose differently; remove one")
+    # Before any file is opened: an index must not reach outside its directory.
     outside = [file for file in checkpoint.files if Path(file).name != file]
     if outside:
         raise InputError(f"{path / INDEX} names {outside[0]!r}; weight files must lie beside the index")
@@ -159,25 +159,14 @@ def _check_config(checkpoint: Checkpoint) -> None:
         raise InputError(f"{path / 'config.json'} is refused by transformers: {_first_line(error)}") from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a JSON {type(found).__name__}, not an object")
-    return found
-
-
 def _check_layers(checkpoint: Checkpoint) -> None:
     """As many layers in the tensors as in the config, each with its projections, norms or experts."""
     architecture, config = checkpoint.architecture, checkpoint.config
     found = {i for i in (architecture.split_name(name)[0] for name in checkpoint.tensors) if i is not None}
     if found != set(range(checkpoint.num_layers)):
-        highest = f", numbered up to {max(found)}" if found else f" under {architecture.layers}"
-        raise InputError(
-            f"{checkpoint.path}: config.json counts {checkpoint.num_layers} layers, the weights hold {len(found)}{highest}"
-        )
+        where = f", numbered up to {max(found)}" if found else f" under {architecture.layers}"
+        counted = f"config.json counts {checkpoint.num_layers} layers, the weights hold {len(found)}{where}"
+        raise InputError(f"{checkpoint.path}: {counted}")
     for index in range(checkpoint.num_layers):
         local = checkpoint.layer(index)
         sparse = architecture.is_sparse_layer(config, index)

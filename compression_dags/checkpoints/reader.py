@@ -50,17 +50,33 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise InputError(f"{path.name} is not a whole safetensors file: {size} bytes, header says {length}")
         try:
             header = json.loads(handle.read(length))
-        except ValueError as error:
+            infos = {n: _tensor_info(n, path.name, e) for n, e in header.items() if n != "__metadata__"}
+        except (ValueError, AttributeError, LookupError, TypeError) as error:
             raise InputError(f"{path.name} has an unreadable safetensors header: {error}") from None
-    header.pop("__metadata__", None)
-    infos = {
-        name: TensorInfo(name, path.name, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
-        for name, e in header.items()
-    }
     expected = 8 + length + sum(info.nbytes for info in infos.values())
     if expected != size:
         raise InputError(f"{path.name} is truncated or padded: {size} bytes on disk, {expected} by its header")
     return infos
+
+
+def _tensor_info(name: str, file: str, entry: dict[str, Any]) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    return TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), end - start)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        InputError: it is not JSON, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a JSON {type(found).__name__}, not an object")
+    return found
 
 
 class Checkpoint:
@@ -74,16 +90,22 @@ class Checkpoint:
         self.path = Path(path)
         if not (self.path / "config.json").is_file():
             raise InputError(f"{self.path} is not a model directory: it has no config.json")
-        try:
-            self.raw_config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
-        except ValueError as error:
-            raise InputError(f"{self.path / 'config.json'} is not JSON: {error}") from None
+        self.raw_config = read_object(self.path / "config.json")
+
+    @functools.cached_property
+    def _weight_map(self) -> dict[str, str] | None:
+        """Tensor → file as the index states it; None without an index."""
+        if not (self.path / INDEX).is_file():
+            return None
+        listed = read_object(self.path / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise InputError(f"{self.path / INDEX} has no weight_map from tensor names to files")
+        return listed
 
     @functools.cached_property
     def files(self) -> list[str]:
-        if (self.path / INDEX).is_file():
-            index = json.loads((self.path / INDEX).read_text())
-            return sorted(set(index["weight_map"].values()))
+        if self._weight_map is not None:
+            return sorted(set(self._weight_map.values()))
         if (self.path / SINGLE).is_file():
             return [SINGLE]
         others = sorted(p.name for p in self.path.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
@@ -98,11 +120,8 @@ class Checkpoint:
             if not (self.path / file).is_file():
                 raise InputError(f"{self.path / INDEX} names {file}, which is missing")
             found.update(read_header(self.path / file))
-        if (self.path / INDEX).is_file():
-            listed = set(json.loads((self.path / INDEX).read_text())["weight_map"])
-            if listed != set(found):
-                odd = sorted(listed ^ set(found))[:3]
-                raise InputError(f"{self.path / INDEX} and its files disagree about {', '.join(odd)}")
+        if self._weight_map is not None and (odd := sorted(self._weight_map.keys() ^ found.keys())):
+            raise InputError(f"{self.path / INDEX} and its files disagree about {', '.join(odd[:3])}")
         return found
 
     @functools.cached_property

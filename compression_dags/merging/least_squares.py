@@ -15,11 +15,11 @@ all I×d entries free. Both, and their error on held-out sequences, follow from 
 
     G = Σ w z zᵀ (I×I),   C = Σ w z eᵀ (I×d),   E = Σ w ‖e‖²   →   E(ΔW) = E − 2 tr ΔWᵀC + tr ΔWᵀGΔW,
 
-one set over fitting rows and one over held-out rows; padding has weight 0. The first positions of a sequence carry massive
-activations that later layers use as attention sinks: a map that never saw them ruins them, and the model with them,
-so they weigh `sink_weight` times as much as another token. α and form are chosen by the held-out error of weights
-rounded to the stored dtype. The winner is accepted only if it also lowers the student's next-token loss on the held-out sequences
-(from this layer on; what lies below is not run again); otherwise it is rejected and recorded.
+one set over fitting rows and one over held-out rows; padding has weight 0. The first positions of a sequence carry
+massive activations that later layers use as attention sinks: a map that never saw them ruins them, and the model with
+them, so they weigh `sink_weight` times as much as another token. α and form are chosen by the held-out error of weights
+rounded to the stored dtype. The winner is accepted only if it also lowers the student's next-token loss on the held-out
+sequences (from this layer on; what lies below is not run again); otherwise it is rejected and recorded.
 """
 
 from __future__ import annotations

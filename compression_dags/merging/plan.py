@@ -66,13 +66,14 @@ class MergePlan:
         return [p for p in range(len(self.layers)) if len(self.covered(p)) > 1]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        """The plan as it is stored: without the method's name, so that equal plans of two methods are equal bytes."""
+        return json.dumps({"base_layers": self.base_layers, "layers": [asdict(x) for x in self.layers]}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> MergePlan:
         raw = json.loads(text)
         layers = tuple(PlannedLayer(tuple(x["sources"]), tuple(x["shares"])) for x in raw["layers"])
-        return cls(raw["method"], raw["base_layers"], layers)
+        return cls("stored", raw["base_layers"], layers)
 
 
 def keep_only(method: str, base_layers: int, kept: list[int]) -> MergePlan:

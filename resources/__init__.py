@@ -1,0 +1,1 @@
+"""The outside world: devices, models, storage, evaluation data."""
