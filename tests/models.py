@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 STORIES = Path(__file__).resolve().parent.parent / "models" / "stories260k"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 #: One window that is shorter than the reload probe (48 tokens), so that a mistyped layer changes the logits.
 WINDOW = 16
@@ -115,9 +115,16 @@ def tiny(
     model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     _randomize(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(STORIES / name, directory / name)
+    _copy_tokenizer(directory)
     return directory
+
+
+def _copy_tokenizer(directory: Path) -> None:
+    shutil.copyfile(STORIES / "tokenizer.json", directory / "tokenizer.json")
+    options = json.loads((STORIES / "tokenizer_config.json").read_text())
+    # For qwen2, transformers takes its own tokenizer class whatever the file says; without this it adds a token.
+    options["pad_token"] = options["unk_token"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(options))
 
 
 def _randomize(model: Any, seed: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,20 @@ def probe_ids(vocab_size: int, context: int) -> torch.Tensor:
     return ids.reshape(2, length)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the reports and bars of transformers and compressed-tensors; what matters is raised as an error."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     """`AutoModelForCausalLM.from_pretrained`, refusing any missing, unexpected or re-initialised tensor.
 
@@ -31,24 +48,20 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
         IntegrityError: naming the first tensors that do not fit.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True, local_files_only=True
         )
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress:
-            logging.enable_progress_bar()
     problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if problems:
         text = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)})" for kind, names in problems.items())
         raise IntegrityError(f"{directory} does not load cleanly in stock transformers: {text}")
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if getattr(model.config, "quantization_config", None) is not None:
+        with quiet():  # compressed-tensors unpacks all weights at the first forward
+            model(probe_ids(model.config.vocab_size, 2).to(device))
+    return model
 
 
 def check_reload(

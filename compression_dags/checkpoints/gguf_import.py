@@ -16,7 +16,7 @@ from compression_dags.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-#: Enters the identity of converted models and the name of their cache: raise it when this module writes other bytes for the same file.
+#: Part of converted models' identity and cache name. Raise it when this module writes other bytes for the same file.
 CONVERSION = "1"
 NAME = "SmolLM2-135M-Instruct, Q4_1 de-quantized"
 
