@@ -24,7 +24,7 @@ def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: Mod
 
         folder = hub.fetch(source, work.scratch)
         imported = import_checkpoint(
-            folder, work.out / "checkpoint", revision=source.revision, origin=source.location, track=bar
+            folder, work.out / "checkpoint", revision=source.revision, origin=source.origin, track=bar
         )
         return imported.facts
 

@@ -88,7 +88,7 @@ def main() -> None:
                 what = {"dropped": plan.dropped, "merged": [x.sources for x in plan.layers if len(x.sources) > 1]}
                 record(method=method, removed=removed, perplexity=score(merged.path), **what)
                 for options in args.recoveries:
-                    name = " ".join(["least-squares", *(f"{k}={v}" for k, v in options.items())])
+                    name = " ".join(("least-squares", *(f"{k}={v}" for k, v in options.items())))
                     start = time.monotonic()
                     found = LeastSquares(**options).recover(base, merged, plan, blocks, Path(folder, name), **on)
                     seconds = time.monotonic() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -203,6 +204,8 @@ def _execute(
     os.environ["DAGSTER_HOME"] = str(prepare_instance(settings.home))
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions(base_models.name or "", [slug])
+        # Dagster asks SQLite for this some 500 times a run, a fresh connection each; here the answer cannot change
+        instance.has_dynamic_partition = functools.cache(instance.has_dynamic_partition)
         job = definitions.resolve_implicit_global_asset_job_def()
         result = job.execute_in_process(
             instance=instance,

@@ -294,8 +294,7 @@ class ModelHub(dg.ConfigurableResource):
         try:
             yield
         except OSError as error:
-            why = error.strerror or error
-            raise InputError(f"cannot write below {self._folder}: {why}; choose another --home") from None
+            raise InputError(f"cannot write below {self._folder}: {error}; choose another --home") from None
 
 
 def _slug(name: str) -> str:

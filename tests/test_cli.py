@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_human_output_has_table_report_and_ui_line(desk, ran):
     out = cli(desk, "run", "-m", "stories260k", "-r", "cut-20", check=0).stdout
     assert "cut-20" in out and "cache hits" in out and "open the UI:" in out
     report = next(line.split(": ")[1] for line in out.splitlines() if line.startswith("report:"))
-    html = open(report).read()
+    html = Path(report).read_text()
     assert "cut-20" in html and "data:image/png" in html
 
 

@@ -166,10 +166,11 @@ def test_bad_weights_fail_in_base_model_and_harm_nothing(home, first, tmp_path):
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Exception, match=r"model\.norm\.weight"):
         run(home, small_recipes("reverse-20"), model=str(bad))
-    assert all(c == "hit" for c, _ in run(home, small_recipes("shortgpt-20"), names=["shortgpt-20"]).values())
+    found = run(home, small_recipes("shortgpt-20", "shortgpt-20-ls"), names=["shortgpt-20"])
+    assert {k for k, (c, _) in found.items() if c != "hit"} <= {"leaderboard", "decision_ledger"}
 
 
-# -- rooms --------------------------------------------------------------------------------------------------------------
+# -- rooms -----------------------------------------------------------------------------------------------------
 
 
 def imports_of(path: Path) -> set[str]:
@@ -203,11 +204,11 @@ def test_arrows_go_one_way():
 
 
 def test_nothing_unsafe_is_ever_loaded():
-    bad = ("torch.load(", "pickle", "yaml.load(", "trust_remote_code=True", "weights_only=False")
+    bad = ("torch.load(", "import pickle", "pickle.load", "yaml.load(", "trust_remote_code=True", "weights_only=False")
     for room in ("compression_dags", "assets", "resources", "benchmarks"):
         for path in (PROJECT / room).rglob("*.py"):
             found = [word for word in bad if word in path.read_text()]
-            assert not found or path.name == "importing.py", (path, found)
+            assert not found, (path, found)
 
 
 def test_importing_the_definitions_imports_no_torch():
@@ -233,7 +234,7 @@ def test_source_changed_means_version_changed():
     assert changed_without_version() == []
 
 
-# -- Dagster's own surface ------------------------------------------------------------------------------------------------
+# -- Dagster's own surface -------------------------------------------------------------------------------------
 
 
 def test_sensor_registers_new_models_once(tmp_path):
@@ -244,14 +245,15 @@ def test_sensor_registers_new_models_once(tmp_path):
     settings = Settings(tmp_path / "home", device="cpu", watch=str(watched))
     graph = build_graph(small_recipes("reverse-20"), evaluation_book(RECIPES), settings)
     sensor = graph.definitions.resolve_sensor_def("new_base_models")
+    repository = graph.definitions.get_repository_def()
     with dg.instance_for_test() as instance:
-        repository = graph.definitions.get_repository_def()
         context = dg.build_sensor_context(instance=instance, repository_def=repository)
-        tick = sensor.evaluate_tick(context)
+        tick = sensor(context)
         assert [r.partition_key for r in tick.run_requests] == ["new-model"]
         assert tick.dynamic_partitions_requests[0].partition_keys == ["new-model"]
         instance.add_dynamic_partitions("base_model", ["new-model"])
-        assert not sensor.evaluate_tick(context).run_requests
+        again = sensor(dg.build_sensor_context(instance=instance, repository_def=repository))
+        assert isinstance(again, dg.SkipReason)
 
 
 def test_schedule_asks_for_every_model(tmp_path):

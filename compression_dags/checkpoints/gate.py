@@ -50,9 +50,10 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     from transformers import AutoModelForCausalLM
 
     with quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, output_loading_info=True, local_files_only=True
         )
+    model, info = loaded
     problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if problems:
         text = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)})" for kind, names in problems.items())
