@@ -1,11 +1,11 @@
 """`base_model`: validated, digested copies of the models that recipes start from."""
 
 import dagster as dg
-from resources.model_hub import ModelHub
 
 from assets.publishing import publish
 from compression_dags.provenance.artifacts import Artifact, Request
 from resources.artifact_store import ArtifactStore
+from resources.model_hub import ModelHub
 
 base_models = dg.DynamicPartitionsDefinition(name="base_model")
 
@@ -19,7 +19,6 @@ def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: Mod
 
     def build(work):
         from compression_dags.checkpoints.importing import import_checkpoint
-
         from compression_dags.stages import bar
 
         folder = hub.fetch(source, work.scratch)

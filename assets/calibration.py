@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.base_models import base_model, base_models
-from assets.publishing import GPU, picture, publish
+from assets.publishing import GPU_POOL, picture, publish
 from compression_dags.calibration.corpora import Calibration, corpus_digest
 from compression_dags.calibration.statistics import VERSION
 from compression_dags.provenance.artifacts import Artifact, Request
@@ -77,7 +77,7 @@ def _activations(calibration: Calibration) -> dg.AssetsDefinition:
         },
         description="One streamed pass over the calibration tokens: block influence, angular distances, hidden states "
         f"of {calibration.samples} sampled tokens before the final norm, channel norms of every projection input.",
-        **GPU,
+        pool=GPU_POOL,
     )
     def calibration_activations(
         context: dg.AssetExecutionContext,

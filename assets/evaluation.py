@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from assets.base_models import base_model, base_models
-from assets.publishing import GPU, publish
+from assets.publishing import GPU_POOL, publish
 from compression_dags.evaluation.tasks import Task
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.recipes import BASELINE, options_digest
@@ -35,7 +35,7 @@ def build_evaluations(family: str, weights_key: dg.AssetKey, tasks: Sequence[Tas
         for task in tasks
     ]
 
-    @dg.multi_asset(specs=specs, name=f"{family}__evaluate", can_subset=True, partitions_def=base_models, **GPU)
+    @dg.multi_asset(specs=specs, name=f"{family}__evaluate", can_subset=True, partitions_def=base_models, pool=GPU_POOL)
     def evaluate(
         context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator, evaluator: Evaluator
     ) -> Iterator[dg.MaterializeResult]:

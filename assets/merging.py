@@ -1,10 +1,12 @@
 """`merge_plan`, `merged_weights`, `recovered_weights` of one recipe."""
 
+from typing import Any
+
 import dagster as dg
 
 from assets.base_models import base_model, base_models
 from assets.calibration import calibration_key
-from assets.publishing import GPU, publish
+from assets.publishing import GPU_POOL, publish
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
 from resources.accelerator import Accelerator
@@ -76,7 +78,7 @@ def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
         code_version=VERSION,
         ins={"base": dg.AssetIn(base_model.key), "plan": dg.AssetIn(recipe_key(recipe, "merge_plan"))},
         description="The plan applied: layers renumbered, per-layer config remapped, reload gate passed.",
-        **GPU,
+        pool=GPU_POOL,
     )
     def merged_weights(
         context: dg.AssetExecutionContext,
@@ -124,7 +126,7 @@ def build_recovered_weights(recipe: Recipe) -> dg.AssetsDefinition:
             "weights": dg.AssetIn(recipe_key(recipe, "merged_weights")),
         },
         description=f"`{recover.method}`: {(type(recover).__doc__ or '').strip()}",
-        **GPU,
+        pool=GPU_POOL,
     )
     def recovered_weights(
         context: dg.AssetExecutionContext,
@@ -153,7 +155,7 @@ def build_recovered_weights(recipe: Recipe) -> dg.AssetsDefinition:
             chosen = MergePlan.from_json((plan.path / "plan.json").read_text())
             blocks = load_blocks(tokens.path / "tokens.safetensors")
             with accelerator.lease() as device:
-                on = {"device": device.name, "dtype": device.dtype}
+                on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
                 recovery = recover.recover(
                     teacher, student, chosen, blocks, work.out / CHECKPOINT, **on, progress=work.progress(), track=bar
                 )

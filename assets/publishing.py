@@ -7,11 +7,12 @@ from typing import Any
 
 import dagster as dg
 
-from compression_dags.provenance.artifacts import Artifact, Request
+from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
 from resources.artifact_store import ArtifactStore, Workplace
 
 logger = logging.getLogger("compression_dags")
-GPU = {"pool": "gpu"}
+#: Dagster queues assets of this pool one at a time; `Accelerator.lease` decides who computes on which device.
+GPU_POOL = "gpu"
 TABLE_ROWS = 300
 
 
@@ -49,21 +50,20 @@ def decisions_table(artifact: Artifact) -> dict[str, Any]:
     """The decision rows as an inline table: all of them, or the first 300 and the count."""
     import pandas as pd
 
-    frame = pd.read_parquet(artifact.decisions)
-    shown = frame.head(TABLE_ROWS)
+    frame = pd.read_parquet(artifact.path / DECISIONS)
     records = [
         dg.TableRecord(
             {
-                "step": int(row.step),
-                "target": row.target,
-                "action": row.action,
-                "sources": ", ".join(map(str, row.sources)),
-                "value": "" if pd.isna(row.value) else f"{row.value:.6g}",
-                "unit": row.unit,
-                "evidence": row.evidence,
+                "step": int(row["step"]),
+                "target": row["target"],
+                "action": row["action"],
+                "sources": ", ".join(map(str, row["sources"])),
+                "value": "" if pd.isna(row["value"]) else f"{row['value']:.6g}",
+                "unit": row["unit"],
+                "evidence": row["evidence"],
             }
         )
-        for row in shown.itertuples()
+        for row in frame.head(TABLE_ROWS).to_dict("records")
     ]
     return {"decisions": dg.MetadataValue.table(records), "decision_count": len(frame)}
 

@@ -1,10 +1,12 @@
 """`quantized_weights` of one recipe."""
 
+from typing import Any
+
 import dagster as dg
 
 from assets.base_models import base_models
 from assets.merging import recipe_key
-from assets.publishing import GPU, publish
+from assets.publishing import GPU_POOL, publish
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
 from resources.accelerator import Accelerator
@@ -25,7 +27,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
         ins={"weights": dg.AssetIn(weights_key)},
         description=f"`{quantizer.method}` onto compressed-tensors `{quantizer.scheme}`: "
         f"{(type(quantizer).__doc__ or '').strip()}",
-        **GPU,
+        pool=GPU_POOL,
     )
     def quantized_weights(
         context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator, weights: Artifact
@@ -40,7 +42,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             source = Checkpoint(weights.checkpoint)
             quantizer.check(source.facts)
             with accelerator.lease() as device:
-                on = {"device": device.name, "dtype": device.dtype}
+                on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
                 model = quantizer.quantize(source, work.out / CHECKPOINT, **on, track=bar)
                 gate = check_reload(model.checkpoint.path, quantizer.reference_logits(source, **on), **on)
             write_decisions(model.decisions, work.out / DECISIONS)

@@ -97,8 +97,7 @@ def main() -> None:
                         found.checkpoint.path, reference_logits(merged, same, replaced=found.fitted, **on), **on
                     )
                     chosen = [
-                        (d.target, d.action, d.evidence["form"], d.evidence["alpha"], d.value)
-                        for d in found.decisions
+                        (d.target, d.action, d.evidence["form"], d.evidence["alpha"], d.value) for d in found.decisions
                     ]
                     record(
                         method=f"{method} + {name}",

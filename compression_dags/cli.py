@@ -166,7 +166,7 @@ def recipes(as_json: bool) -> None:
     lines = [
         f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {r.description}"
         for r in found.values()
-    ]  # type: ignore[attr-defined]
+    ]
     emit({name: r.describe() for name, r in found.items()}, as_json, "\n".join(lines))
 
 
@@ -215,7 +215,9 @@ def leaderboard(model: str | None, home: Path, as_json: bool) -> None:
 
     tables = leaderboards(home, model)
     emit(
-        {slug: json.loads(t.to_json(orient="records")) for slug, t in tables.items()}, as_json, leaderboard_text(tables)
+        {slug: json.loads(t.to_json(orient="records") or "[]") for slug, t in tables.items()},
+        as_json,
+        leaderboard_text(tables),
     )
 
 
@@ -231,7 +233,7 @@ def decisions(model: str, recipe: str | None, stage: str | None, home: Path, as_
 
     frame = ledger(home, model, recipe, stage)
     shown = frame.drop(columns=["base_model", "fingerprint", "run_id"]).to_string(index=False, max_colwidth=60)
-    emit(json.loads(frame.to_json(orient="records")), as_json, shown)
+    emit(json.loads(frame.to_json(orient="records") or "[]"), as_json, shown)
 
 
 @main.command()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from resources.model_hub import ModelHub
 
 from assets.base_models import base_model
 from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
@@ -16,6 +15,7 @@ from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import load_recipes, pick_recipes, recipes_folder
 from resources.artifact_store import ArtifactStore
+from resources.model_hub import ModelHub
 
 
 def _graph() -> Graph:
@@ -68,10 +68,10 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
     frame = pd.read_parquet(found.path / "ledger.parquet")
     for column, value in (("recipe", recipe), ("stage", stage)):
         if value is not None:
-            allowed = sorted(frame[column].unique())
+            allowed = sorted(set(frame[column]))
             if value not in allowed:
                 raise InputError(f"{column} {value!r} has no decisions for {slug}; there are: {', '.join(allowed)}")
-            frame = frame[frame[column] == value]
+            frame = frame.loc[frame[column] == value]
     return frame
 
 

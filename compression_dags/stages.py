@@ -40,6 +40,7 @@ class Stage(BaseModel):
 
     stage: ClassVar[str]
     version: ClassVar[str]
+    method: str
 
     def check(self, facts: StackFacts) -> None:
         """Refuse what cannot work on this model, before any compute.

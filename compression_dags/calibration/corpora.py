@@ -51,7 +51,7 @@ class Calibration(BaseModel):
         """Name of the shared analysis that uses this calibration, as an asset key prefix."""
         stem = self.corpus.split("/")[-1].split(".")[0] if self.corpus not in EMBEDDED else self.corpus
         name = f"{stem}_{self.sequences}x{self.length}"
-        defaults = type(self)()
+        defaults = Calibration.model_validate({})
         if self.seed != defaults.seed:
             name += f"_s{self.seed}"
         if self.packing != defaults.packing:
@@ -154,7 +154,9 @@ def make_blocks(
     order = np.random.default_rng(request.seed).permutation(len(documents))
     encoded = _encode(documents, order, tokenizer)
     if request.packing == "document":
-        return _one_document_a_row(encoded, request.sequences, length, tokenizer.pad_token_id or 0)
+        return _one_document_a_row(
+            encoded, request.sequences, length, int(pad) if isinstance(pad := tokenizer.pad_token_id, int) else 0
+        )
     need, stream, used = request.sequences * length, [], 0
     for ids in encoded:
         stream.extend(ids)

@@ -95,6 +95,7 @@ class DecoderStream:
         self.resident = self._fits() if resident is None else resident
         self.shell = self._build_shell()
         self.stack = self.shell.get_submodule(checkpoint.architecture.stack)
+        self.layers: Any = self.shell.get_submodule(checkpoint.architecture.layers)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="layer-prefetch")
         self._pending: dict[int, Future[dict[str, Tensor]]] = {}
         self._loaded: set[int] = set()
@@ -150,7 +151,7 @@ class DecoderStream:
     @contextmanager
     def layer(self, index: int, prefetch: int | None = None) -> Iterator[nn.Module]:
         """Layer `index` on the device; `prefetch` names the layer wanted next (default: the following one)."""
-        module = self.stack.layers[index]
+        module = self.layers[index]
         if index not in self._loaded:
             self.prefetch(index)
             tensors = self._pending.pop(index).result()
@@ -201,12 +202,12 @@ class DecoderStream:
 
     @contextmanager
     def _replaced_layers(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
-        for index, layer in enumerate(self.stack.layers):
+        for index, layer in enumerate(self.layers):
             layer.forward = forward(index)
         try:
             yield
         finally:
-            for layer in self.stack.layers:
+            for layer in self.layers:
                 del layer.forward
 
     def apply(self, module: nn.Module, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -334,7 +334,7 @@ class _Run:
             sums.target += float((h * root).double().square().sum())
             sums.tokens += len(h)
 
-    def _best(self, fit: _Sums, held: _Sums, module: nn.Module, student: Checkpoint, name: str) -> _Candidate | None:
+    def _best(self, fit: _Sums, held: _Sums, module: Any, student: Checkpoint, name: str) -> _Candidate | None:
         import torch
 
         old = module.weight.detach().T.double()  # (I, d)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -145,7 +146,7 @@ class MergeStage(Stage):
 
 
 def depth_decisions(
-    plan: MergePlan, scores: np.ndarray | list[float | None], unit: str, evidence: dict[str, Any]
+    plan: MergePlan, scores: np.ndarray | Sequence[float | None], unit: str, evidence: dict[str, Any]
 ) -> list[Decision]:
     """One row for every original layer: kept, dropped or merged, with its score and its rank among all."""
     values = [None if s is None else float(s) for s in scores]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def _readme(recipe: dict[str, Any], slug: str, base: Artifact, card: dict[str, A
         for metric, value in metrics.items()
         if is_headline(metric)
     ]
-    counts = decisions.groupby(["stage", "method", "action"]).size().reset_index(name="count")
-    rows = [f"| {r.stage} | {r.method} | {r.action} | {r['count']} |" for _, r in counts.iterrows()]
+    counts = Counter(zip(decisions["stage"], decisions["method"], decisions["action"], strict=True))
+    rows = [f"| {stage} | {method} | {action} | {n} |" for (stage, method, action), n in counts.items()]
     return "\n".join(
         [
             "---",

@@ -28,7 +28,7 @@ def write_report(
     cards: list[dict[str, Any]],
     similarity_plots: dict[str, bytes],
 ) -> None:
-    """Write `report.html`, and `scores.png` (score against bytes) when something was scored."""
+    """Write `report.html`, and `scores.png` (score against ratio) when something was scored."""
     plots = score_plots(cards)
     for name, png in plots.items():
         if name == next(iter(plots)):
@@ -50,16 +50,18 @@ def write_report(
 
 
 def score_plots(cards: list[dict[str, Any]]) -> dict[str, bytes]:
-    """One plot a headline metric: score against megabytes, the baseline marked."""
+    """One plot a headline metric: score against the ratio of bytes, the baseline marked."""
     metrics = sorted({(t, m) for card in cards for t, ms in card["scores"].items() for m in ms if is_headline(m)})
     plots = {}
     for task, metric in metrics:
         points = {
-            card["family"]: (card["bytes"] / 1e6, card["scores"][task][metric])
+            card["family"]: (card["bytes_ratio"], card["scores"][task][metric])
             for card in cards
             if metric in card["scores"].get(task, {})
         }
-        plots[f"{task}: {metric}"] = scatter_png(points, "weights, MB", f"{task} {metric}", baseline="baseline")
+        plots[f"{task}: {metric}"] = scatter_png(
+            points, "weights, ratio to the base model's bytes", f"{task} {metric}", baseline="baseline"
+        )
     return plots
 
 
