@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from resources.model_hub import ModelHub
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -46,3 +49,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def model(stories: Path, tmp_path: Path) -> Path:
+    """A copy of stories260K to damage."""
+    return Path(shutil.copytree(stories, tmp_path / "model"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> ModelHub:
+    return ModelHub(home=str(tmp_path / "home"))

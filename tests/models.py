@@ -1,4 +1,4 @@
-"""Tiny random models of every known family, saved as stock checkpoints with a real tokenizer."""
+"""Tiny random models of every known family, saved as stock checkpoints with a tokenizer; ways to damage a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from compression_dags.checkpoints.importing import import_checkpoint
+from compression_dags.checkpoints.reader import SINGLE
+from compression_dags.errors import InputError
 
 STORIES = Path(__file__).resolve().parent.parent / "models" / "stories260k"
 
@@ -139,3 +145,28 @@ def _randomize(model: Any, seed: int) -> None:
                 parameter.add_(noise, alpha=0.2)
             else:
                 parameter.copy_(0.08 * noise)
+
+
+def admit(source: Path, target: Path):
+    return import_checkpoint(source, target, revision=None, origin="test")
+
+
+def refuse(source: Path, match: str) -> None:
+    """The import fails with this message and writes nothing."""
+    target = source.parent / "refused"
+    with pytest.raises(InputError, match=match):
+        admit(source, target)
+    assert not target.exists()
+
+
+def edit_config(directory: Path, **fields) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(directory: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})

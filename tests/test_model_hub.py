@@ -14,50 +14,13 @@ import pytest
 
 from compression_dags.checkpoints import gguf_import
 from compression_dags.checkpoints.gate import load_stock, probe_ids
-from compression_dags.checkpoints.importing import import_checkpoint
 from compression_dags.checkpoints.reader import SINGLE, Checkpoint
 from compression_dags.errors import InputError
-from models import tiny
+from models import admit, edit_weights, tiny
 from resources import model_hub
 from resources.model_hub import SMOLLM2, ModelHub, ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def admit(source: Path, target: Path):
-    return import_checkpoint(source, target, revision=None, origin="test")
-
-
-def refuse(source: Path, match: str) -> None:
-    """The import fails with this message and writes nothing."""
-    target = source.parent / "refused"
-    with pytest.raises(InputError, match=match):
-        admit(source, target)
-    assert not target.exists()
-
-
-def edit_config(directory: Path, **fields) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def edit_weights(directory: Path, change) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(directory / SINGLE)
-    change(tensors)
-    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
-
-
-@pytest.fixture
-def model(stories: Path, tmp_path: Path) -> Path:
-    """A copy of stories260K to damage."""
-    return Path(shutil.copytree(stories, tmp_path / "model"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> ModelHub:
-    return ModelHub(home=str(tmp_path / "home"))
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
