@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
-from resources.model_hub import ModelHub
 
 from assets.base_models import base_model, base_models
 from assets.calibration import SIMILARITIES, build_calibration_assets, calibration_key
 from assets.families import Family, build_baseline, build_recipe_family
 from assets.summary import build_decision_ledger, build_leaderboard
 from compression_dags.calibration.corpora import PROJECT, Calibration
-from compression_dags.evaluation.tasks import Task, TaskBook, load_tasks
+from compression_dags.evaluation.tasks import TEXT_FILES, Task, TaskBook, load_tasks
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore, HandleIO
 from resources.evaluator import Evaluator
+from resources.model_hub import ModelHub
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,14 @@ class Graph:
 
 
 def added_tasks(home: Path, more: Sequence[str] = ()) -> list[str]:
-    """Tasks asked for with `--tasks` in this home, so that the UI shows them too; `more` are added."""
+    """Tasks asked for with `--tasks` in this home, so that the UI shows them too; `more` are added.
+
+    Texts are remembered by absolute path, and forgotten when they are gone.
+    """
     file = home / "tasks.json"
     known = json.loads(file.read_text()) if file.is_file() else []
-    wanted = list(dict.fromkeys([*known, *more]))
+    named = [str(Path(t).absolute()) if Path(t).suffix in TEXT_FILES else t for t in (*known, *more)]
+    wanted = [t for t in dict.fromkeys(named) if Path(t).suffix not in TEXT_FILES or Path(t).is_file()]
     if wanted != known:
         home.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(wanted))

@@ -172,6 +172,18 @@ def test_bad_input_is_one_line_and_exit_2(desk, ran, arguments, says):
     assert len(lines) == 1 and says in lines[0] and done.stdout == ""
 
 
+def test_a_text_of_one_s_own_is_a_task_and_may_vanish_later(desk, ran):
+    """`--tasks FILE` scores a text, the home remembers it, and a deleted text does not break later runs."""
+    text = desk / "my text.txt"
+    text.write_text("Once upon a time there was a little cat who liked to play in the garden. " * 200)
+    found = json.loads(
+        cli(desk, "run", "-m", "stories260k", "-r", "cut-20", "--tasks", str(text), "--json", check=0).stdout
+    )
+    assert found["recipes"]["cut-20"]["scores"]["my_text"]["windows"] >= 1
+    text.unlink()
+    cli(desk, "run", "-m", "stories260k", "-r", "cut-20", "--json", check=0)
+
+
 def test_directory_with_a_separator_in_its_name(desk):
     folder = desk / "a,b"
     shutil.copytree(PROJECT / "models" / "stories260k", folder)

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from compression_dags.errors import IntegrityError
 
 TOLERANCE = 0.10
-#: (base model, task) → the metrics it had under `recipes/evaluation.yaml`, in float32 (smollm2-135m on a
-#: GPU, the others on the CPU). `windows` tells
-#: whether a measurement is comparable at all: with another `max_windows` or text the value is another one.
-#: A new model gets its line here once its value has been measured with this code on this split.
+#: (base model, task) → the metrics it had under `recipes/evaluation.yaml`, in float32 (SmolLM2 on a GPU, the others on
+#: the CPU). `windows` tells whether a measurement is comparable at all: with another `max_windows` or text the value is
+#: another one. A new model gets its line here once its value has been measured with this code on this split.
 DENSE: dict[tuple[str, str], dict[str, float]] = {
     ("novella-13m", "heldout_novels"): {"perplexity@512": 27.343, "windows": 24, "windows_available": 784},
     ("novella-13m", "heldout_c4"): {"perplexity@512": 48.095, "windows": 24, "windows_available": 241},
