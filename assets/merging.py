@@ -49,7 +49,7 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
             source = Checkpoint(base.checkpoint)
             merge.check(source.facts)
             plan, decisions = merge.plan(source.facts, read_evidence({name: a.path for name, a in similarity.items()}))
-            (work.out / "plan.json").write_text(plan.to_json())
+            plan.save(work.out)
             write_decisions(decisions, work.out / DECISIONS)
             return {
                 "layers_before": plan.base_layers,
@@ -96,7 +96,7 @@ def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
             from compression_dags.merging.apply import apply_plan, reference_logits
             from compression_dags.merging.plan import MergePlan
 
-            source, chosen = Checkpoint(base.checkpoint), MergePlan.from_json((plan.path / "plan.json").read_text())
+            source, chosen = Checkpoint(base.checkpoint), MergePlan.load(plan.path)
             written = apply_plan(source, chosen, work.out / CHECKPOINT)
             with accelerator.lease() as device:
                 reference = reference_logits(source, chosen, device=device.name, dtype=device.dtype)
@@ -152,7 +152,7 @@ def build_recovered_weights(recipe: Recipe) -> dg.AssetsDefinition:
 
             teacher, student = Checkpoint(base.checkpoint), Checkpoint(weights.checkpoint)
             recover.check(teacher.facts)
-            chosen = MergePlan.from_json((plan.path / "plan.json").read_text())
+            chosen = MergePlan.load(plan.path)
             blocks = load_blocks(tokens.path / "tokens.safetensors")
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}

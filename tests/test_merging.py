@@ -114,10 +114,15 @@ def test_rounding_is_nearest_ties_up(ratio, layers, removed):
     assert ShortGPT(ratio=ratio).removed(layers) == removed
 
 
-def test_plan_round_trips_and_refuses_nonsense():
+def test_plan_round_trips_and_refuses_nonsense(tmp_path):
     plan = MergePlan("x", 5, (PlannedLayer((0,)), PlannedLayer((1, 3), (0.25, 0.75)), PlannedLayer((4,))))
-    again = MergePlan.from_json(plan.to_json())
-    assert (again.base_layers, again.layers) == (plan.base_layers, plan.layers)
+    plan.save(tmp_path)
+    again = MergePlan.load(tmp_path)
+    assert (again.base_layers, again.layers, again.tensors) == (plan.base_layers, plan.layers, {})
+    held = MergePlan("x", 3, (PlannedLayer((0, 1), (1.0, 0.0), "solved"), PlannedLayer((2,))), {"0.w": torch.ones(2)})
+    held.save(tmp_path)
+    again = MergePlan.load(tmp_path)
+    assert again.layers == held.layers and torch.equal(again.of_layer(0)["w"], torch.ones(2)) and not again.of_layer(1)
     assert plan.dropped == [2] and plan.gaps() == [1] and plan.covered(1) == range(1, 4)
     for bad in ([0, 0], [2, 1], [0, 7], []):
         with pytest.raises(InputError):

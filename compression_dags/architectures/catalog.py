@@ -8,6 +8,7 @@ from compression_dags.architectures.decoder import LLAMA_GROUPS, Architecture, E
 from compression_dags.errors import InputError
 
 _ATTENTION = LLAMA_GROUPS[:2]
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _QK_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
 KNOWN: dict[str, Architecture] = {
@@ -16,11 +17,21 @@ KNOWN: dict[str, Architecture] = {
         Architecture("llama"),
         Architecture("mistral"),
         Architecture("qwen2", layer_lists=("layer_types",), layer_boundaries=("max_window_layers",)),
-        Architecture("qwen3", norms=_QK_NORMS, layer_lists=("layer_types",), layer_boundaries=("max_window_layers",)),
+        Architecture(
+            "qwen3",
+            norms=_QK_NORMS,
+            head_norms=_HEAD_NORMS,
+            layer_lists=("layer_types",),
+            layer_boundaries=("max_window_layers",),
+        ),
         Architecture(
             "gemma3_text",
             # RMSNorm multiplies by (1 + weight); both branches end in a norm, so no map writes the residual directly.
             norms=(*_QK_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            input_norms=(("attention_input", "input_layernorm"), ("mlp_input", "pre_feedforward_layernorm")),
+            branch_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            head_norms=_HEAD_NORMS,
+            norm_offset=1.0,
             residual_writer=None,
             layer_lists=("layer_types",),
             stale_cadences=("sliding_window_pattern", "_sliding_window_pattern"),
@@ -35,11 +46,13 @@ KNOWN: dict[str, Architecture] = {
                 ProjectionGroup("mlp_output", ("fc2",)),
             ),
             norms=("self_attn_layer_norm", "final_layer_norm"),
+            input_norms=(("attention_input", "self_attn_layer_norm"), ("mlp_input", "final_layer_norm")),
             residual_writer="fc2",
         ),
         Architecture(
             "qwen3_moe",
             norms=_QK_NORMS,
+            head_norms=_HEAD_NORMS,
             residual_writer=None,
             layer_lists=("layer_types",),
             layer_index_lists=("mlp_only_layers",),

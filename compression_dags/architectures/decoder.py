@@ -48,6 +48,10 @@ class Architecture:
         stack: module path of the object that loops over the layers.
         groups: projections that share an input, in the order in which a layer evaluates them.
         norms: norm modules of a layer that carry a weight (γ).
+        input_norms: group → the norm whose output it reads; γ of that norm folds into the group's columns.
+        branch_norms: norms between a branch's last projection and the residual (Gemma 3); nothing folds through them.
+        head_norms: norms over each head's query and key (Qwen3, Gemma 3), shared by all heads of a layer.
+        norm_offset: what RMSNorm adds to its weight before multiplying (1 in Gemma).
         residual_writer: the linear map whose output is added to the residual stream unchanged at the end of a
             layer; closed-form recovery folds into it. None where a norm or a router stands between.
         layer_lists: config lists with one entry a layer.
@@ -60,6 +64,13 @@ class Architecture:
     stack: str = "model"
     groups: tuple[ProjectionGroup, ...] = LLAMA_GROUPS
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    input_norms: tuple[tuple[str, str], ...] = (
+        ("attention_input", "input_layernorm"),
+        ("mlp_input", "post_attention_layernorm"),
+    )
+    branch_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    norm_offset: float = 0.0
     residual_writer: str | None = "mlp.down_proj"
     layer_lists: tuple[str, ...] = ()
     layer_index_lists: tuple[str, ...] = ()
@@ -79,6 +90,10 @@ class Architecture:
         """`model.layers.3.mlp.up_proj.weight` → (3, "mlp.up_proj.weight"); (None, name) for tensors of no layer."""
         match = re.match(rf"{re.escape(self.layers)}\.(\d+)\.(.+)$", name)
         return (int(match[1]), match[2]) if match else (None, name)
+
+    def group(self, name: str) -> tuple[str, ...]:
+        """Projections of the group `name` (`attention_output` → (`self_attn.o_proj`,))."""
+        return next(g.projections for g in self.groups if g.name == name)
 
     def projections(self) -> tuple[str, ...]:
         return tuple(p for group in self.groups for p in group.projections)
@@ -149,6 +164,23 @@ class StackFacts:
     @property
     def hidden(self) -> int:
         return int(self.config["hidden_size"])
+
+    @property
+    def heads(self) -> int:
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.config.get("num_key_value_heads") or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.config.get("head_dim") or self.hidden // self.heads)
+
+    @property
+    def intermediate(self) -> int:
+        """Channels between the MLP's input and output projections."""
+        return int(self.config.get("intermediate_size") or self.config.get("ffn_dim") or self.hidden)
 
     def kind(self, index: int) -> tuple[str, str]:
         return self.architecture.layer_kind(self.config, index)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import StackFacts
-from compression_dags.merging.plan import Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
 
 
@@ -24,7 +24,9 @@ class Angular(MergeStage):
     method: Literal["angular"] = "angular"
     tokens: Literal["sampled", "last"] = Field("sampled", description="tokens that the angle is averaged over")
 
-    def plan(self, facts: StackFacts, evidence: Evidence) -> tuple[MergePlan, list[Decision]]:
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
         distance = evidence.angular_last if self.tokens == "last" else evidence.angular
         count, free = self.removed(facts.layers), self.free_layers(facts.layers)
         starts = range(free.start, free.stop - count + 1)

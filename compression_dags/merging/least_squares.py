@@ -24,7 +24,7 @@ sequences (from this layer on; what lies below is not run again); otherwise it i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -32,8 +32,10 @@ from pydantic import Field
 
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
+from compression_dags.merging.recovery import RecoverStage, Recovery, write_recovered
+from compression_dags.merging.scoring import loss_sum
 from compression_dags.provenance.decisions import Decision
-from compression_dags.stages import Stage, Track, silent
+from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +50,12 @@ if TYPE_CHECKING:
 TOKENS_PER_UNKNOWN = 10
 
 
-class LeastSquares(Stage):
+class LeastSquares(RecoverStage):
     """Refit the output projection before every gap in closed form, so that it also does the removed layers' work.
 
     Accepted only where it lowers the error on held-out calibration sequences. Adds no tensor and no parameter.
     """
 
-    stage: ClassVar[str] = "recover"
     version: ClassVar[str] = "1"
     method: Literal["least-squares"] = "least-squares"
     form: Literal["auto", "fold", "refit"] = Field(
@@ -114,28 +115,7 @@ class LeastSquares(Stage):
         self.check_tokens(teacher.facts, len(blocks.lengths), int(blocks.tokens // len(blocks.lengths)))
         run = _Run(self, teacher, student, plan, blocks, device, dtype)
         fitted, decisions = run.all_positions(progress, track)
-        return Recovery(_write(student, fitted, directory), fitted, decisions)
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """The recovered checkpoint, the tensors that changed (in the stored dtype), and why."""
-
-    checkpoint: Checkpoint
-    fitted: dict[str, Tensor] = field(repr=False)
-    decisions: list[Decision]
-
-
-def _write(student: Checkpoint, fitted: dict[str, Tensor], directory: Path) -> Checkpoint:
-    from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
-
-    def planned(name: str) -> PlannedTensor:
-        if name not in fitted:
-            return unchanged(student, name)
-        info = student.tensors[name]
-        return PlannedTensor(info.dtype, info.shape, lambda: fitted[name])
-
-    return write_checkpoint(directory, student, student.config, {name: planned(name) for name in student.tensors})
+        return Recovery(write_recovered(student, fitted, directory), fitted, decisions)
 
 
 @dataclass
@@ -273,18 +253,8 @@ class _Run:
                 with self.student.layer(index) as later:
                     for batch in held:
                         batch.hidden = self.student.apply(later, index, batch)
-            sums = [self._loss_sum(batch) for batch in held]
+            sums = [loss_sum(self.student, batch, batch.hidden) for batch in held]
         return sum(total for total, _ in sums) / sum(count for _, count in sums)
-
-    def _loss_sum(self, batch: Batch) -> tuple[float, int]:
-        import torch
-
-        logits = self.student.logits(batch, batch.hidden)[:, :-1]
-        targets = batch.ids[:, 1:].to(logits.device).masked_fill(~batch.mask[:, 1:].to(logits.device), -100)
-        total = 0.0
-        for row, target in zip(logits, targets, strict=True):  # a row at a time: float32 logits are large
-            total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100))
-        return total, int((targets >= 0).sum())
 
     def _sums(self, position: int, layer: nn.Module, module: nn.Module) -> tuple[_Sums, _Sums]:
         import torch

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -17,15 +18,39 @@ from pydantic import Field, model_validator
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
-from compression_dags.stages import Stage
+from compression_dags.stages import Stage, Track, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compression_dags.calibration.corpora import TokenBlocks
+    from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.provenance.progress import Progress
+
+PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer of the new model: the original layers it holds, and the share of each. A kept layer has one source."""
+    """One layer of the new model: the original layers it holds, the share of each, and how they become one.
+
+    Attributes:
+        sources: original layers, ascending. A kept layer has one.
+        shares: of each source; they sum to 1 (LaCo's differences make some negative).
+        form: a key of `apply.FORMS`. `sum`: Σ share · W over every tensor (one source: the layer as it is);
+            `projections`: the same over linear projections, the rest from the first source; `concat` and
+            `concat-released`: channels and heads chosen from each source; `solved`: tensors that the plan holds, the
+            rest from `slot`.
+    """
 
     sources: tuple[int, ...]
     shares: tuple[float, ...] = (1.0,)
+    form: str = "sum"
+
+    @property
+    def kept(self) -> bool:
+        """Whether the layer's bytes stay as they are."""
+        return len(self.sources) == 1 and self.form == "sum"
 
     @property
     def slot(self) -> int:
@@ -35,11 +60,16 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """New layers in order. Original layers named by none of them are dropped."""
+    """New layers in order. Original layers named by none of them are dropped.
+
+    `tensors` holds what numbers in JSON cannot: kept channel indices, solved weights. Keys are
+    `<position of the new layer>.<name>`.
+    """
 
     method: str
     base_layers: int
     layers: tuple[PlannedLayer, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         named = [s for layer in self.layers for s in layer.sources]
@@ -66,15 +96,39 @@ class MergePlan:
         """Positions of new layers that stand for more than one original layer."""
         return [p for p in range(len(self.layers)) if len(self.covered(p)) > 1]
 
+    def of_layer(self, position: int) -> dict[str, Tensor]:
+        """The tensors that the plan holds for new layer `position`, by their name within the layer."""
+        prefix = f"{position}."
+        return {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+
     def to_json(self) -> str:
         """The plan as it is stored: without the method's name, so that equal plans of two methods are equal bytes."""
-        return json.dumps({"base_layers": self.base_layers, "layers": [asdict(x) for x in self.layers]}, indent=1)
+        layers = [
+            {"sources": x.sources, "shares": x.shares, **({"form": x.form} if x.form != "sum" else {})}
+            for x in self.layers
+        ]
+        return json.dumps({"base_layers": self.base_layers, "layers": layers}, indent=1)
+
+    def save(self, directory: Path) -> None:
+        """Write `plan.json`, and `plan.safetensors` where the plan holds tensors."""
+        (directory / PLAN).write_text(self.to_json())
+        if self.tensors:
+            from safetensors.torch import save_file
+
+            save_file({k: t.cpu().contiguous() for k, t in self.tensors.items()}, directory / PLAN_TENSORS)
 
     @classmethod
-    def from_json(cls, text: str) -> MergePlan:
-        raw = json.loads(text)
-        layers = tuple(PlannedLayer(tuple(x["sources"]), tuple(x["shares"])) for x in raw["layers"])
-        return cls("stored", raw["base_layers"], layers)
+    def load(cls, directory: Path) -> MergePlan:
+        raw = json.loads((directory / PLAN).read_text())
+        layers = tuple(
+            PlannedLayer(tuple(x["sources"]), tuple(x["shares"]), x.get("form", "sum")) for x in raw["layers"]
+        )
+        tensors: Mapping[str, Tensor] = {}
+        if (directory / PLAN_TENSORS).is_file():
+            from safetensors.torch import load_file
+
+            tensors = load_file(directory / PLAN_TENSORS)
+        return cls("stored", raw["base_layers"], layers, tensors)
 
 
 def keep_only(method: str, base_layers: int, kept: list[int]) -> MergePlan:
@@ -88,11 +142,28 @@ class Evidence:
     Attributes:
         block_influence: (L,).
         angular, angular_last: (L+1, L+1), mean angle over π between the states at the entries of two layers.
+        similarity: arrays of every other similarity artifact that the method needs, by name (`npib`, `cka`, …).
+        statistics: what the calibration pass left (`norms.layers.3.mlp_output.mean_abs` → (channels,), …); filled for
+            methods with `reads_statistics`.
     """
 
     block_influence: np.ndarray
     angular: np.ndarray
     angular_last: np.ndarray
+    similarity: Mapping[str, np.ndarray] = field(default_factory=dict)
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a method that measures works on: the base model's weights and the calibration tokens, on one device."""
+
+    source: Checkpoint
+    blocks: TokenBlocks
+    device: str = "cpu"
+    dtype: str = "float32"
+    progress: Progress | None = None
+    track: Track = silent
 
 
 class MergeStage(Stage):
@@ -104,7 +175,11 @@ class MergeStage(Stage):
 
     stage: ClassVar[str] = "merge"
     needs: ClassVar[tuple[str, ...]] = ()
-    """Similarity assets that `plan` reads: block_influence, angular."""
+    """Similarity assets that `plan` reads: block_influence, angular, npib, cka."""
+    reads_statistics: ClassVar[bool] = False
+    """Whether `plan` reads the channel norms of the calibration pass (`evidence.statistics`)."""
+    measures: ClassVar[bool] = False
+    """Whether `plan` reads weights or runs the model: it is then given a `Bench`, and a GPU lease."""
 
     ratio: float | None = Field(None, gt=0, lt=1, description="share of decoder layers removed")
     layers: int | None = Field(None, ge=1, description="number of decoder layers removed")
@@ -140,8 +215,10 @@ class MergeStage(Stage):
                 f"(protect_first {self.protect_first}, protect_last {self.protect_last})"
             )
 
-    def plan(self, facts: StackFacts, evidence: Evidence) -> tuple[MergePlan, list[Decision]]:
-        """Decide, and say why, layer by layer."""
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
+        """Decide, and say why, layer by layer. `bench` is given to methods that measure."""
         raise AssertionError(f"{type(self).__name__} must define plan")
 
 

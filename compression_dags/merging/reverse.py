@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import StackFacts
-from compression_dags.merging.plan import Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
 
 
@@ -22,7 +22,9 @@ class Reverse(MergeStage):
     method: Literal["reverse"] = "reverse"
     protect_last: int = Field(0, ge=0, description="last layers never touched")
 
-    def plan(self, facts: StackFacts, evidence: Evidence) -> tuple[MergePlan, list[Decision]]:
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
         free = self.free_layers(facts.layers)
         gone = set(free[len(free) - self.removed(facts.layers) :])
         plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from compression_dags.architectures import StackFacts
-from compression_dags.merging.plan import Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
 
 
@@ -22,7 +22,9 @@ class ShortGPT(MergeStage):
     needs: ClassVar[tuple[str, ...]] = ("block_influence",)
     method: Literal["shortgpt"] = "shortgpt"
 
-    def plan(self, facts: StackFacts, evidence: Evidence) -> tuple[MergePlan, list[Decision]]:
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
         scores = evidence.block_influence
         free = np.asarray(self.free_layers(facts.layers))
         # stable: of equal scores the earlier layer goes first

@@ -44,12 +44,15 @@ def write_similarity(metric: str, activations: Path, directory: Path) -> dict[st
     return facts
 
 
-def read_evidence(directories: dict[str, Path]) -> Evidence:
-    """Evidence for a planner from the similarity artifacts it asked for (metric → directory)."""
+def read_evidence(directories: dict[str, Path], activations: Path | None = None) -> Evidence:
+    """Evidence for a planner from the similarity artifacts it asked for (metric → directory), and the calibration
+    pass's statistics if it reads them."""
     from safetensors.numpy import load_file
 
     arrays: dict[str, np.ndarray] = {}
     for directory in directories.values():
         arrays |= load_file(directory / "similarity.safetensors")
     empty = np.empty(0)
-    return Evidence(*(arrays.get(name, empty) for name in ("block_influence", "angular", "angular_last")))
+    first = [arrays.pop(name, empty) for name in ("block_influence", "angular", "angular_last")]
+    statistics = load_statistics(activations) if activations else {}
+    return Evidence(first[0], first[1], first[2], arrays, statistics)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
-from compression_dags.merging.plan import Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
+from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
 from compression_dags.provenance.decisions import Decision
 
 
@@ -28,7 +28,9 @@ class WeightedSum(MergeStage):
     power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares; 0 gives plain means")
     largest_group: int = Field(4, ge=2, description="most layers merged into one")
 
-    def plan(self, facts: StackFacts, evidence: Evidence) -> tuple[MergePlan, list[Decision]]:
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
         groups = self._groups(facts, evidence.angular)
         planned = tuple(PlannedLayer(tuple(g), self._shares(g, evidence.block_influence)) for g in groups)
         plan = MergePlan(self.method, facts.layers, planned)

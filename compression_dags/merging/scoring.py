@@ -1,0 +1,183 @@
+"""Next-token loss of variants of a model that share most of their layers, from the states of the shared prefix.
+
+SLEB, LaCo and CoMe-P score every candidate with a full forward. Here one walk over the layers serves all candidates of
+a round: the unchanged model's states go along, a candidate leaves them where its edit begins, and runs alone from
+there. Removing layer j costs L − j layer-forwards instead of L, and each layer's weights are loaded once a walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from compression_dags.calibration.streaming import Batch, DecoderStream
+
+#: Share of the device's free memory that the candidates of one walk may take.
+MEMORY_SHARE = {"cuda": 0.4, "cpu": 0.25}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One layer of a student: the base model's layer `slot`, with some of its parameters replaced.
+
+    `tensors` are by local name (`mlp.down_proj.weight`); empty for a layer as it is.
+    """
+
+    slot: int
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replace the student's layers [start, stop) by `pieces`; none of them simply drops the layers."""
+
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...] = ()
+
+
+def as_is(count: int) -> list[Piece]:
+    """The base model itself."""
+    return [Piece(i) for i in range(count)]
+
+
+def apply_edit(pieces: Sequence[Piece], edit: Edit) -> list[Piece]:
+    return [*pieces[: edit.start], *edit.pieces, *pieces[edit.stop :]]
+
+
+def chosen_rows(blocks: TokenBlocks, rows: Sequence[int]) -> TokenBlocks:
+    """Some sequences of a calibration set."""
+    return TokenBlocks(blocks.ids[list(rows)], blocks.lengths[list(rows)], blocks.documents)
+
+
+class LossBench:
+    """Scores edits of a student on fixed calibration tokens.
+
+    Args:
+        stream: the base model.
+        blocks: the tokens that are scored; every real token but the first of a sequence is predicted.
+
+    Raises:
+        InputError: no sequence has two tokens.
+    """
+
+    def __init__(self, stream: DecoderStream, blocks: TokenBlocks):
+        if not (blocks.lengths > 1).any():
+            raise InputError("scoring needs a calibration sequence of at least 2 tokens")
+        self.stream = stream
+        self.batches = stream.batches(blocks)
+        self.layer_forwards = 0
+        """Forwards of one layer over all scored tokens, so far."""
+
+    def loss(self, pieces: Sequence[Piece]) -> float:
+        """Mean next-token loss (nats) of the student as it stands."""
+        return self.losses(pieces, [Edit(len(pieces), len(pieces))])[0]
+
+    def losses(self, pieces: Sequence[Piece], edits: Sequence[Edit]) -> list[float]:
+        """Mean next-token loss (nats) of the student under each edit alone; ∞ where it is not finite."""
+        for edit in edits:
+            if not 0 <= edit.start <= edit.stop <= len(pieces):
+                raise ValueError(f"{edit} does not fit a student of {len(pieces)} layers")
+        found = [0.0] * len(edits)
+        order = sorted(range(len(edits)), key=lambda i: edits[i].start)
+        step = self._at_once()
+        for begin in range(0, len(order), step):
+            chosen = order[begin : begin + step]
+            for index, loss in zip(chosen, self._walk(pieces, [edits[i] for i in chosen]), strict=True):
+                found[index] = loss
+        return found
+
+    def _at_once(self) -> int:
+        """Candidates that fit in memory together."""
+        import psutil
+        import torch
+
+        device = self.stream.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        each = sum(b.hidden.numel() * b.hidden.element_size() for b in self.batches)
+        return max(1, int(MEMORY_SHARE[device.type] * free / max(1, each)))
+
+    def _walk(self, pieces: Sequence[Piece], edits: Sequence[Edit]) -> list[float]:
+        """`edits` in order of their start. States of batch b: main[b] for the student, forks[e][b] for an edit."""
+        import torch
+
+        main = [b.hidden for b in self.batches]
+        forks: dict[int, list[Tensor]] = {}
+        losses = [0.0] * len(edits)
+        last_start = max(e.start for e in edits)
+        with torch.inference_mode():
+            for position in range(len(pieces) + 1):
+                for index, edit in enumerate(edits):
+                    if edit.start == position:
+                        forks[index] = self._through(main, edit.pieces)
+                if position == len(pieces):
+                    break
+                walking = [i for i in forks if edits[i].stop <= position]
+                need_main = position < last_start
+                if need_main or walking:
+                    self._step(pieces[position], [main] * need_main + [forks[i] for i in walking])
+            for index in range(len(edits)):
+                losses[index] = self._loss(forks.pop(index))
+        return losses
+
+    def _through(self, states: list[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
+        states = list(states)
+        for piece in pieces:
+            self._step(piece, [states])
+        return states
+
+    def _step(self, piece: Piece, students: list[list[Tensor]]) -> None:
+        with placed(self.stream, piece) as module:
+            for states in students:
+                for b, batch in enumerate(self.batches):
+                    states[b] = self.stream.apply(module, piece.slot, batch, states[b])
+                self.layer_forwards += 1
+
+    def _loss(self, states: list[Tensor]) -> float:
+        sums = [loss_sum(self.stream, b, hidden) for b, hidden in zip(self.batches, states, strict=True)]
+        loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
+        return loss if loss == loss and abs(loss) != float("inf") else float("inf")
+
+
+def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float, int]:
+    """Sum of the next-token losses (nats) of a batch whose final hidden states are `hidden`, and their number."""
+    import torch
+
+    logits = stream.logits(batch, hidden)[:, :-1]
+    targets = batch.ids[:, 1:].to(logits.device).masked_fill(~batch.mask[:, 1:].to(logits.device), -100)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for row, target in zip(logits, targets, strict=True):  # a row at a time: float32 logits are large
+        total += torch.nn.functional.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100).double()
+    return float(total), int((targets >= 0).sum())
+
+
+@contextmanager
+def placed(stream: DecoderStream, piece: Piece) -> Iterator[torch.nn.Module]:
+    """The module of a piece on the device; the stream's own layer is as before afterwards."""
+    with stream.layer(piece.slot) as module:
+        undo = [_swap(module, name, tensor) for name, tensor in piece.tensors.items()]
+        try:
+            yield module
+        finally:
+            for restore in undo:
+                restore()
+
+
+def _swap(module: torch.nn.Module, name: str, tensor: Tensor) -> Callable[[], None]:
+    """Put `tensor` in the place of a parameter (never in place: the old one may be a view of the file)."""
+    import torch
+
+    owner, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    old = getattr(holder, leaf)
+    setattr(holder, leaf, torch.nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False))
+    return lambda: setattr(holder, leaf, old)
