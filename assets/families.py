@@ -8,7 +8,7 @@ import dagster as dg
 from assets.base_models import base_model
 from assets.calibration import SIMILARITIES, calibration_key
 from assets.evaluation import build_evaluations, build_scorecard, eval_key
-from assets.merging import build_merge_plan, build_merged_weights, build_recovered_weights, recipe_key
+from assets.merging import build_merge_plan, build_merged_weights, build_recovered_weights, recipe_key, recovered_key
 from assets.quantization import build_quantized_weights
 from compression_dags.evaluation.tasks import Task
 from compression_dags.recipes import BASELINE, Recipe
@@ -58,12 +58,12 @@ def build_recipe_family(recipe: Recipe, tasks: Sequence[Task]) -> Family:
         assets += [build_merge_plan(recipe), build_merged_weights(recipe)]
         stages += [recipe_key(recipe, "merge_plan"), recipe_key(recipe, "merged_weights")]
         weights = stages[-1]
-        if recipe.merge.needs:
+        if recipe.merge.analysis:
             names = ("calibration_tokens", "calibration_activations", *(f"similarity_{n}" for n in SIMILARITIES))
             shared += [calibration_key(recipe.calibration, name) for name in names]
-    if recipe.recover:
-        assets.append(build_recovered_weights(recipe))
-        weights = recipe_key(recipe, "recovered_weights")
+    for index in range(len(recipe.recoveries)):
+        assets.append(build_recovered_weights(recipe, index, weights))
+        weights = recovered_key(recipe, index)
         stages.append(weights)
         shared.append(calibration_key(recipe.calibration, "calibration_tokens"))
     if recipe.quantize:

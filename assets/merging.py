@@ -20,10 +20,9 @@ def recipe_key(recipe: Recipe, name: str) -> dg.AssetKey:
 def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
     merge = recipe.merge
     assert merge is not None
-    similarities = {
-        f"similarity_{need}": dg.AssetIn(calibration_key(recipe.calibration, f"similarity_{need}"))
-        for need in merge.needs
-    }
+    reads = [f"similarity_{need}" for need in merge.needs]
+    reads += ["calibration_activations"] * merge.reads_statistics + ["calibration_tokens"] * merge.measures
+    analysis = {name: dg.AssetIn(calibration_key(recipe.calibration, name)) for name in reads}
 
     @dg.asset(
         key=recipe_key(recipe, "merge_plan"),
@@ -32,23 +31,40 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
         kinds={"parquet"},
         tags={"recipe": recipe.name, "method": merge.method},
         code_version=f"{merge.version}:{options_digest(merge.options())}",
-        ins={"base": dg.AssetIn(base_model.key), **similarities},
+        ins={"base": dg.AssetIn(base_model.key), **analysis},
         description=f"`{merge.method}`: {(type(merge).__doc__ or '').strip()}",
+        pool=GPU_POOL if merge.measures else None,
     )
     def merge_plan(
-        context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact, **similarity: Artifact
+        context: dg.AssetExecutionContext,
+        store: ArtifactStore,
+        accelerator: Accelerator,
+        base: Artifact,
+        **analysis: Artifact,
     ) -> dg.Output[Artifact]:
-        inputs = {"base_model": base.digest, **{name: a.digest for name, a in similarity.items()}}
+        inputs = {"base_model": base.digest, **{name: a.digest for name, a in analysis.items()}}
 
         def build(work):
+            from compression_dags.calibration.corpora import load_blocks
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.merging.apply import removed_share
+            from compression_dags.merging.plan import Bench
             from compression_dags.merging.similarity import read_evidence
             from compression_dags.provenance.decisions import write_decisions
+            from compression_dags.stages import bar
 
             source = Checkpoint(base.checkpoint)
             merge.check(source.facts)
-            plan, decisions = merge.plan(source.facts, read_evidence({name: a.path for name, a in similarity.items()}))
+            paths = {name: handle.path for name, handle in analysis.items()}
+            tokens, activations = paths.pop("calibration_tokens", None), paths.pop("calibration_activations", None)
+            evidence = read_evidence(paths, activations)
+            if tokens:
+                with accelerator.lease() as device:
+                    blocks = load_blocks(tokens / "tokens.safetensors")
+                    bench = Bench(source, blocks, device.name, device.dtype, work.progress(), bar)
+                    plan, decisions = merge.plan(source.facts, evidence, bench)
+            else:
+                plan, decisions = merge.plan(source.facts, evidence)
             plan.save(work.out)
             write_decisions(decisions, work.out / DECISIONS)
             return {
@@ -61,7 +77,8 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
                 "merged": "; ".join("+".join(map(str, x.sources)) for x in plan.layers if len(x.sources) > 1),
             }
 
-        return publish(context, store, Request("merge_plan", merge.version, merge.options(), inputs), build)
+        numeric = accelerator.numeric if merge.measures else {}
+        return publish(context, store, Request("merge_plan", merge.version, merge.options(), inputs, numeric), build)
 
     return merge_plan
 
@@ -108,12 +125,16 @@ def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
     return merged_weights
 
 
-def build_recovered_weights(recipe: Recipe) -> dg.AssetsDefinition:
-    recover = recipe.recover
-    assert recover is not None
+def recovered_key(recipe: Recipe, index: int) -> dg.AssetKey:
+    """`recovered_weights`, then `recovered_weights_2`, … for every further recovery stage."""
+    return recipe_key(recipe, "recovered_weights" + (f"_{index + 1}" if index else ""))
+
+
+def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> dg.AssetsDefinition:
+    recover = recipe.recoveries[index]
 
     @dg.asset(
-        key=recipe_key(recipe, "recovered_weights"),
+        key=recovered_key(recipe, index),
         partitions_def=base_models,
         group_name=recipe.slug,
         kinds={"torch", "safetensors"},
@@ -123,7 +144,7 @@ def build_recovered_weights(recipe: Recipe) -> dg.AssetsDefinition:
             "base": dg.AssetIn(base_model.key),
             "tokens": dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens")),
             "plan": dg.AssetIn(recipe_key(recipe, "merge_plan")),
-            "weights": dg.AssetIn(recipe_key(recipe, "merged_weights")),
+            "weights": dg.AssetIn(before),
         },
         description=f"`{recover.method}`: {(type(recover).__doc__ or '').strip()}",
         pool=GPU_POOL,
@@ -165,7 +186,7 @@ def build_recovered_weights(recipe: Recipe) -> dg.AssetsDefinition:
             write_decisions(recovery.decisions, work.out / DECISIONS)
             accepted = sum(d.action == "recover" for d in recovery.decisions)
             tally = {"accepted": accepted, "rejected": len(recovery.decisions) - accepted}
-            return {**weight_facts(recovery.checkpoint), **tally, **gate}
+            return {**weight_facts(recovery.checkpoint), **recovery.facts, **tally, **gate}
 
         request = Request("recovered_weights", recover.version, recover.options(), inputs, accelerator.numeric)
         return publish(context, store, request, build)

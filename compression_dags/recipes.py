@@ -18,13 +18,14 @@ from pydantic import BaseModel, ValidationError
 from compression_dags.architectures import StackFacts
 from compression_dags.calibration.corpora import PROJECT, Calibration, resolve_corpus
 from compression_dags.errors import InputError
-from compression_dags.merging.least_squares import LeastSquares
 from compression_dags.merging.plan import MergeStage
+from compression_dags.merging.recovery import RecoverStage
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.stages import Stage
 
 ORDER = ("merge", "recover", "sparsify", "quantize")
+REPEATABLE = ("recover",)
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KEYS = ("name", "description", "calibration", "stages", "evaluate")
 BASELINE = "baseline"
@@ -58,9 +59,9 @@ class Recipe:
         return found if isinstance(found, MergeStage) else None
 
     @property
-    def recover(self) -> LeastSquares | None:
-        found = self.stage("recover")
-        return found if isinstance(found, LeastSquares) else None
+    def recoveries(self) -> tuple[RecoverStage, ...]:
+        """Recovery stages, in order: each works on the weights that the one before it left."""
+        return tuple(s for s in self.stages if isinstance(s, RecoverStage))
 
     @property
     def quantize(self) -> QuantizeStage | None:
@@ -76,12 +77,11 @@ class Recipe:
         try:
             for stage in self.stages:
                 stage.check(facts)
-            if self.merge or self.recover:
+            if self.merge:
                 resolve_corpus(self.calibration.corpus)
-            if self.recover:
-                context = int(facts.config.get("max_position_embeddings") or self.calibration.length)
-                length = min(self.calibration.length, context)
-                self.recover.check_tokens(facts, self.calibration.sequences, length)
+            context = int(facts.config.get("max_position_embeddings") or self.calibration.length)
+            for stage in self.recoveries:
+                stage.check_tokens(facts, self.calibration.sequences, min(self.calibration.length, context))
         except InputError as error:
             raise InputError(f"recipe {self.name}: {error}") from None
 
@@ -202,9 +202,12 @@ class _Reader:
         stages = tuple(self.stage(i, entry) for i, entry in enumerate(entries))
         for i, stage in enumerate(stages):
             before = [s.stage for s in stages[:i]]
-            if any(ORDER.index(b) >= ORDER.index(stage.stage) for b in before):
+            repeated = stage.stage in before and stage.stage not in REPEATABLE
+            if repeated or any(ORDER.index(b) > ORDER.index(stage.stage) for b in before):
                 raise self.fail(
-                    ("stages", i), f"{stage.stage} after {before[-1]}; each stage once, as {', '.join(ORDER)}"
+                    ("stages", i),
+                    f"{stage.stage} after {before[-1]}; the order is {', '.join(ORDER)}, and only "
+                    f"{', '.join(REPEATABLE)} may come more than once",
                 )
             if stage.stage == "recover" and "merge" not in before:
                 raise self.fail(("stages", i), "recover needs a merge stage before it")

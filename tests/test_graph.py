@@ -101,7 +101,7 @@ def test_one_stage_s_options_change_one_stage_s_version():
     def versions(ratio):
         recipe = small_recipes("shortgpt-20-ls")["shortgpt-20-ls"]
         merge = recipe.merge.model_copy(update={"ratio": ratio})
-        recipes = {recipe.name: replace(recipe, stages=(merge, recipe.recover))}
+        recipes = {recipe.name: replace(recipe, stages=(merge, *recipe.recoveries))}
         graph = graph_of(Path("/nonexistent"), recipes).definitions.resolve_asset_graph()
         return {k: graph.get(k).code_version for k in graph.get_all_asset_keys()}
 

@@ -24,7 +24,6 @@ sequences (from this layer on; what lies below is not run again); otherwise it i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -32,22 +31,20 @@ from pydantic import Field
 
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
-from compression_dags.merging.recovery import RecoverStage, Recovery, write_recovered
+from compression_dags.merging.recovery import TOKENS_PER_UNKNOWN, RecoverStage, Recovery, write_recovered
 from compression_dags.merging.scoring import loss_sum
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.calibration.streaming import Batch, DecoderStream
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.merging.plan import MergePlan
+    from compression_dags.merging.ridge import Fit, Sums
     from compression_dags.provenance.progress import Progress
-
-TOKENS_PER_UNKNOWN = 10
 
 
 class LeastSquares(RecoverStage):
@@ -68,6 +65,9 @@ class LeastSquares(RecoverStage):
     accept: Literal["loss", "error"] = Field(
         "loss", description="loss: also lower the held-out next-token loss; error: the held-out hidden error alone"
     )
+    projections: Literal["mlp", "attention+mlp"] = Field(
+        "mlp", description="mlp: the MLP's output projection; attention+mlp: the attention's output projection first"
+    )
     scope: Literal["gaps", "sweep"] = Field(
         "gaps", description="gaps: only layers before a gap; sweep: also every later layer, against drift"
     )
@@ -87,13 +87,18 @@ class LeastSquares(RecoverStage):
         """
         fit_rows = sequences - self.held_out(sequences)
         tokens = fit_rows * max(0, length - self.sink_positions)
-        inner = int(facts.config.get("intermediate_size") or facts.config.get("ffn_dim") or facts.hidden)
-        need = TOKENS_PER_UNKNOWN * (inner if self.form == "refit" else facts.hidden)
+        need = TOKENS_PER_UNKNOWN * (facts.intermediate if self.form == "refit" else facts.hidden)
         if tokens < need or not fit_rows:
             raise InputError(
                 f"recover: least-squares ({self.form}) has {tokens:,} fitting tokens and needs {need:,} "
                 f"({TOKENS_PER_UNKNOWN} an unknown): raise calibration.sequences (now {sequences} × {length})"
             )
+
+    def writers(self, facts: StackFacts) -> tuple[str, ...]:
+        """Projections that are refitted at a layer, in order."""
+        last = facts.architecture.residual_writer
+        assert last is not None  # `check` refused such models
+        return (*facts.architecture.group("attention_output"), last) if self.projections != "mlp" else (last,)
 
     def held_out(self, sequences: int) -> int:
         return max(1, round(self.holdout * sequences))
@@ -116,21 +121,6 @@ class LeastSquares(RecoverStage):
         run = _Run(self, teacher, student, plan, blocks, device, dtype)
         fitted, decisions = run.all_positions(progress, track)
         return Recovery(write_recovered(student, fitted, directory), fitted, decisions)
-
-
-@dataclass
-class _Sums:
-    """G, C, E and Σ w ‖h‖² over some rows, float64; the last channel of z is 1 where the projection has a bias."""
-
-    gram: Tensor
-    cross: Tensor
-    error: float = 0.0
-    target: float = 0.0
-    tokens: int = 0
-
-    def of(self, delta: Tensor) -> float:
-        """Weighted squared error left by ΔW (I, d)."""
-        return float(self.error - 2 * (delta * self.cross).sum() + (delta * (self.gram @ delta)).sum())
 
 
 class _Run:
@@ -161,21 +151,32 @@ class _Run:
             return {}, []
         last = gaps[-1] if self.options.scope == "gaps" else len(self.plan.layers) - 1
         first, fitted, decisions = self._restore(progress)
+        exact = self.plan.slots[0] == 0 and all(self._same_layer(p) for p in range(min(first, gaps[0])))
         for position in track(range(first, last + 1), "least squares (layers)"):
             self._advance_teacher(position)
-            exact = position < gaps[0] and self.plan.slots[0] == 0
+            exact = exact and position < gaps[0] and self._same_layer(position)
             if exact:
                 for ours, theirs in zip(self.s_batches, self.t_batches, strict=True):
                     ours.hidden = theirs.hidden
                 continue
             with self.student.layer(position) as layer:
                 if position in gaps or self.options.scope == "sweep":
-                    decisions.append(self._fit(position, layer, fitted, len(decisions)))
+                    for writer in self.options.writers(self.student.checkpoint.facts):
+                        decisions.append(self._fit(position, layer, writer, fitted, len(decisions)))
                 for batch in self.s_batches:
                     batch.hidden = self.student.apply(layer, position, batch)
             if progress:
                 progress.save_if_due(position + 1, lambda: self._state(fitted, decisions))
         return fitted, decisions
+
+    def _same_layer(self, position: int) -> bool:
+        """Whether the student's layer is the teacher's, bit for bit: its states need not be run then."""
+        import torch
+
+        ours, theirs = self.student.checkpoint, self.teacher.checkpoint
+        names = theirs.layer(self.plan.layers[position].slot)
+        pairs = [(name, names[local]) for local, name in ours.layer(position).items()]
+        return all(torch.equal(ours.tensor(a), theirs.tensor(b)) for a, b in pairs)
 
     def _advance_teacher(self, position: int) -> None:
         import torch
@@ -186,15 +187,13 @@ class _Run:
                     for batch in self.t_batches:
                         batch.hidden = self.teacher.apply(layer, index, batch)
 
-    def _fit(self, position: int, layer: nn.Module, fitted: dict[str, Tensor], step: int) -> Decision:
-        """Choose ΔW for one layer, write it into `layer` and `fitted` if it is accepted, and say so."""
-        writer = self.student.checkpoint.architecture.residual_writer
-        assert writer is not None  # `check` refused such models
+    def _fit(self, position: int, layer: nn.Module, writer: str, fitted: dict[str, Tensor], step: int) -> Decision:
+        """Choose ΔW for one projection, write it into `layer` and `fitted` if it is accepted, and say so."""
         name = self.student.checkpoint.architecture.layer_prefix(position) + writer
         module = layer.get_submodule(writer)
         fit, held = self._sums(position, layer, module)
-        best = self._best(fit, held, module, self.student.checkpoint, name)
-        before, after, accepted = self._accept(position, layer, module, best, held)
+        best = self._best(fit, held, module, name)
+        before, after, accepted = self._accept(position, layer, module, name, best, held)
         evidence = {
             "covers": list(self.plan.covered(position)),
             "held_out_before": held.error / held.target,
@@ -208,7 +207,7 @@ class _Run:
             "held_out_loss_after": after,
         }
         if accepted and best is not None:
-            fitted.update(best.tensors)
+            fitted.update(_named(best, name))
         sources = list(self.plan.layers[position].sources)
         value = best.held_after / held.error if best else None
         action = "recover" if accepted else "reject"
@@ -225,16 +224,16 @@ class _Run:
         )
 
     def _accept(
-        self, position: int, layer: nn.Module, module: nn.Module, best: _Candidate | None, held: _Sums
+        self, position: int, layer: nn.Module, module: nn.Module, name: str, best: Fit | None, held: Sums
     ) -> tuple[float | None, float | None, bool]:
         """Install the candidate in `layer` if it passes; return the held-out loss before and after, and the verdict."""
         if best is None or best.held_after >= held.error:
             return self.loss, self.loss, False
         if self.options.accept == "error":
-            _install(module, best.tensors)
+            _install(module, _named(best, name))
             return None, None, True
         before = self._held_out_loss(position, layer) if self.loss is None else self.loss
-        old = _install(module, best.tensors)
+        old = _install(module, _named(best, name))
         after = self._held_out_loss(position, layer)
         if after >= before:
             _install(module, old)
@@ -256,74 +255,37 @@ class _Run:
             sums = [loss_sum(self.student, batch, batch.hidden) for batch in held]
         return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
-    def _sums(self, position: int, layer: nn.Module, module: nn.Module) -> tuple[_Sums, _Sums]:
+    def _sums(self, position: int, layer: nn.Module, module: nn.Module) -> tuple[Sums, Sums]:
         import torch
+
+        from compression_dags.merging.ridge import Sums
 
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         channels = weight.shape[1] + (module.bias is not None)
-        both = tuple(
-            _Sums(
-                torch.zeros(channels, channels, dtype=torch.float64, device=weight.device),
-                torch.zeros(channels, weight.shape[0], dtype=torch.float64, device=weight.device),
-            )
-            for _ in range(2)
-        )
+        fit, held = (Sums.empty(channels, weight.shape[0], weight.device) for _ in range(2))
         seen: list[Tensor] = []
         hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with torch.inference_mode():
             for ours, theirs in zip(self.s_batches, self.t_batches, strict=True):
                 exit_state = self.student.apply(layer, position, ours).float()
-                self._accumulate(both, ours, seen.pop(), exit_state, theirs.hidden.float(), module.bias is not None)
+                weights = token_weights(ours, self.options.sink_positions, self.options.sink_weight)
+                first_held = self.rows - self.held
+                add_batch((fit, held), ours, first_held, seen.pop(), exit_state, theirs.hidden, weights, module)
         hook.remove()
-        return both[0], both[1]
+        return fit, held
 
-    def _accumulate(
-        self, both: tuple[_Sums, ...], batch: Batch, z: Tensor, exit_state: Tensor, target: Tensor, bias: bool
-    ) -> None:
-        import torch
+    def _best(self, fit: Sums, held: Sums, module: Any, name: str) -> Fit | None:
+        from compression_dags.merging.ridge import best_fit
 
-        weight = batch.mask.float()
-        weight[:, : self.options.sink_positions] *= self.options.sink_weight
-        weight = weight.to(target.device)
-        counted = weight > 0
-        z = z.reshape(*counted.shape, -1).float()
-        # held-out rows are the last ones: the same whatever the batch size
-        held = torch.tensor([r >= self.rows - self.held for r in batch.rows], device=target.device)[:, None]
-        for sums, chosen in zip(both, (counted & ~held, counted & held), strict=True):
-            if not bool(chosen.any()):
-                continue
-            h, e, x = target[chosen], (target - exit_state)[chosen], z[chosen]
-            if bias:
-                x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-            root = weight[chosen].sqrt()[:, None] / h.norm(dim=1, keepdim=True).clamp_min(1e-12)
-            x, e = x * root, e * root
-            sums.gram += (x.T @ x).double()
-            sums.cross += (x.T @ e).double()
-            sums.error += float(e.double().square().sum())
-            sums.target += float((h * root).double().square().sum())
-            sums.tokens += len(h)
-
-    def _best(self, fit: _Sums, held: _Sums, module: Any, student: Checkpoint, name: str) -> _Candidate | None:
-        import torch
-
-        old = module.weight.detach().T.double()  # (I, d)
-        if module.bias is not None:
-            old = torch.cat([old, module.bias.detach()[None].double()])
         forms = ("fold", "refit") if self.options.form == "auto" else (self.options.form,)
-        best, tried = None, {}
-        for form in forms:
-            unknowns = old.shape[1] if form == "fold" else old.shape[0]
-            if fit.tokens < TOKENS_PER_UNKNOWN * unknowns:
-                tried[form] = f"skipped: {fit.tokens} tokens for {unknowns} unknowns"
-                continue
-            for alpha, delta in _solutions(fit, old, form, self.options.alphas):
-                tensors = _rounded(old + delta, module.bias is not None, student, name)
-                after = held.of(_as_matrix(tensors, name, old.device) - old)
-                tried[f"{form} α={alpha:g}"] = after / held.error
-                if best is None or after < best.held_after:
-                    best = _Candidate(form, alpha, after, tensors, tried)
-        return best
+        student = self.student.checkpoint
+        bias = module.bias
+        dtypes = (
+            student.tensor(f"{name}.weight").dtype,
+            student.tensor(f"{name}.bias").dtype if bias is not None else None,
+        )
+        return best_fit(fit, held, module.weight, bias, dtypes, forms, self.options.alphas)
 
     def _state(self, fitted: dict[str, Tensor], decisions: list[Decision]) -> dict[str, Tensor]:
         import json
@@ -370,45 +332,35 @@ def _install(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return old
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    form: str
-    alpha: float
-    held_after: float
-    tensors: dict[str, Tensor]
-    tried: dict[str, float | str]
+def _named(fit: Fit, name: str) -> dict[str, Tensor]:
+    parts = {f"{name}.weight": fit.weight} | ({f"{name}.bias": fit.bias} if fit.bias is not None else {})
+    return {key: tensor.contiguous().cpu() for key, tensor in parts.items()}
 
 
-def _solutions(fit: _Sums, old: Tensor, form: str, alphas: tuple[float, ...]) -> list[tuple[float, Tensor]]:
-    """ΔW (I, d) for every α; one Cholesky each, in float64."""
+def token_weights(batch: Batch, sink_positions: int, sink_weight: float) -> Tensor:
+    """(b, T) float32: 0 at padding, `sink_weight` at the first positions of a sequence, else 1."""
+    weight = batch.mask.float()
+    weight[:, :sink_positions] *= sink_weight
+    return weight
+
+
+def add_batch(
+    both: tuple[Sums, Sums],
+    batch: Batch,
+    first_held: int,
+    z: Tensor,
+    exit_state: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    module: Any,
+) -> None:
+    """Add a batch to the fitting and the held-out sums: rows from `first_held` on are held out, whatever the batch."""
     import torch
 
-    gram, cross = (old.T @ fit.gram @ old, old.T @ fit.cross) if form == "fold" else (fit.gram, fit.cross)
-    scale = gram.diagonal().mean()
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    found = []
-    for alpha in alphas:
-        factor, failed = torch.linalg.cholesky_ex(gram + alpha * scale * eye)
-        if int(failed) == 0:
-            solution = torch.cholesky_solve(cross, factor)
-            found.append((alpha, old @ solution if form == "fold" else solution))
-    return found
-
-
-def _rounded(new: Tensor, bias: bool, student: Checkpoint, name: str) -> dict[str, Tensor]:
-    """The refitted projection as it will be stored: what is accepted is what is written."""
-    stored = {"weight": (new[:-1] if bias else new).T}
-    if bias:
-        stored["bias"] = new[-1]
-    return {
-        f"{name}.{part}": tensor.to(student.tensor(f"{name}.{part}").dtype).contiguous().cpu()
-        for part, tensor in stored.items()
-    }
-
-
-def _as_matrix(tensors: dict[str, Tensor], name: str, device: torch.device) -> Tensor:
-    import torch
-
-    weight = tensors[f"{name}.weight"].to(device).double().T
-    bias = tensors.get(f"{name}.bias")
-    return weight if bias is None else torch.cat([weight, bias.to(device).double()[None]])
+    target, weight = target.float(), weight.to(target.device)
+    z = z.reshape(*weight.shape, -1).float()
+    held = torch.tensor([r >= first_held for r in batch.rows], device=target.device)[:, None]
+    for sums, chosen in zip(both, ((weight > 0) & ~held, (weight > 0) & held), strict=True):
+        if bool(chosen.any()):
+            h = target[chosen]
+            sums.add(z[chosen], h - exit_state.float()[chosen], h, weight[chosen], module.bias is not None)

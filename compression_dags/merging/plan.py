@@ -181,6 +181,11 @@ class MergeStage(Stage):
     measures: ClassVar[bool] = False
     """Whether `plan` reads weights or runs the model: it is then given a `Bench`, and a GPU lease."""
 
+    @property
+    def analysis(self) -> bool:
+        """Whether the method reads anything of the shared analysis."""
+        return bool(self.needs) or self.reads_statistics or self.measures
+
     ratio: float | None = Field(None, gt=0, lt=1, description="share of decoder layers removed")
     layers: int | None = Field(None, ge=1, description="number of decoder layers removed")
     protect_first: int = Field(1, ge=0, description="first layers never touched")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from compression_dags.merging.plan import MergePlan
     from compression_dags.provenance.progress import Progress
 
+#: Closed-form fits need this many fitting tokens for every unknown of an output column.
+TOKENS_PER_UNKNOWN = 10
+
 
 @dataclass(frozen=True)
 class Recovery:
