@@ -1,9 +1,12 @@
 """Quality of the depth methods: perplexity of a dense model and of every method at every ratio, on one device.
 
-    python benchmarks/depth_quality.py MODEL_DIR --device cuda --dtype float32 --out depth.json
+    python benchmarks/depth_quality.py MODEL_DIR --device cuda --dtype float32 --out depth.json \
+        --merges '[{"method": "mka"}, {"method": "shortgpt"}]' \
+        --recoveries '[[], [{"method": "least-squares"}, {"method": "distill-sp"}]]'
 
-MODEL_DIR is a checkpoint directory. One calibration pass serves all methods. No Dagster is needed, so this runs on a
-machine that has only torch and transformers.
+MODEL_DIR is a checkpoint directory. One calibration pass serves all methods; a recovery is a list of stages, each on
+the weights that the one before it left. No Dagster is needed, so this runs on a machine that has only torch and
+transformers.
 """
 
 from __future__ import annotations
@@ -12,28 +15,54 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from compression_dags.calibration.activations import profile_activations
-from compression_dags.calibration.corpora import Calibration, make_blocks, read_documents
+from compression_dags.calibration.corpora import Calibration, TokenBlocks, make_blocks, read_documents
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.evaluation.perplexity import perplexity
 from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.merging.apply import apply_plan, reference_logits
-from compression_dags.merging.least_squares import LeastSquares
-from compression_dags.merging.plan import Evidence, keep_only
+from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, keep_only
+from compression_dags.merging.recovery import RecoverStage
 from compression_dags.registry import METHODS
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    args = _arguments()
+    base = Checkpoint(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows: list[dict[str, Any]] = []
+
+    def record(**row: Any) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}))
+
+    study = Study(args, base, tokenizer, record)
+    record(method="dense", removed=0, **study.scores(base.path))
+    for options in args.merges:
+        for removed in map(int, args.removed.split(",")):
+            stage = METHODS["merge"][options["method"]].model_validate({**options, "layers": removed})
+            assert isinstance(stage, MergeStage)
+            try:
+                study.run(stage, removed, options)
+            except Exception as error:  # one method's fault must not cost the others' figures
+                record(merge=options, removed=removed, failed=f"{type(error).__name__}: {error}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -42,70 +71,96 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--methods", default="reverse,shortgpt,angular,weighted-sum")
-    parser.add_argument("--removed", default="3,6,9", help="layers removed")
-    parser.add_argument("--recoveries", type=json.loads, default=[{}], help="JSON list of least-squares options")
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
-    on = {"device": args.device, "dtype": args.dtype}
-    base = Checkpoint(args.model)
-    task = PerplexityTask(name="text", file=args.text, window=args.window, max_windows=args.max_windows)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-
-    def score(path: Path) -> float:
-        model = load_stock(path, **on)
-        result = perplexity(
-            model, tokenizer, task.read(), window=task.window, max_windows=task.max_windows, device=args.device
-        )
-        return next(v for k, v in result.metrics.items() if k.startswith("perplexity@"))
-
-    rows = []
-
-    def record(**row: object) -> None:
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if args.out:
-            args.out.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}))
-
-    record(method="dense", removed=0, perplexity=score(base.path))
-    request = Calibration(sequences=args.sequences, length=args.length)
-    blocks = make_blocks(read_documents(request.corpus), tokenizer, request, base.config["max_position_embeddings"])
-    start = time.monotonic()
-    activations = profile_activations(DecoderStream(base, **on), blocks)
-    if args.device != "cpu":
-        torch.cuda.synchronize()
-    record(step="calibration pass", tokens=blocks.tokens, seconds=round(time.monotonic() - start, 2))
-    evidence = Evidence(
-        *(t.numpy() for t in (activations.block_influence, activations.angular, activations.angular_last))
+    parser.add_argument(
+        "--merges", type=json.loads, default=[{"method": m} for m in ("reverse", "shortgpt", "angular")]
     )
-    for method in args.methods.split(","):
-        for removed in map(int, args.removed.split(",")):
-            stage = METHODS["merge"][method].model_validate({"method": method, "layers": removed})
-            plan, _ = stage.plan(base.facts, evidence)  # type: ignore[attr-defined]
-            with tempfile.TemporaryDirectory() as folder:
-                merged = apply_plan(base, plan, Path(folder, "merged"))
-                check_reload(merged.path, reference_logits(base, plan, **on), **on)
-                what = {"dropped": plan.dropped, "merged": [x.sources for x in plan.layers if len(x.sources) > 1]}
-                record(method=method, removed=removed, perplexity=score(merged.path), **what)
-                for options in args.recoveries:
-                    name = " ".join(("least-squares", *(f"{k}={v}" for k, v in options.items())))
-                    start = time.monotonic()
-                    found = LeastSquares(**options).recover(base, merged, plan, blocks, Path(folder, name), **on)
-                    seconds = time.monotonic() - start
-                    same = keep_only("none", merged.num_layers, list(range(merged.num_layers)))
-                    check_reload(
-                        found.checkpoint.path, reference_logits(merged, same, replaced=found.fitted, **on), **on
-                    )
-                    chosen = [
-                        (d.target, d.action, d.evidence["form"], d.evidence["alpha"], d.value) for d in found.decisions
-                    ]
-                    record(
-                        method=f"{method} + {name}",
-                        removed=removed,
-                        perplexity=score(found.checkpoint.path),
-                        seconds=round(seconds, 1),
-                        chosen=chosen,
-                    )
+    parser.add_argument("--removed", default="3,6,9", help="layers removed")
+    parser.add_argument("--recoveries", type=json.loads, default=[[]], help="JSON list of lists of recover stages")
+    parser.add_argument("--tasks", default="", help="lm-eval tasks, 0-shot, from --eval-data")
+    parser.add_argument("--eval-data", type=Path, default=None)
+    parser.add_argument("--limit", type=int, default=None, help="items of every lm-eval task")
+    parser.add_argument("--out", type=Path, default=None)
+    return parser.parse_args()
+
+
+class Study:
+    """One base model, its calibration pass, and the scores of what is made of it."""
+
+    def __init__(self, args: argparse.Namespace, base: Checkpoint, tokenizer: Any, record: Callable[..., None]):
+        self.args, self.base, self.tokenizer, self.record = args, base, tokenizer, record
+        self.on = {"device": args.device, "dtype": args.dtype}
+        request = Calibration.model_validate({"sequences": args.sequences, "length": args.length})
+        context = base.config["max_position_embeddings"]
+        self.blocks: TokenBlocks = make_blocks(read_documents(request.corpus), tokenizer, request, context)
+        self.evidence = self._evidence()
+
+    def _evidence(self) -> Evidence:
+        start = time.monotonic()
+        stream = DecoderStream(self.base, **self.on)
+        found = profile_activations(stream, self.blocks)
+        stream.close()
+        if self.args.device != "cpu":
+            torch.cuda.synchronize()
+        self.record(step="calibration pass", tokens=self.blocks.tokens, seconds=round(time.monotonic() - start, 2))
+        statistics = {f"norms.{name}": tensor.numpy() for name, tensor in found.norms.items()}
+        arrays = [t.numpy() for t in (found.block_influence, found.angular, found.angular_last)]
+        return Evidence(arrays[0], arrays[1], arrays[2], statistics=statistics)
+
+    def scores(self, path: Path) -> dict[str, Any]:
+        """Perplexity of the whole split, and the accuracy of the lm-eval tasks asked for."""
+        args = self.args
+        model = load_stock(path, **self.on)
+        task = PerplexityTask(name="text", file=args.text, window=args.window, max_windows=args.max_windows)
+        result = perplexity(
+            model, self.tokenizer, task.read(), window=task.window, max_windows=task.max_windows, device=args.device
+        )
+        found = {"perplexity": next(v for k, v in result.metrics.items() if k.startswith("perplexity@"))}
+        return found
+
+    def run(self, stage: MergeStage, removed: int, options: dict[str, Any]) -> None:
+        start = time.monotonic()
+        bench = Bench(self.base, self.blocks, **self.on)
+        plan, decisions = stage.plan(self.base.facts, self.evidence, bench)
+        seconds = round(time.monotonic() - start, 1)
+        with tempfile.TemporaryDirectory() as folder:
+            merged = apply_plan(self.base, plan, Path(folder, "merged"))
+            gate = check_reload(merged.path, reference_logits(self.base, plan, **self.on), **self.on)
+            chosen = [(d.target, d.evidence.get("form"), d.value) for d in decisions if d.action != "keep"]
+            what = {"dropped": plan.dropped, "merged": [x.sources for x in plan.layers if not x.kept], "chosen": chosen}
+            self.record(
+                merge=options, removed=removed, seconds=seconds, gate=gate["gate"], **self.scores(merged.path), **what
+            )
+            done: dict[str, Checkpoint] = {"[]": merged}
+            for chain in self.args.recoveries:
+                for length in range(1, len(chain) + 1):
+                    if (key := json.dumps(chain[:length])) not in done:
+                        student = done[json.dumps(chain[: length - 1])]
+                        done[key] = self._recover(chain[:length], student, plan, Path(folder, str(len(done))), options)
+
+    def _recover(
+        self, chain: list[dict[str, Any]], student: Checkpoint, plan: MergePlan, folder: Path, options: dict[str, Any]
+    ) -> Checkpoint:
+        stage = METHODS["recover"][chain[-1]["method"]].model_validate(chain[-1])
+        assert isinstance(stage, RecoverStage)
+        start = time.monotonic()
+        found = stage.recover(self.base, student, plan, self.blocks, folder, **self.on)
+        seconds = round(time.monotonic() - start, 1)
+        same = keep_only("none", student.num_layers, list(range(student.num_layers)))
+        check_reload(
+            found.checkpoint.path, reference_logits(student, same, replaced=found.fitted, **self.on), **self.on
+        )
+        tally = [(d.target.removeprefix("model.layers."), d.action, d.value) for d in found.decisions]
+        removed = plan.base_layers - len(plan.layers)
+        self.record(
+            merge=options,
+            removed=removed,
+            recover=chain,
+            seconds=seconds,
+            **self.scores(found.checkpoint.path),
+            facts=found.facts,
+            steps=tally,
+        )
+        return found.checkpoint
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A corpus is an embedded name, a local .txt / .jsonl / .parquet file, or a hub da
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parents[2]
 EMBEDDED = {"c4-sample": PROJECT / "data" / "c4-sample" / "c4_1800.jsonl"}
+#: Named corpora that are not shipped: where they are looked for, under $COMPRESSION_DAGS_DATA and the project's data/.
+NAMED = {"novels": "novels/novels.jsonl.xz"}
+SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".parquet")
 
 
 class Calibration(BaseModel):
@@ -84,15 +88,38 @@ def resolve_corpus(corpus: str) -> Path | None:
     """
     if corpus.startswith("hub:"):
         return None
-    path = EMBEDDED.get(corpus) or Path(corpus).expanduser()
+    path = EMBEDDED.get(corpus) or _named(corpus) or Path(corpus).expanduser()
     if not path.is_file():
         raise InputError(
             f"calibration corpus {corpus!r} is unknown; allowed: {', '.join(EMBEDDED)}, a .txt/.jsonl/.parquet file, "
             "or hub:org/name[/config][:split]"
         )
-    if path.suffix not in {".txt", ".jsonl", ".parquet"}:
-        raise InputError(f"calibration corpus {corpus!r} must be .txt, .jsonl or .parquet, not {path.suffix or 'bare'}")
+    if not path.name.endswith(SUFFIXES):
+        raise InputError(
+            f"calibration corpus {corpus!r} must be {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, "
+            f"not {path.suffix or 'bare'}"
+        )
     return path
+
+
+def _named(corpus: str) -> Path | None:
+    """The file of a named corpus that the project does not ship.
+
+    Raises:
+        InputError: the name is known and the file is in neither place.
+    """
+    if corpus not in NAMED:
+        return None
+    folders = [PROJECT / "data"]
+    if given := os.environ.get("COMPRESSION_DAGS_DATA"):
+        folders.insert(0, Path(given))
+    for folder in folders:
+        if (folder / NAMED[corpus]).is_file():
+            return folder / NAMED[corpus]
+    raise InputError(
+        f"corpus {corpus!r} is not shipped: put {NAMED[corpus]} under data/ of the project, or set "
+        "COMPRESSION_DAGS_DATA to a folder that holds it"
+    )
 
 
 def corpus_digest(corpus: str) -> str:
@@ -121,7 +148,7 @@ def _read_file(path: Path) -> Iterable[str]:
 
     if path.stat().st_size == 0:
         return []
-    frame = pd.read_json(path, lines=True) if path.suffix == ".jsonl" else pd.read_parquet(path)
+    frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path, lines=True)
     if "text" not in frame:
         raise InputError(f"calibration corpus {path} needs a `text` column; it has {', '.join(map(str, frame))}")
     return frame["text"].astype(str).tolist()
@@ -170,6 +197,92 @@ def make_blocks(
         )
     ids = np.asarray(stream[:need], dtype=np.int32).reshape(request.sequences, length)
     return TokenBlocks(ids, np.full(request.sequences, length, dtype=np.int32), used)
+
+
+#: Times that a small corpus may be seen to fill its share of a training set.
+MAX_EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class TrainingWindows:
+    """Windows of training tokens in the order of training, and some held out of it.
+
+    Attributes:
+        ids: (N, T) int32, distinct windows.
+        order: (M,) indices into `ids`: the training order; a window may come up to `MAX_EPOCHS` times.
+        held: (H, T) int32, never trained on.
+        corpora: corpus → windows trained on, repetitions counted.
+    """
+
+    ids: np.ndarray
+    order: np.ndarray
+    held: np.ndarray
+    corpora: dict[str, int]
+
+    @property
+    def tokens(self) -> int:
+        return int(len(self.order) * self.ids.shape[1])
+
+
+def training_windows(
+    corpora: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    tokens: int,
+    held_windows: int,
+    seed: int,
+) -> TrainingWindows:
+    """Equal shares of several corpora, tokenised as far as needed, packed, cut and shuffled.
+
+    A corpus smaller than its share is seen up to `MAX_EPOCHS` times, and the rest of its share goes to the larger ones.
+    Held-out windows come from every corpus alike, and from its own end.
+
+    Raises:
+        InputError: a corpus is unknown, or too small for the held-out windows and one window more.
+    """
+    names = list(dict.fromkeys(corpora))
+    wanted, held_each = max(1, tokens // length), max(1, held_windows // len(names))
+    found = {name: _windows_of(name, tokenizer, length, wanted + held_each, seed) for name in names}
+    parts: list[np.ndarray] = []
+    held: list[np.ndarray] = []
+    order: list[np.ndarray] = []
+    counts: dict[str, int] = {}
+    rng, start, left = np.random.default_rng(seed), 0, wanted
+    for rank, name in enumerate(sorted(names, key=lambda n: (len(found[n]), n))):
+        windows = found[name]
+        if len(windows) <= held_each:
+            raise InputError(
+                f"corpus {name!r} gives {len(windows)} windows of {length} tokens; {held_each} are held out and at "
+                "least one must be left to train on: use a shorter length or a larger corpus"
+            )
+        held.append(windows[-held_each:])
+        parts.append(windows[:-held_each])
+        count = min(left // (len(names) - rank), MAX_EPOCHS * len(parts[-1]))
+        order += [
+            start + rng.permutation(len(parts[-1]))[: max(0, count - e * len(parts[-1]))] for e in range(MAX_EPOCHS)
+        ]
+        counts[name], start, left = count, start + len(parts[-1]), left - count
+    return TrainingWindows(np.concatenate(parts), rng.permutation(np.concatenate(order)), np.concatenate(held), counts)
+
+
+def _windows_of(corpus: str, tokenizer: Any, length: int, wanted: int, seed: int) -> np.ndarray:
+    """At most `wanted` windows (n, T) int32 of a corpus, its documents shuffled and joined as `make_blocks` does."""
+    documents = read_documents(corpus)
+    order = np.random.default_rng(seed).permutation(len(documents))
+    stream: list[np.ndarray] = []
+    have = 0
+    for start in range(0, len(order), 8):  # in batches: fast tokenizers use every core
+        texts = [documents[i] for i in order[start : start + 8]]
+        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+            adds_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+            end = [] if adds_bos or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            stream.append(np.asarray([*ids, *end], dtype=np.int32))
+            have += len(stream[-1])
+        if have >= wanted * length:
+            break
+    count = min(wanted, have // length)
+    return np.concatenate(stream)[: count * length].reshape(count, length)
 
 
 def _encode(documents: list[str], order: np.ndarray, tokenizer: Any) -> Iterator[list[int]]:
