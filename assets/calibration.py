@@ -6,12 +6,13 @@ from assets.base_models import base_model, base_models
 from assets.publishing import GPU_POOL, picture, publish
 from compression_dags.calibration.corpora import Calibration, corpus_digest
 from compression_dags.calibration.statistics import VERSION
+from compression_dags.merging.similarity import VERSION as SIMILARITY_VERSION
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.recipes import options_digest
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore
 
-SIMILARITIES = ("block_influence", "angular")
+SIMILARITIES = ("block_influence", "angular", "npib", "cka")
 
 
 def calibration_key(calibration: Calibration, name: str) -> dg.AssetKey:
@@ -76,7 +77,8 @@ def _activations(calibration: Calibration) -> dg.AssetsDefinition:
             "tokens": dg.AssetIn(calibration_key(calibration, "calibration_tokens")),
         },
         description="One streamed pass over the calibration tokens: block influence, angular distances, hidden states "
-        f"of {calibration.samples} sampled tokens before the final norm, channel norms of every projection input.",
+        f"of {calibration.samples} sampled tokens and of the first of sequence 0 before the final norm, channel norms "
+        "of every projection input.",
         pool=GPU_POOL,
     )
     def calibration_activations(
@@ -113,6 +115,10 @@ def _similarity(calibration: Calibration, metric: str) -> dg.AssetsDefinition:
     says = {
         "block_influence": "1 − mean cosine between the input and the output of every layer (ShortGPT).",
         "angular": "Mean angle over π between the states at the entries of every two layers (Gromov et al.).",
+        "npib": "Information that the outputs of every two layers share, on their diffusion manifolds, over the "
+        "geometric mean of their entropies (MKA), by three estimators, with intervals over prompts and the merge tree.",
+        "cka": "Debiased linear centred kernel alignment of the outputs of every two layers, with intervals over "
+        "prompts and the merge tree.",
     }[metric]
 
     @dg.asset(
@@ -120,7 +126,7 @@ def _similarity(calibration: Calibration, metric: str) -> dg.AssetsDefinition:
         partitions_def=base_models,
         group_name="analysis",
         kinds={"numpy"},
-        code_version="1",
+        code_version=SIMILARITY_VERSION,
         ins={"activations": dg.AssetIn(calibration_key(calibration, "calibration_activations"))},
         description=says,
     )
@@ -135,7 +141,9 @@ def _similarity(calibration: Calibration, metric: str) -> dg.AssetsDefinition:
         def plot(artifact: Artifact) -> dict:
             return {"plot": picture((artifact.path / "plot.png").read_bytes())}
 
-        request = Request(f"similarity_{metric}", "1", {}, {"calibration_activations": activations.digest})
+        request = Request(
+            f"similarity_{metric}", SIMILARITY_VERSION, {}, {"calibration_activations": activations.digest}
+        )
         return publish(context, store, request, build, extra=plot)
 
     return similarity

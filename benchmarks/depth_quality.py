@@ -32,6 +32,7 @@ from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.merging.apply import apply_plan, reference_logits
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, keep_only
 from compression_dags.merging.recovery import RecoverStage
+from compression_dags.merging.similarity import read_evidence, write_similarity
 from compression_dags.registry import METHODS
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
@@ -50,9 +51,10 @@ def main() -> None:
             args.out.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}))
 
     study = Study(args, base, tokenizer, record)
-    record(method="dense", removed=0, **study.scores(base.path))
+    if not args.chains_only:
+        record(method="dense", removed=0, **study.scores(base.path))
     for options in args.merges:
-        for removed in map(int, args.removed.split(",")):
+        for removed in [options["layers"]] if "layers" in options else map(int, args.removed.split(",")):
             stage = METHODS["merge"][options["method"]].model_validate({**options, "layers": removed})
             assert isinstance(stage, MergeStage)
             try:
@@ -74,10 +76,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--merges", type=json.loads, default=[{"method": m} for m in ("reverse", "shortgpt", "angular")]
     )
-    parser.add_argument("--removed", default="3,6,9", help="layers removed")
+    parser.add_argument("--removed", default="3,6,9", help="layers removed, for merges that do not say `layers`")
+    parser.add_argument("--chains-only", action="store_true", help="score neither the base model nor the bare plans")
     parser.add_argument("--recoveries", type=json.loads, default=[[]], help="JSON list of lists of recover stages")
     parser.add_argument("--tasks", default="", help="lm-eval tasks, 0-shot, from --eval-data")
     parser.add_argument("--eval-data", type=Path, default=None)
+    parser.add_argument("--tasks-at", type=int, default=None, help="only at this many layers removed (and dense)")
     parser.add_argument("--limit", type=int, default=None, help="items of every lm-eval task")
     parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()
@@ -102,11 +106,19 @@ class Study:
         if self.args.device != "cpu":
             torch.cuda.synchronize()
         self.record(step="calibration pass", tokens=self.blocks.tokens, seconds=round(time.monotonic() - start, 2))
-        statistics = {f"norms.{name}": tensor.numpy() for name, tensor in found.norms.items()}
-        arrays = [t.numpy() for t in (found.block_influence, found.angular, found.angular_last)]
-        return Evidence(arrays[0], arrays[1], arrays[2], statistics=statistics)
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            found.save(work)
+            needs = {n for o in self.args.merges for n in METHODS["merge"][o["method"]].needs}  # type: ignore[attr-defined]
+            metrics = [work / f"similarity_{m}" for m in sorted(needs)]
+            for directory in metrics:
+                directory.mkdir()
+                start = time.monotonic()
+                write_similarity(directory.name.removeprefix("similarity_"), work, directory)
+                self.record(step=directory.name, seconds=round(time.monotonic() - start, 2))
+            return read_evidence({d.name: d for d in metrics}, work)
 
-    def scores(self, path: Path) -> dict[str, Any]:
+    def scores(self, path: Path, tasks: bool = True) -> dict[str, Any]:
         """Perplexity of the whole split, and the accuracy of the lm-eval tasks asked for."""
         args = self.args
         model = load_stock(path, **self.on)
@@ -115,7 +127,17 @@ class Study:
             model, self.tokenizer, task.read(), window=task.window, max_windows=task.max_windows, device=args.device
         )
         found = {"perplexity": next(v for k, v in result.metrics.items() if k.startswith("perplexity@"))}
-        return found
+        return found | (self._accuracies(model) if tasks and args.tasks else {})
+
+    def _accuracies(self, model: Any) -> dict[str, Any]:
+        from compression_dags.evaluation.harness import run_harness
+        from compression_dags.evaluation.tasks import HarnessTask
+
+        args = self.args
+        asked = [HarnessTask(name=t, task=t, limit=args.limit) for t in args.tasks.split(",")]
+        metrics = run_harness(model, self.tokenizer, asked, [args.eval_data] if args.eval_data else [], batch_size=64)
+        accuracy = {name: round(m.get("acc_norm", m["acc"]), 4) for name, m in metrics.items()}
+        return {"accuracy": accuracy, "mean_accuracy": round(sum(accuracy.values()) / len(accuracy), 4)}
 
     def run(self, stage: MergeStage, removed: int, options: dict[str, Any]) -> None:
         start = time.monotonic()
@@ -127,15 +149,17 @@ class Study:
             gate = check_reload(merged.path, reference_logits(self.base, plan, **self.on), **self.on)
             chosen = [(d.target, d.evidence.get("form"), d.value) for d in decisions if d.action != "keep"]
             what = {"dropped": plan.dropped, "merged": [x.sources for x in plan.layers if not x.kept], "chosen": chosen}
-            self.record(
-                merge=options, removed=removed, seconds=seconds, gate=gate["gate"], **self.scores(merged.path), **what
-            )
+            scores = {} if self.args.chains_only else self.scores(merged.path, self._with_tasks(removed))
+            self.record(merge=options, removed=removed, seconds=seconds, gate=gate["gate"], **scores, **what)
             done: dict[str, Checkpoint] = {"[]": merged}
             for chain in self.args.recoveries:
                 for length in range(1, len(chain) + 1):
                     if (key := json.dumps(chain[:length])) not in done:
                         student = done[json.dumps(chain[: length - 1])]
                         done[key] = self._recover(chain[:length], student, plan, Path(folder, str(len(done))), options)
+
+    def _with_tasks(self, removed: int) -> bool:
+        return self.args.tasks_at in {None, removed}
 
     def _recover(
         self, chain: list[dict[str, Any]], student: Checkpoint, plan: MergePlan, folder: Path, options: dict[str, Any]
@@ -156,7 +180,7 @@ class Study:
             removed=removed,
             recover=chain,
             seconds=seconds,
-            **self.scores(found.checkpoint.path),
+            **self.scores(found.checkpoint.path, self._with_tasks(removed)),
             facts=found.facts,
             steps=tally,
         )

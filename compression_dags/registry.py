@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 from compression_dags.merging.angular import Angular
+from compression_dags.merging.come import Come, ComeP
+from compression_dags.merging.come_released import ComeReleased
+from compression_dags.merging.concat import Concat
+from compression_dags.merging.distillation import DistillMP, DistillSP
+from compression_dags.merging.laco import LaCo
 from compression_dags.merging.least_squares import LeastSquares
+from compression_dags.merging.linear_patch import LinearPatch
+from compression_dags.merging.mka import MKA
+from compression_dags.merging.mka_paper import MKAPaper
+from compression_dags.merging.mka_released import MKACodeFixedWrite, MKAReleased
 from compression_dags.merging.reverse import Reverse
 from compression_dags.merging.shortgpt import ShortGPT
+from compression_dags.merging.sleb import SLEB
 from compression_dags.merging.weighted_sum import WeightedSum
 from compression_dags.quantization.rtn import RTN
 from compression_dags.stages import Stage
 
 METHODS: dict[str, dict[str, type[Stage]]] = {
-    "merge": {"reverse": Reverse, "shortgpt": ShortGPT, "angular": Angular, "weighted-sum": WeightedSum},
-    "recover": {"least-squares": LeastSquares},
+    "merge": {
+        "reverse": Reverse,
+        "shortgpt": ShortGPT,
+        "angular": Angular,
+        "weighted-sum": WeightedSum,
+        "sleb": SLEB,
+        "laco": LaCo,
+        "mka": MKA,
+        "mka-paper": MKAPaper,
+        "mka-released": MKAReleased,
+        "mka-code-fixed-write": MKACodeFixedWrite,
+        "come": Come,
+        "come-p": ComeP,
+        "come-released": ComeReleased,
+        "concat": Concat,
+    },
+    "recover": {
+        "least-squares": LeastSquares,
+        "linear-patch": LinearPatch,
+        "distill-sp": DistillSP,
+        "distill-mp": DistillMP,
+    },
     "quantize": {"rtn": RTN},
 }

@@ -2,6 +2,7 @@
 
 * block influence of layer l (ShortGPT, Men et al. 2024): BI_l = 1 − E_t[cos(h_l,t, h_{l+1},t)], over all real tokens;
 * hidden states h_0 … h_L of sampled tokens, before the final norm (transformers' last hidden state is after it);
+* the same of the first tokens of sequence 0, which is all that MKA's released similarity reads;
 * angular distance of every window (Gromov et al. 2024): d(a, b) = E_t[arccos cos(h_a,t, h_b,t)] / π, over the sampled
   tokens and, apart, over the last token of each sequence as in the paper;
 * per-channel mean square and mean absolute value of the input of every group of projections.
@@ -24,6 +25,9 @@ from compression_dags.errors import IntegrityError
 from compression_dags.provenance.progress import Progress
 from compression_dags.stages import Track, silent
 
+#: Leading tokens of sequence 0 whose states are kept.
+FIRST_TOKENS = 128
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -36,6 +40,7 @@ class Activations:
         angular_last: the same over the last token of each sequence.
         hidden: (L+1, n, d) sampled states, in the compute dtype.
         sampled: (n, 2) int64: sequence and position of each sampled token.
+        first_tokens: (L+1, min(128, T), d) states of the first of the T real tokens of sequence 0, likewise.
         norms: `layers.3.mlp_input.mean_square` → (channels,) float64; likewise `mean_abs`.
         tokens: real tokens seen.
     """
@@ -46,6 +51,7 @@ class Activations:
     angular_last: Tensor
     hidden: Tensor
     sampled: Tensor
+    first_tokens: Tensor
     norms: dict[str, Tensor]
     tokens: int
 
@@ -60,7 +66,8 @@ class Activations:
             **{f"norms.{k}": v for k, v in self.norms.items()},
         }
         save_file(statistics, directory / STATISTICS, metadata={"tokens": str(self.tokens)})
-        save_file({"hidden": self.hidden, "sampled": self.sampled}, directory / HIDDEN_STATES)
+        states = {"hidden": self.hidden, "sampled": self.sampled, "first_tokens": self.first_tokens}
+        save_file(states, directory / HIDDEN_STATES)
 
 
 def sample_tokens(lengths: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -120,6 +127,8 @@ class _Accumulators:
         self.cosine = torch.zeros(count, rows, dtype=torch.float64)
         self.hidden = torch.zeros(count + 1, len(sampled), hidden, dtype=stream.dtype)
         self.last = torch.zeros(count + 1, rows, hidden, dtype=stream.dtype)
+        leading = min(FIRST_TOKENS, int(blocks.lengths[0]))
+        self.first_tokens = torch.zeros(count + 1, leading, hidden, dtype=stream.dtype)
         self.norms: dict[str, Tensor] = {}
         self._mask = torch.empty(0)
         self._rows = range(0)
@@ -162,11 +171,13 @@ class _Accumulators:
             here = torch.arange(len(batch.rows), device=rows.device)
             ends = torch.from_numpy(self.blocks.lengths[batch.rows.start : batch.rows.stop]).long() - 1
             self.last[index, batch.rows.start : batch.rows.stop] = batch.hidden[here, ends.to(rows.device)].cpu()
+            if batch.rows.start == 0:
+                self.first_tokens[index] = batch.hidden[0, : self.first_tokens.shape[1]].cpu()
 
     def state(self, batches: list[Batch]) -> dict[str, Tensor]:
-        fixed = {"cosine": self.cosine, "sampled_hidden": self.hidden, "last": self.last}
+        states = {"sampled_hidden": self.hidden, "first_tokens": self.first_tokens, "last": self.last}
         norms = {f"norms.{k}": v for k, v in self.norms.items()}
-        return {**fixed, **norms, "entry": torch.cat([b.hidden.cpu() for b in batches])}
+        return {"cosine": self.cosine, **states, **norms, "entry": torch.cat([b.hidden.cpu() for b in batches])}
 
     def restore(self, progress: Progress, batches: list[Batch]) -> int:
         saved = progress.load()
@@ -174,6 +185,7 @@ class _Accumulators:
             return 0
         step, tensors = saved
         self.cosine, self.hidden, self.last = tensors["cosine"], tensors["sampled_hidden"], tensors["last"]
+        self.first_tokens = tensors["first_tokens"]
         self.norms = {k.removeprefix("norms."): t for k, t in tensors.items() if k.startswith("norms.")}
         for batch in batches:
             batch.hidden = tensors["entry"][batch.rows.start : batch.rows.stop].to(self.stream.device)
@@ -191,6 +203,7 @@ class _Accumulators:
             angular_distances(self.last, self.stream.device),
             self.hidden,
             self.sampled,
+            self.first_tokens,
             self.norms,
             int(self.lengths.sum()),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 #: Code version of the calibration pass.
-VERSION = "1"
+VERSION = "2"
 STATISTICS = "statistics.safetensors"
 HIDDEN_STATES = "hidden_states.safetensors"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.errors import InputError
+from compression_dags.merging.concatenation import concatenate, concatenate_released
 from compression_dags.merging.plan import MergePlan, PlannedLayer
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def _share_sum(source: Checkpoint, layer: PlannedLayer, local: str) -> torch.Ten
 FORMS: dict[str, Callable[[Checkpoint, PlannedLayer, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
     "sum": weighted_sum,
     "projections": projection_sum,
+    "concat": concatenate,
+    "concat-released": concatenate_released,
     "solved": solved,
 }
 

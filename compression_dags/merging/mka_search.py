@@ -26,6 +26,7 @@ from compression_dags.merging.regression_mean import (
 )
 from compression_dags.merging.ridge import Sums, best_fit
 from compression_dags.merging.scoring import Edit, LossBench, Piece, as_is, chosen_rows, placed
+from compression_dags.merging.sensitivity import sensitivity, strongest_of_all
 from compression_dags.provenance.decisions import Decision
 
 DROPS = {"first": "second", "second": "first"}
@@ -427,25 +428,19 @@ class _PairSums:
         return seen
 
     def _concatenated(self, a: Member, b: Member) -> tuple[dict[str, Tensor], tuple[float, float]]:
-        """The most sensitive channels and key-value groups of both, ranked together: sqrt(E z_j²)·‖W_:,j‖."""
+        """The most sensitive channels and key-value groups of both, ranked together."""
         facts, architecture = self.facts, self.facts.architecture
         (o,), (down,) = architecture.group("attention_output"), architecture.group("mlp_output")
-        channels = [_outputs(m, "mlp_output", down) for m in (a, b)]
-        heads = [_outputs(m, "attention_output", o).reshape(facts.kv_heads, -1).mean(1) for m in (a, b)]
-        kept, kept_heads = _largest(channels, facts.intermediate), _largest(heads, facts.kv_heads)
-        share = len(kept[0]) / facts.intermediate
-        made = concatenate_members([a.tensors, b.tensors], kept, kept_heads, (share, 1.0 - share), facts)
+        known = []
+        for m in (a, b):  # both saw the same tokens, so sums rank as means do
+            weights = (m.tensors[f"{o}.weight"], m.tensors[f"{down}.weight"])
+            squares = (m.grams["attention_output"].diagonal(), m.grams["mlp_output"].diagonal())
+            known.append(sensitivity(weights, squares, "l2", facts))
+        channels = [
+            c.to(a.tensors[f"{down}.weight"].device)
+            for c in strongest_of_all([k.channels for k in known], facts.intermediate)
+        ]
+        heads = [h.to(channels[0].device) for h in strongest_of_all([k.heads for k in known], facts.kv_heads)]
+        share = len(channels[0]) / facts.intermediate
+        made = concatenate_members([a.tensors, b.tensors], channels, heads, (share, 1.0 - share), facts)
         return made, (share, 1.0 - share)
-
-
-def _outputs(member: Member, group: str, projection: str) -> Tensor:
-    """What each input channel of a projection adds to its output, root mean square times a constant: (channels,)."""
-    return member.grams[group].diagonal().sqrt() * member.tensors[f"{projection}.weight"].norm(dim=0)
-
-
-def _largest(scores: list[Tensor], count: int) -> list[Tensor]:
-    """Indices, ascending and for each member, of the `count` largest of all scores; ties to the earlier member."""
-    joined = torch.cat(scores)
-    chosen = torch.sort(joined, descending=True, stable=True).indices[:count].sort().values
-    first = len(scores[0])
-    return [chosen[chosen < first], chosen[chosen >= first] - first]

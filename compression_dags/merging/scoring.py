@@ -7,10 +7,11 @@ there. Removing layer j costs L − j layer-forwards instead of L, and each laye
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.errors import InputError
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
 
 #: Share of the device's free memory that the candidates of one walk may take.
 MEMORY_SHARE = {"cuda": 0.4, "cpu": 0.25}
+#: Most logits held at a time (tokens × vocabulary); a row's are never split.
+LOGITS_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
 class Piece:
     """One layer of a student: the base model's layer `slot`, with some of its parameters replaced.
 
-    `tensors` are by local name (`mlp.down_proj.weight`); empty for a layer as it is.
+    `tensors` are by local name as on disk (`mlp.down_proj.weight`); empty for a layer as it is. A layer with experts
+    takes all of the experts' tensors or none.
     """
 
     slot: int
@@ -59,6 +63,12 @@ def chosen_rows(blocks: TokenBlocks, rows: Sequence[int]) -> TokenBlocks:
     return TokenBlocks(blocks.ids[list(rows)], blocks.lengths[list(rows)], blocks.documents)
 
 
+def even_rows(blocks: TokenBlocks, count: int) -> list[int]:
+    """Indices of `count` sequences spread evenly over a calibration set; all of them if it has no more."""
+    total = len(blocks.lengths)
+    return [i * total // min(count, total) for i in range(min(count, total))]
+
+
 class LossBench:
     """Scores edits of a student on fixed calibration tokens.
 
@@ -84,6 +94,19 @@ class LossBench:
 
     def losses(self, pieces: Sequence[Piece], edits: Sequence[Edit]) -> list[float]:
         """Mean next-token loss (nats) of the student under each edit alone; ∞ where it is not finite."""
+        return self.measured(pieces, edits, self._loss)
+
+    def states(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Hidden states after the student's last layer, before the final norm: (b, T, hidden) a batch."""
+        import torch
+
+        with torch.inference_mode():
+            return self._through([b.hidden for b in self.batches], pieces)
+
+    def measured(
+        self, pieces: Sequence[Piece], edits: Sequence[Edit], measure: Callable[[list[Tensor]], float]
+    ) -> list[float]:
+        """`measure` of the final hidden states (as `states` gives them) of the student under each edit alone."""
         for edit in edits:
             if not 0 <= edit.start <= edit.stop <= len(pieces):
                 raise ValueError(f"{edit} does not fit a student of {len(pieces)} layers")
@@ -92,8 +115,9 @@ class LossBench:
         step = self._at_once()
         for begin in range(0, len(order), step):
             chosen = order[begin : begin + step]
-            for index, loss in zip(chosen, self._walk(pieces, [edits[i] for i in chosen]), strict=True):
-                found[index] = loss
+            values = self._walk(pieces, [edits[i] for i in chosen], measure)
+            for index, value in zip(chosen, values, strict=True):
+                found[index] = value
         return found
 
     def _at_once(self) -> int:
@@ -106,13 +130,14 @@ class LossBench:
         each = sum(b.hidden.numel() * b.hidden.element_size() for b in self.batches)
         return max(1, int(MEMORY_SHARE[device.type] * free / max(1, each)))
 
-    def _walk(self, pieces: Sequence[Piece], edits: Sequence[Edit]) -> list[float]:
+    def _walk(
+        self, pieces: Sequence[Piece], edits: Sequence[Edit], measure: Callable[[list[Tensor]], float]
+    ) -> list[float]:
         """`edits` in order of their start. States of batch b: main[b] for the student, forks[e][b] for an edit."""
         import torch
 
         main = [b.hidden for b in self.batches]
         forks: dict[int, list[Tensor]] = {}
-        losses = [0.0] * len(edits)
         last_start = max(e.start for e in edits)
         with torch.inference_mode():
             for position in range(len(pieces) + 1):
@@ -125,9 +150,7 @@ class LossBench:
                 need_main = position < last_start
                 if need_main or walking:
                     self._step(pieces[position], [main] * need_main + [forks[i] for i in walking])
-            for index in range(len(edits)):
-                losses[index] = self._loss(forks.pop(index))
-        return losses
+            return [measure(forks.pop(index)) for index in range(len(edits))]
 
     def _through(self, states: list[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
         states = list(states)
@@ -152,32 +175,79 @@ def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float
     """Sum of the next-token losses (nats) of a batch whose final hidden states are `hidden`, and their number."""
     import torch
 
-    logits = stream.logits(batch, hidden)[:, :-1]
-    targets = batch.ids[:, 1:].to(logits.device).masked_fill(~batch.mask[:, 1:].to(logits.device), -100)
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for row, target in zip(logits, targets, strict=True):  # a row at a time: float32 logits are large
-        total += torch.nn.functional.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100).double()
+    targets = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], -100).to(hidden.device)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    step = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(stream.checkpoint.config["vocab_size"])))
+    for first in range(0, len(hidden), step):
+        part = slice(first, first + step)
+        rows = replace(batch, ids=batch.ids[part], mask=batch.mask[part])
+        logits = stream.logits(rows, hidden[part])[:, :-1]
+        for row, target in zip(logits, targets[part], strict=True):  # a row at a time: float32 logits are large
+            loss = torch.nn.functional.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100)
+            total += loss.double()
     return float(total), int((targets >= 0).sum())
+
+
+def last_states(stream: DecoderStream, batch: Batch, hidden: Tensor) -> Tensor:
+    """Final hidden states after the model's final norm, as transformers returns them: (b, T, hidden)."""
+    import torch
+
+    mask = batch.mask.long().to(stream.device) if batch.padded else None
+    with torch.inference_mode(), stream._replaced_layers(lambda _: lambda hidden_states, *args, **kwargs: hidden):
+        return stream.stack(
+            input_ids=batch.ids.to(stream.device), attention_mask=mask, use_cache=False
+        ).last_hidden_state
 
 
 @contextmanager
 def placed(stream: DecoderStream, piece: Piece) -> Iterator[torch.nn.Module]:
-    """The module of a piece on the device; the stream's own layer is as before afterwards."""
-    with stream.layer(piece.slot) as module:
-        undo = [_swap(module, name, tensor) for name, tensor in piece.tensors.items()]
-        try:
-            yield module
-        finally:
-            for restore in undo:
-                restore()
+    """The module of a piece on the device; the stream's own layer is as before afterwards.
+
+    Raises:
+        ValueError: the piece replaces a tensor that the layer does not have, or has in another shape.
+    """
+    with stream.layer(piece.slot) as module, ExitStack() as undo:
+        for name, tensor in _in_memory(stream, piece).items():
+            undo.callback(_swap(module, name, tensor, piece.slot))
+        yield module
 
 
-def _swap(module: torch.nn.Module, name: str, tensor: Tensor) -> Callable[[], None]:
+def _in_memory(stream: DecoderStream, piece: Piece) -> Mapping[str, Tensor]:
+    """The piece's tensors as the module names them: experts are fused there."""
+    from compression_dags.calibration.streaming import fuse_experts
+
+    experts = stream.checkpoint.architecture.experts
+    if not experts or not piece.tensors:
+        return piece.tensors
+    try:
+        return fuse_experts(dict(piece.tensors), experts)
+    except KeyError as missing:
+        raise ValueError(f"a piece of layer {piece.slot} replaces some experts but not {missing}") from None
+
+
+def _swap(module: torch.nn.Module, name: str, tensor: Tensor, slot: int) -> Callable[[], None]:
     """Put `tensor` in the place of a parameter (never in place: the old one may be a view of the file)."""
     import torch
 
     owner, _, leaf = name.rpartition(".")
-    holder = module.get_submodule(owner)
-    old = getattr(holder, leaf)
+    try:
+        holder = module.get_submodule(owner)
+        old = holder.get_parameter(leaf)
+    except AttributeError:
+        raise ValueError(f"layer {slot} has no parameter {name}") from None
+    if old.shape != tensor.shape:
+        raise ValueError(f"layer {slot}: {name} has shape {tuple(old.shape)}, the piece's {tuple(tensor.shape)}")
     setattr(holder, leaf, torch.nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False))
     return lambda: setattr(holder, leaf, old)
+
+
+def as_state(note: Any) -> dict[str, Tensor]:
+    """What a search has found so far (anything JSON can hold), as a state for `Progress`."""
+    import torch
+
+    return {"note": torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)}
+
+
+def from_state(tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `as_state`."""
+    return json.loads(bytes(tensors["note"].numpy()).decode())

@@ -10,6 +10,7 @@ from pydantic import Field
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
+from compression_dags.merging.windows import cheapest_groups, influence_shares, window_distance
 from compression_dags.provenance.decisions import Decision
 
 
@@ -39,36 +40,15 @@ class WeightedSum(MergeStage):
         return plan, depth_decisions(plan, scores, "angular distance from group entry to exit", {"power": self.power})
 
     def _shares(self, group: range, influence: np.ndarray) -> tuple[float, ...]:
-        weight = np.maximum(influence[group.start : group.stop], 1e-12) ** self.power
-        share = weight / weight.sum()
-        return (*map(float, share[:-1]), float(1.0 - share[:-1].sum()))
+        return influence_shares(influence[group.start : group.stop], self.power)
 
     def _groups(self, facts: StackFacts, angular: np.ndarray) -> list[range]:
         total, goal = facts.layers, facts.layers - self.removed(facts.layers)
-        best = np.full((goal + 1, total + 1), np.inf)
-        cut = np.zeros((goal + 1, total + 1), dtype=int)
-        best[0, 0] = 0.0
-        for count in range(1, goal + 1):
-            for end in range(1, total + 1):
-                for start in range(max(0, end - self.largest_group), end):
-                    cost = best[count - 1, start] + self._cost(facts, angular, range(start, end))
-                    if cost < best[count, end]:
-                        best[count, end], cut[count, end] = cost, start
-        if not np.isfinite(best[goal, total]):
+        distance = window_distance(facts, self.free_layers(total), angular)
+        groups = cheapest_groups(total, goal, self.largest_group, distance)
+        if groups is None:
             raise InputError(
                 f"no {goal} groups of at most {self.largest_group} adjacent unprotected layers of one kind cover "
                 f"{total} layers; lower the ratio or raise largest_group"
             )
-        groups, end = [], total
-        for count in range(goal, 0, -1):
-            groups.append(range(cut[count, end], end))
-            end = cut[count, end]
-        return groups[::-1]
-
-    def _cost(self, facts: StackFacts, angular: np.ndarray, group: range) -> float:
-        if len(group) == 1:
-            return 0.0
-        free = self.free_layers(facts.layers)
-        if group.start < free.start or group.stop > free.stop or len({facts.kind(i) for i in group}) > 1:
-            return np.inf
-        return float(angular[group.start, group.stop])
+        return groups

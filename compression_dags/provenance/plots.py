@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,6 +33,37 @@ def heatmap_png(matrix: np.ndarray, axis: str, label: str) -> bytes:
     image = axes.imshow(matrix, cmap="viridis", origin="upper", interpolation="nearest")
     axes.set(xlabel=axis, ylabel=axis)
     figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    return _png(figure)
+
+
+def merge_tree_png(matrix: np.ndarray, merges: Sequence[tuple[range, range, float]], axis: str, label: str) -> bytes:
+    """A square similarity matrix, large values bright, under the tree of its adjacent merges.
+
+    Args:
+        merges: of neighbouring groups of indices, in order, each with its similarity, the height of its bracket. A
+            merge more similar than an earlier one of its members (a mean can rise) is drawn level with it.
+    """
+    figure, tree = _figure(5.8, 5.9)
+    tree.remove()
+    tree, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3.4])
+    image = axes.imshow(matrix, cmap="viridis", origin="upper", interpolation="nearest", aspect="auto")
+    axes.set(xlabel=axis, ylabel=axis)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    # (centre, height) of every group so far, by its first index
+    place: dict[int, tuple[float, float | None]] = {i: (float(i), None) for i in range(len(matrix))}
+    top = max((value for *_, value in merges), default=1.0)
+    heights = [value for *_, value in merges]
+    floor = top + 0.05 * (top - min(heights, default=0.0) or 1.0)
+    for first, second, value in merges:
+        (left, low), (right, lower) = place[first.start], place[second.start]
+        starts = [floor if h is None else h for h in (low, lower)]
+        height = min(value, *starts)
+        tree.plot([left, left, right, right], [starts[0], height, height, starts[1]], color=ACCENT, linewidth=1.1)
+        place[first.start] = ((left + right) / 2, height)
+    tree.invert_yaxis()
+    tree.set_ylabel("merged at")
+    tree.spines[["top", "right", "bottom"]].set_visible(False)
+    tree.tick_params(axis="x", length=0, labelbottom=False)
     return _png(figure)
 
 

@@ -15,6 +15,16 @@ from typing import Any
 RECORD = Path(__file__).with_name("sources.json")
 _STREAM = ("compression_dags.calibration.streaming", "compression_dags.architectures.decoder")
 _WRITE = ("compression_dags.checkpoints.writer", "compression_dags.architectures.decoder")
+
+
+def _merging(*names: str) -> tuple[str, ...]:
+    return tuple(f"compression_dags.merging.{name}" for name in names)
+
+
+_CONCAT = (
+    *_merging("plan", "windows", "sensitivity", "concatenation", "concat_layers", "concat_search", "concat_walk"),
+    *_STREAM,
+)
 #: Stage → (module and attribute path of its version, modules that determine its bytes).
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "calibration_tokens": ("compression_dags.calibration.corpora:Calibration.version", ()),
@@ -25,17 +35,62 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
             *_STREAM,
         ),
     ),
-    "merged_weights": ("compression_dags.merging.apply:VERSION", _WRITE),
-    "merge: reverse": ("compression_dags.merging.reverse:Reverse.version", ("compression_dags.merging.plan",)),
-    "merge: shortgpt": ("compression_dags.merging.shortgpt:ShortGPT.version", ("compression_dags.merging.plan",)),
-    "merge: angular": ("compression_dags.merging.angular:Angular.version", ("compression_dags.merging.plan",)),
+    "similarity_npib": (
+        "compression_dags.merging.similarity:VERSION",
+        _merging("npib", "diffusion", "ksg", "resampling"),
+    ),
+    "similarity_cka": (
+        "compression_dags.merging.similarity:VERSION",
+        _merging("cka", "diffusion", "resampling"),
+    ),
+    "merged_weights": (
+        "compression_dags.merging.apply:VERSION",
+        ("compression_dags.merging.concatenation", *_WRITE),
+    ),
+    "merge: reverse": ("compression_dags.merging.reverse:Reverse.version", _merging("plan")),
+    "merge: shortgpt": ("compression_dags.merging.shortgpt:ShortGPT.version", _merging("plan")),
+    "merge: angular": ("compression_dags.merging.angular:Angular.version", _merging("plan")),
     "merge: weighted-sum": (
         "compression_dags.merging.weighted_sum:WeightedSum.version",
-        ("compression_dags.merging.plan",),
+        _merging("plan", "windows"),
     ),
+    "merge: sleb": ("compression_dags.merging.sleb:SLEB.version", (*_merging("plan", "scoring"), *_STREAM)),
+    "merge: laco": ("compression_dags.merging.laco:LaCo.version", (*_merging("plan", "scoring", "apply"), *_STREAM)),
+    "merge: mka": (
+        "compression_dags.merging.mka:MKA.version",
+        (
+            *_merging("plan", "mka_search", "regression_mean", "concatenation", "sensitivity", "ridge", "scoring"),
+            *_STREAM,
+        ),
+    ),
+    "merge: mka-paper": (
+        "compression_dags.merging.mka_paper:MKAPaper.version",
+        _merging("plan", "similarity", "mka_released"),
+    ),
+    "merge: mka-released": ("compression_dags.merging.mka_released:MKAReleased.version", _merging("plan")),
+    "merge: mka-code-fixed-write": (
+        "compression_dags.merging.mka_released:MKACodeFixedWrite.version",
+        _merging("plan"),
+    ),
+    "merge: come": ("compression_dags.merging.come:Come.version", _CONCAT),
+    "merge: come-p": ("compression_dags.merging.come:ComeP.version", (*_CONCAT, *_merging("concat_trials", "scoring"))),
+    "merge: come-released": ("compression_dags.merging.come_released:ComeReleased.version", _CONCAT),
+    "merge: concat": ("compression_dags.merging.concat:Concat.version", _CONCAT),
     "recover: least-squares": (
         "compression_dags.merging.least_squares:LeastSquares.version",
-        (*_STREAM, "compression_dags.checkpoints.writer"),
+        (*_merging("recovery", "ridge", "scoring"), *_STREAM, "compression_dags.checkpoints.writer"),
+    ),
+    "recover: linear-patch": (
+        "compression_dags.merging.linear_patch:LinearPatch.version",
+        (*_merging("recovery", "scoring"), *_STREAM, "compression_dags.checkpoints.writer"),
+    ),
+    "recover: distill-sp": (
+        "compression_dags.merging.distillation:DistillSP.version",
+        (*_merging("recovery", "distill_run", "distill_model"), "compression_dags.calibration.corpora"),
+    ),
+    "recover: distill-mp": (
+        "compression_dags.merging.distillation:DistillMP.version",
+        (*_merging("recovery", "distill_run", "distill_model"), "compression_dags.calibration.corpora"),
     ),
     "quantize: rtn": (
         "compression_dags.quantization.rtn:RTN.version",

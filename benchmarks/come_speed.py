@@ -1,0 +1,336 @@
+"""Speed and memory of CoMe's forms on a model of random weights (Llama-2-7B's shape), stage by stage.
+
+    python benchmarks/come_speed.py --work /dev/shm/come --out come_speed.json          # one GPU
+    python benchmarks/come_speed.py --work /tmp/come --tiny                             # CPU, seconds: does it run
+
+Writes the checkpoint first (not counted), then times the calibration pass with its loading of the weights, each plan,
+and the writing of the merged checkpoint. Layer-forwards are counted, not stated: tokens through `DecoderStream.apply`
+over calibration tokens. The floor beside each phase is the FLOPs of those layer-forwards at --tflops sustained; a phase
+with none has no floor of this kind. Random weights choose other pairs than trained ones, so the progressive search may
+restart at other depths.
+
+`reference` is the released way, the whole model anew after every merge: one whole measuring pass is timed and
+multiplied by the number of merges, unless --full runs a pass for each. It has our accumulation on the device in it, so
+it is a lower bound of the released code's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compression_dags.calibration.activations import profile_activations
+from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.streaming import Batch, DecoderStream
+from compression_dags.checkpoints.reader import INDEX, Checkpoint
+from compression_dags.merging.apply import apply_plan
+from compression_dags.merging.plan import Bench, Evidence, MergePlan
+from compression_dags.registry import METHODS
+
+#: What issue 3 asks for with the default shape on one H100.
+TARGETS = {"seconds": 60, "peak_gb": 24, "one_shot_model_forwards": 3}
+TINY = {"layers": 8, "hidden": 64, "inter": 96, "heads": 8, "kv": 4, "vocab": 512, "sequences": 32, "length": 64}
+WRITERS = 4  # shards written at a time
+
+
+def stage_class(kind: str, name: str) -> Callable[..., Any]:
+    """A method of the registry, or of its module if it is not registered."""
+    if name in METHODS[kind]:
+        return METHODS[kind][name]
+    from compression_dags.merging.come import Come
+    from compression_dags.merging.come_released import ComeReleased
+    from compression_dags.merging.concat import Concat
+
+    return {"come": Come, "come-released": ComeReleased, "concat": Concat}[name]
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def config_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": args.hidden,
+        "intermediate_size": args.inter,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv,
+        "head_dim": args.hidden // args.heads,
+        "vocab_size": args.vocab,
+        "max_position_embeddings": max(args.length, 64),
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def shapes(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """Local name → shape of the tensors of one layer."""
+    d, wide = args.hidden, args.hidden // args.heads * args.kv
+    return {
+        "input_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (d, d),
+        "self_attn.k_proj.weight": (wide, d),
+        "self_attn.v_proj.weight": (wide, d),
+        "self_attn.o_proj.weight": (d, d),
+        "post_attention_layernorm.weight": (d,),
+        "mlp.gate_proj.weight": (args.inter, d),
+        "mlp.up_proj.weight": (args.inter, d),
+        "mlp.down_proj.weight": (d, args.inter),
+    }
+
+
+def write_random(directory: Path, args: argparse.Namespace) -> Checkpoint:
+    """A random bfloat16 checkpoint, a shard a layer: matrices N(0, 1/in), γ = 1 + N(0, 0.1²).
+
+    Both output projections are scaled by 1/√(2 · layers), so that the residual stream grows as in a trained model.
+    Values are drawn on the device; at most `WRITERS` shards are in memory while they are written.
+    """
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config_of(args), indent=1))
+    generator = torch.Generator(args.device).manual_seed(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        noise = torch.randn(shape, generator=generator, device=args.device, dtype=torch.bfloat16)
+        if len(shape) == 1:
+            return (1 + 0.1 * noise).cpu()
+        writes = "o_proj" in name or "down_proj" in name
+        scale = 1.0 if "embed" in name else shape[1] ** -0.5 * ((2 * args.layers) ** -0.5 if writes else 1.0)
+        return (noise * scale).cpu()
+
+    outside = {"model.embed_tokens.weight", "lm_head.weight"}
+    shards = [dict.fromkeys(outside, (args.vocab, args.hidden)) | {"model.norm.weight": (args.hidden,)}]
+    shards += [{f"model.layers.{i}.{k}": s for k, s in shapes(args).items()} for i in range(args.layers)]
+    weight_map, written, total = {}, [], 0
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for number, shard in enumerate(shards):
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: draw(name, shape) for name, shape in sorted(shard.items())}
+            total += sum(t.nbytes for t in tensors.values())
+            weight_map |= dict.fromkeys(shard, file)
+            written.append(pool.submit(save_file, tensors, directory / file, {"format": "pt"}))
+            del tensors
+            _wait(written, WRITERS - 1)
+        _wait(written, 0)
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    return Checkpoint(directory)
+
+
+def _wait(written: list[Future[None]], most: int) -> None:
+    while len(written) > most:
+        written.pop(0).result()
+
+
+def random_tokens(args: argparse.Namespace) -> TokenBlocks:
+    ids = np.random.default_rng(0).integers(3, args.vocab, (args.sequences, args.length)).astype(np.int32)
+    return TokenBlocks(ids, np.full(args.sequences, args.length, dtype=np.int32), args.sequences)
+
+
+def layer_flops(args: argparse.Namespace) -> float:
+    """Of one layer over all calibration tokens: two a parameter and token, and causal attention's two products."""
+    tokens = args.sequences * args.length
+    parameters = sum(int(np.prod(s)) for s in shapes(args).values() if len(s) == 2)
+    return 2.0 * parameters * tokens + 2.0 * tokens * args.length * args.hidden
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Seconds, peak memory and layer-forwards of named phases."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.rows, self.tokens = args, {}, 0
+        self.cuda = args.device.startswith("cuda")
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the tokens that go through any layer."""
+        original = DecoderStream.apply
+
+        def apply(stream: DecoderStream, module: Any, index: int, batch: Batch, hidden: Any = None) -> Any:
+            self.tokens += batch.ids.numel()
+            return original(stream, module, index, batch, hidden)
+
+        DecoderStream.apply = apply
+        try:
+            yield
+        finally:
+            DecoderStream.apply = original
+
+    def phase(self, name: str, call: Callable[[], Any], **note: Any) -> Any:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.tokens, start = 0, time.perf_counter()
+        result = call()
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        forwards = self.tokens / (self.args.sequences * self.args.length)
+        row: dict[str, Any] = {"seconds": round(seconds, 3), "layer_forwards": round(forwards, 3)}
+        row["model_forwards"] = round(forwards / self.args.layers, 3)
+        row["floor_seconds"] = round(forwards * layer_flops(self.args) / (self.args.tflops * 1e12), 3)
+        row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2) if self.cuda else None
+        self.rows[name] = row | note
+        print(json.dumps({name: self.rows[name]}), flush=True)
+        return result
+
+
+def calibrate(source: Checkpoint, blocks: TokenBlocks, args: argparse.Namespace) -> Evidence:
+    """The shared calibration pass as the asset makes it, weights loaded layer by layer."""
+    resident = None if args.resident == "auto" else args.resident == "yes"
+    stream = DecoderStream(source, device=args.device, dtype=args.dtype, resident=resident)
+    found = profile_activations(stream, blocks, samples=args.samples)
+    stream.close()
+    statistics = {f"norms.{k}": t.numpy() for k, t in found.norms.items()}
+    return Evidence(
+        found.block_influence.numpy(), found.angular.numpy(), found.angular_last.numpy(), statistics=statistics
+    )
+
+
+def forms(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    come, concat = stage_class("merge", "come"), stage_class("merge", "concat")
+    return {
+        "come one-shot": lambda: come(layers=args.merges, mode="one-shot"),
+        "come progressive": lambda: come(layers=args.merges),
+        "concat": lambda: concat(layers=args.merges),
+    }
+
+
+def refit(
+    source: Checkpoint, student: Checkpoint, plan: MergePlan, blocks: TokenBlocks, args: argparse.Namespace
+) -> dict[str, int]:
+    """Least squares at every merged layer; how many fits were accepted and rejected."""
+    stage = METHODS["recover"]["least-squares"]()
+    directory = args.work / "recovered"
+    found = stage.recover(source, student, plan, blocks, directory, device=args.device, dtype=args.dtype)  # type: ignore[attr-defined]
+    shutil.rmtree(directory)
+    actions = [d.action for d in found.decisions]
+    return {action: actions.count(action) for action in sorted(set(actions))}
+
+
+def one_form(
+    name: str, source: Checkpoint, blocks: TokenBlocks, evidence: Evidence, meter: Meter, args: argparse.Namespace
+) -> None:
+    bench = Bench(source, blocks, args.device, args.dtype)
+    stage = forms(args)[name]()
+    plan, _ = meter.phase(f"{name}: plan", lambda: stage.plan(source.facts, evidence, bench))
+    assert len(plan.layers) == args.layers - args.merges
+    written = args.work / "written"
+    student = meter.phase(f"{name}: write", lambda: apply_plan(source, plan, written))
+    if args.refit and name == "concat":
+        found = meter.phase(f"{name}: refit", lambda: refit(source, student, plan, blocks, args))
+        meter.rows[f"{name}: refit"]["actions"] = found
+    shutil.rmtree(written)
+
+
+def reference(source: Checkpoint, blocks: TokenBlocks, meter: Meter, args: argparse.Namespace) -> None:
+    """The released way: one whole pass and one merge, as often as there are merges (or once, and multiplied)."""
+    nothing = Evidence(np.empty(0), np.empty(0), np.empty(0))
+    bench = Bench(source, blocks, args.device, args.dtype)
+    stage = stage_class("merge", "come-released")(layers=1)
+    times = args.merges if args.full else 1
+
+    def passes() -> None:
+        for _ in range(times):  # a fresh stream each: the released code keeps nothing from step to step
+            stage.plan(source.facts, nothing, bench)
+
+    meter.phase("reference: whole passes", passes, passes=times)
+    row = meter.rows["reference: whole passes"]
+    row["seconds_all_merges"] = round(row["seconds"] * args.merges / times, 3)
+    row["extrapolated"] = times != args.merges
+    print(json.dumps({"reference": row}), flush=True)
+
+
+def totals(rows: dict[str, Any]) -> dict[str, Any]:
+    """Each form with the calibration pass before it and the writing (and refit) after it."""
+    found = {}
+    for name in ("come one-shot", "come progressive", "concat"):
+        parts = [rows[k] for k in rows if k == "calibration" or k.startswith(f"{name}: ")]
+        peaks = [p["peak_gb"] for p in parts if p["peak_gb"] is not None]
+        found[name] = {
+            "seconds": round(sum(p["seconds"] for p in parts), 2),
+            "floor_seconds": round(sum(p["floor_seconds"] for p in parts), 2),
+            "model_forwards": round(sum(p["model_forwards"] for p in parts), 2),
+            "peak_gb": max(peaks) if peaks else None,
+        }
+    return found
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "cpu"
+    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="empty or new folder, best in memory; removed after")
+    parser.add_argument("--out", type=Path, default=None)
+    for name, value in {"layers": 32, "hidden": 4096, "inter": 11008, "heads": 32, "kv": 32, "vocab": 32000}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in {"sequences": 128, "length": 2048, "merges": 10, "samples": 2048}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="of the hidden states; bfloat16 on a GPU, float32 on the CPU")
+    parser.add_argument("--tflops", type=float, default=400.0, help="sustained, for the floors")
+    parser.add_argument(
+        "--resident", choices=["auto", "yes", "no"], default="auto", help="calibration: keep layers on the device"
+    )
+    parser.add_argument("--refit", action="store_true", help="concat: least squares afterwards")
+    parser.add_argument("--full", action="store_true", help="reference: a pass for every merge, nothing extrapolated")
+    parser.add_argument("--tiny", action="store_true", help=f"{TINY}, 2 merges")
+    args = parser.parse_args()
+    if args.tiny:
+        vars(args).update(TINY, merges=2)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.hidden % args.heads or args.heads % args.kv:
+        parser.error("--hidden must be a multiple of --heads, and --heads of --kv")
+    if args.work.exists() and any(args.work.iterdir()):
+        parser.error(f"--work {args.work} is not empty")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    blocks, meter = random_tokens(args), Meter(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    try:
+        start = time.perf_counter()
+        source = write_random(args.work / "model", args)
+        print(f"wrote {source.nbytes / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s (not counted)", flush=True)
+        with meter.counting():
+            evidence = meter.phase("calibration", lambda: calibrate(source, blocks, args))
+            for name in forms(args):
+                one_form(name, source, blocks, evidence, meter, args)
+            reference(source, blocks, meter, args)
+    finally:
+        shutil.rmtree(args.work, ignore_errors=True)
+    found = {"machine": machine(args), "targets": TARGETS, "totals": totals(meter.rows), "phases": meter.rows}
+    print(json.dumps(found["totals"], indent=1))
+    if args.out:
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        args.out.write_text(json.dumps({**found, "options": options}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
