@@ -59,7 +59,8 @@ def build_recipe_family(recipe: Recipe, tasks: Sequence[Task]) -> Family:
         stages += [recipe_key(recipe, "merge_plan"), recipe_key(recipe, "merged_weights")]
         weights = stages[-1]
         if recipe.merge.analysis:
-            names = ("calibration_tokens", "calibration_activations", *(f"similarity_{n}" for n in SIMILARITIES))
+            similarities = [n for n in SIMILARITIES if n in {"block_influence", "angular", *recipe.merge.needs}]
+            names = ("calibration_tokens", "calibration_activations", *(f"similarity_{n}" for n in similarities))
             shared += [calibration_key(recipe.calibration, name) for name in names]
     for index in range(len(recipe.recoveries)):
         assets.append(build_recovered_weights(recipe, index, weights))

@@ -15,8 +15,8 @@ from resources.model_hub import ModelHub
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# torch reads it when first imported: the lazy form of torch.set_num_threads(2).
-os.environ["OMP_NUM_THREADS"] = "2"
+# torch reads it when first imported: the lazy form of torch.set_num_threads. Two workers share the cores.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 sys.path.insert(0, str(Path(__file__).parent))
 

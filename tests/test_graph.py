@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
+import pandas as pd
 import pytest
 
 from compression_dags.calibration.corpora import PROJECT, Calibration
@@ -20,7 +21,7 @@ RECIPES = PROJECT / "recipes"
 
 def small_recipes(*names: str) -> dict:
     """Shipped recipes with a calibration that takes a second."""
-    tiny = Calibration(sequences=24, length=128)
+    tiny = Calibration(sequences=24, length=128, samples=256)
     return {n: replace(load_recipe(RECIPES / f"{n}.yaml"), calibration=tiny) for n in names}
 
 
@@ -117,6 +118,42 @@ def test_first_run_computes_and_shares_the_equal_prefix(first):
     assert first["shortgpt_20_ls/recovered_weights"][0] == "computed"
 
 
+def test_merging_wing_shares_one_pass_and_recoveries_follow_one_another(tmp_path):
+    """Methods that measure get tokens and a device; three plans are three checkpoints; each recovery is an asset."""
+    recipes = small_recipes("mka-20", "come-20", "shortgpt-20-sweep-distill")
+    chain = recipes["shortgpt-20-sweep-distill"]
+    quick = {"tokens": 2048, "batch_tokens": 256, "length": 64, "held_windows": 4, "logit_lr": 50.0, "hidden_lr": 50.0}
+    distill = chain.stages[2].model_copy(update=quick)
+    recipes[chain.name] = replace(chain, stages=(*chain.stages[:2], distill))
+    found = run(tmp_path, recipes)
+    passes = [k for k in found if k.endswith("calibration_activations")]
+    assert len(passes) == 1 and {k.split("/")[1] for k in found if "similarity" in k} == {
+        "similarity_block_influence",
+        "similarity_angular",
+        "similarity_npib",
+        "similarity_cka",
+    }
+    slugs = ("mka_20", "come_20", "shortgpt_20_sweep_distill")
+    for name in ("merge_plan", "merged_weights"):
+        assert len({found[f"{slug}/{name}"][1] for slug in slugs}) == 3
+    store = tmp_path / "artifacts"
+    weights = [
+        store / "merged_weights" / found[f"{s}/merged_weights"][1] / "checkpoint/model.safetensors" for s in slugs
+    ]
+    assert len({path.read_bytes() for path in weights}) == 3
+    ledgers = [store / "merge_plan" / found[f"{s}/merge_plan"][1] / "decisions.parquet" for s in slugs]
+    assert len({path.read_bytes() for path in ledgers}) == 3
+    # a learning rate of 50 ruins every part: all are rejected, and the pipeline goes on with the unrecovered weights
+    first, second = (
+        store / "recovered_weights" / found[f"shortgpt_20_sweep_distill/recovered_weights{n}"][1] for n in ("", "_2")
+    )
+    assert set(pd.read_parquet(second / "decisions.parquet")["action"]) == {"reject"}
+    assert (first / "checkpoint/model.safetensors").read_bytes() == (
+        second / "checkpoint/model.safetensors"
+    ).read_bytes()
+    assert "shortgpt_20_sweep_distill/scorecard" in found
+
+
 def test_second_run_is_all_hits_even_with_a_fresh_dagster_instance(home, first):
     again = run(home, small_recipes("shortgpt-20", "shortgpt-20-ls"))
     assert {k: c for k, (c, _) in again.items() if c != "hit"} == {}
@@ -131,7 +168,7 @@ def test_another_ratio_computes_only_from_the_plan_on(home, first):
     computed = {k for k, (cache, _) in found.items() if cache == "computed"}
     family = {f"shortgpt_30/{n}" for n in ("merge_plan", "merged_weights", "eval_heldout_stories", "scorecard")}
     assert computed == family | {"leaderboard", "decision_ledger"}
-    assert found["c4_sample_24x128/calibration_activations"][0] == "hit"
+    assert found["c4_sample_24x128_n256/calibration_activations"][0] == "hit"
 
 
 def test_handles_are_what_travels(home, first):

@@ -107,10 +107,11 @@ def profile_activations(
             for batch in batches:
                 accumulators.enter(batch)
                 output = stream.apply(layer, index, batch)
-                accumulators.step(index, batch, output)
+                accumulators.step(batch, output)
                 batch.hidden = output
             for hook in hooks:
                 hook.remove()
+        accumulators.leave(index)
         accumulators.record_states(index + 1, batches)
         if progress:
             progress.save_if_due(index + 1, lambda: accumulators.state(batches))
@@ -130,12 +131,14 @@ class _Accumulators:
         leading = min(FIRST_TOKENS, int(blocks.lengths[0]))
         self.first_tokens = torch.zeros(count + 1, leading, hidden, dtype=stream.dtype)
         self.norms: dict[str, Tensor] = {}
-        self._mask = torch.empty(0)
-        self._rows = range(0)
+        self._mask, self._padded = torch.empty(0), False
+        # sums of the current layer stay on the device: one transfer a layer, not several a batch
+        self._sums: dict[str, Tensor] = {}
+        self._cosines: list[Tensor] = []
 
     # hooks see only the layer's input, so the current batch's mask is left here for them
     def enter(self, batch: Batch) -> None:
-        self._mask, self._rows = batch.mask.to(self.stream.device), batch.rows
+        self._mask, self._padded = batch.mask.to(self.stream.device), batch.padded
 
     def watch(self, layer: torch.nn.Module, index: int) -> list[torch.utils.hooks.RemovableHandle]:
         hooks = []
@@ -147,21 +150,30 @@ class _Accumulators:
 
     def _norms_of(self, index: int, group: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(*self._mask.shape, -1).float() * self._mask[..., None]
-            # (b, channels) float32 sums over ≤ T tokens, then float64 across sequences
-            for name, sums in (("mean_square", x.square().sum(1)), ("mean_abs", x.abs().sum(1))):
+            x = args[0].reshape(*self._mask.shape, -1)
+            if self._padded:
+                x = x * self._mask[..., None]
+            # one read of x for each norm, no float32 copy: (b, channels) over ≤ T tokens, then float64 across sequences
+            norms = (torch.linalg.vector_norm(x, ord=p, dim=1, dtype=torch.float32).double() for p in (2, 1))
+            for name, sums in zip(("mean_square", "mean_abs"), norms, strict=True):
+                total = (sums.square() if name == "mean_square" else sums).sum(0)
                 key = f"layers.{index}.{group}.{name}"
-                total = sums.double().sum(0).cpu() / self.lengths.sum()
-                self.norms[key] = self.norms[key] + total if key in self.norms else total
+                self._sums[key] = self._sums[key] + total if key in self._sums else total
 
         return hook
 
-    def step(self, index: int, batch: Batch, output: Tensor) -> None:
+    def step(self, batch: Batch, output: Tensor) -> None:
         cosine = torch.nn.functional.cosine_similarity(batch.hidden.float(), output.float(), dim=-1).double()
-        sums = torch.where(self._mask, cosine, 0.0).sum(1).cpu()
+        self._cosines.append(torch.where(self._mask, cosine, 0.0).sum(1))
+
+    def leave(self, index: int) -> None:
+        """Take the finished layer's sums off the device, in the order of the batches."""
+        sums = torch.cat(self._cosines).cpu()
         if not torch.isfinite(sums).all():
             raise IntegrityError(f"layer {index} of {self.stream.checkpoint.path.name} gives non-finite hidden states")
-        self.cosine[index, batch.rows.start : batch.rows.stop] = sums
+        self.cosine[index] = sums
+        self.norms |= {key: total.cpu() / self.lengths.sum() for key, total in self._sums.items()}
+        self._sums, self._cosines = {}, []
 
     def record_states(self, index: int, batches: list[Batch]) -> None:
         for batch in batches:

@@ -23,7 +23,8 @@ class MKA(MergeStage):
     `concat` (the most sensitive half of the channels and heads of each), `mean` (channels and heads aligned jointly,
     then the closed-form activation-weighted mean). Each is compensated: its output projection is refitted in closed
     form so that the layer maps the student's state at the pair's entry to the base model's state at its exit. The
-    candidate with the least next-token loss on held-out calibration sequences is written into the plan.
+    candidate with the least next-token loss on held-out calibration sequences is written into the plan. `mean` never
+    won a round on the measured model (docs/mka.md), so it is left out unless asked for.
 
     MKA (Liu et al. 2024, arXiv 2406.16330) merges by similarity alone with one scalar λ; its released code stores no
     merged weight (`mka-released`). Dropping is among the forms here, so merging happens only where it is better.
@@ -33,14 +34,14 @@ class MKA(MergeStage):
     needs: ClassVar[tuple[str, ...]] = ("block_influence", "angular", "npib", "cka")
     measures: ClassVar[bool] = True
     method: Literal["mka"] = "mka"
-    forms: tuple[Form, ...] = Field(("first", "second", "concat", "mean"), min_length=1, description="ways to merge")
-    shortlist: int = Field(8, ge=1, description="pairs measured in a round")
+    forms: tuple[Form, ...] = Field(("first", "second", "concat"), min_length=1, description="ways to merge")
+    shortlist: int = Field(6, ge=1, description="pairs measured in a round")
     similarity: Literal["angular", "npib", "cka"] = Field("angular", description="what ranks the pairs of a round")
     score: Literal["loss", "divergence"] = Field(
         "loss", description="next-token loss, or KL divergence from the base model's predictions (nats)"
     )
-    fit_tokens: int = Field(98_304, ge=1024, description="calibration tokens that the closed forms are fitted on")
-    score_tokens: int = Field(32_768, ge=256, description="held-out calibration tokens that candidates are scored on")
+    fit_tokens: int = Field(65_536, ge=1024, description="calibration tokens that the closed forms are fitted on")
+    score_tokens: int = Field(8_192, ge=256, description="held-out calibration tokens that candidates are scored on")
     alphas: tuple[float, ...] = Field((1e-3, 1e-2, 1e-1), min_length=1, description="ridge grid α")
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, where attention sinks sit")
     sink_weight: float = Field(32.0, ge=0, description="weight of a sink position against another token's")

@@ -359,6 +359,7 @@ class _PairSums:
         self.a, self.b = search.groups[position], search.groups[position + 1]
         self._members: tuple[Member, Member] | None = None
         self.cross: dict[str, Tensor] = {}
+        self.squares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def tensors(self, form: str) -> tuple[dict[str, Tensor], tuple[float, float]]:
         """All tensors of the merged layer before compensation, and the shares of the two groups."""
@@ -386,7 +387,7 @@ class _PairSums:
         return self._members
 
     def _measure(self) -> tuple[Member, Member]:
-        search, architecture = self.search, self.facts.architecture
+        search = self.search
         grams: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         with torch.inference_mode():
             for index, batch in enumerate(search.batches):
@@ -400,11 +401,12 @@ class _PairSums:
                     seen = self._inputs(group, batch, entry)
                     inputs.append({k: x[:count][mask].float() for k, x in seen.items()})
                     for name, x in inputs[-1].items():
-                        grams[side][name] = grams[side].get(name, 0) + x.T @ x
-                for name in ("attention_output", "mlp_output"):
+                        self.squares[side][name] = self.squares[side].get(name, 0) + x.square().sum(0)
+                        if "mean" in search.options.forms:
+                            grams[side][name] = grams[side].get(name, 0) + x.T @ x
+                for name in ("attention_output", "mlp_output") if "mean" in search.options.forms else ():
                     self.cross[name] = self.cross.get(name, 0) + inputs[0][name].T @ inputs[1][name]
         device = search.stream.device
-        assert {g.name for g in architecture.groups} == set(grams[0])
         first, second = (
             Member({k: t.to(device).float() for k, t in search.full(group).items()}, sums)
             for group, sums in zip((self.a, self.b), grams, strict=True)
@@ -432,10 +434,9 @@ class _PairSums:
         facts, architecture = self.facts, self.facts.architecture
         (o,), (down,) = architecture.group("attention_output"), architecture.group("mlp_output")
         known = []
-        for m in (a, b):  # both saw the same tokens, so sums rank as means do
+        for m, sums in zip((a, b), self.squares, strict=True):  # over the same tokens, so sums rank as means do
             weights = (m.tensors[f"{o}.weight"], m.tensors[f"{down}.weight"])
-            squares = (m.grams["attention_output"].diagonal(), m.grams["mlp_output"].diagonal())
-            known.append(sensitivity(weights, squares, "l2", facts))
+            known.append(sensitivity(weights, (sums["attention_output"], sums["mlp_output"]), "l2", facts))
         channels = [
             c.to(a.tensors[f"{down}.weight"].device)
             for c in strongest_of_all([k.channels for k in known], facts.intermediate)
