@@ -303,3 +303,10 @@ def test_greedy_windows_never_strand(tiny_model):
 def test_cached_depths():
     assert _few([7, 3, 5, 1], 9) == {1, 3, 5, 7}
     assert _few([7, 3, 5, 9, 1], 1) == {3} and _few([7, 3, 5, 9, 1], 2) == {3, 7}
+
+
+def test_no_power_makes_all_shares_vanish():
+    from compression_dags.merging.windows import influence_shares
+
+    assert influence_shares([0.01, 0.02], 200.0) == pytest.approx((2.0**-200, 1.0))
+    assert influence_shares([0.01, 0.03], 1.0) == pytest.approx((0.25, 0.75))

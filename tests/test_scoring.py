@@ -21,13 +21,11 @@ from compression_dags.merging.scoring import (
     Piece,
     apply_edit,
     as_is,
-    as_state,
     chosen_rows,
     even_rows,
-    from_state,
-    last_states,
     placed,
 )
+from compression_dags.provenance.progress import as_note, from_note
 
 LAYERS = 6
 
@@ -189,7 +187,7 @@ def test_states_and_other_measures(tiny_model):
         with torch.inference_mode():
             stack = model.get_submodule("model.decoder")
             theirs = stack(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
-        torch.testing.assert_close(last_states(bench.stream, batch, hidden)[batch.mask], theirs[batch.mask])
+        torch.testing.assert_close(bench.stream.last_states(batch, hidden)[batch.mask], theirs[batch.mask])
 
 
 def test_non_finite_losses_are_infinite(tiny_model):
@@ -244,4 +242,4 @@ def test_rows_and_states_of_a_search():
     assert even_rows(blocks, 4) == [0, 2, 5, 7] and even_rows(blocks, 99) == list(range(10))
     assert np.array_equal(chosen_rows(blocks, [0, 5]).ids, blocks.ids[[0, 5]])
     note = {"losses": {"3": 0.1 + 0.2, "4": float("inf")}, "dropped": [3]}
-    assert from_state(as_state(note)) == note
+    assert from_note(as_note(note)) == note

@@ -9,7 +9,7 @@ layer type), captured once by running the model with pass-through layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -166,6 +166,12 @@ class DecoderStream:
                 module.to("meta")
                 self._loaded.discard(index)
 
+    def release(self, indices: Iterable[int]) -> None:
+        """Take layers off the device that will hardly be asked for again."""
+        for index in self._loaded & set(indices):
+            self.layers[index].to("meta")
+            self._loaded.discard(index)
+
     def close(self) -> None:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
@@ -182,33 +188,25 @@ class DecoderStream:
             chosen = range(start, min(start + size, rows))
             ids = torch.from_numpy(blocks.ids[start : chosen.stop]).long()
             mask = torch.arange(length)[None, :] < torch.from_numpy(blocks.lengths[start : chosen.stop])[:, None]
-            batch = Batch(chosen, ids, mask, *self._enter(ids, mask))
+            batch = Batch(chosen, ids, mask, *self.enter(ids, mask))
             if not batch.padded:  # the same for all unpadded batches of one size
                 batch.kwargs = shared.setdefault(len(chosen), batch.kwargs)
             found.append(batch)
         return found
 
-    def _enter(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    @torch.inference_mode()
+    def enter(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """State (b, T, hidden) at the entry of layer 0, and every layer's keyword arguments."""
         captured: list[tuple[Tensor, dict[str, Any]]] = []
 
         def pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             captured.append((hidden_states, kwargs))
             return hidden_states
 
-        with self._replaced_layers(lambda _: pass_through):
+        with replaced_layers(self.layers, pass_through):
             attention_mask = None if bool(mask.all()) else mask.long().to(self.device)
             self.stack(input_ids=ids.to(self.device), attention_mask=attention_mask, use_cache=False)
         return captured[0][0], [kwargs for _, kwargs in captured]
-
-    @contextmanager
-    def _replaced_layers(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
-        for index, layer in enumerate(self.layers):
-            layer.forward = forward(index)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
 
     def apply(self, module: nn.Module, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Output (b, T, hidden) of layer `index` on the batch's hidden states (or on `hidden`)."""
@@ -217,9 +215,29 @@ class DecoderStream:
     @torch.inference_mode()
     def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Logits of final hidden states, by the model's own tail (final norm, projections, soft caps)."""
-        with self._replaced_layers(lambda _: lambda hidden_states, *args, **kwargs: hidden):
+        return self._tail(self.shell, batch, hidden).logits
+
+    @torch.inference_mode()
+    def last_states(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Final hidden states after the model's final norm, as transformers returns them: (b, T, hidden)."""
+        return self._tail(self.stack, batch, hidden).last_hidden_state
+
+    def _tail(self, module: Any, batch: Batch, hidden: Tensor) -> Any:
+        with replaced_layers(self.layers, lambda hidden_states, *args, **kwargs: hidden):
             mask = batch.mask.long().to(self.device) if batch.padded else None
-            return self.shell(input_ids=batch.ids.to(self.device), attention_mask=mask, use_cache=False).logits
+            return module(input_ids=batch.ids.to(self.device), attention_mask=mask, use_cache=False)
+
+
+@contextmanager
+def replaced_layers(layers: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Every layer does `forward` instead of its own: the model around the layers can then run without them."""
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def fuse_experts(tensors: dict[str, Tensor], names: Experts) -> dict[str, Tensor]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compression_dags.architectures import StackFacts
@@ -34,6 +32,7 @@ from compression_dags.merging.plan import Bench, Evidence, MergePlan, PlannedLay
 from compression_dags.merging.scoring import Piece
 from compression_dags.merging.sensitivity import Score, Sensitivity, layer_sensitivity
 from compression_dags.merging.windows import joinable, next_pair
+from compression_dags.provenance.progress import as_note, from_note
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ class Search:
     def _state(self) -> dict[str, Tensor]:
         layers, tensors = as_tensors(self.layers)
         note = {"layers": layers, "steps": self.steps, "forwards": [self.walk.layer_forwards, self.extra_forwards]}
-        return {"note": torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8), **tensors}
+        return {"note": as_note(note), **tensors}
 
     def _restore(self) -> int:
         """Merges already done; the student is then as it was, and measured again unless it is complete."""
@@ -213,7 +212,7 @@ class Search:
         if saved is None:
             return 0
         done, tensors = saved
-        note = json.loads(bytes(tensors["note"].numpy()).decode())
+        note = from_note(tensors["note"])
         self.layers, self.steps = from_tensors(note["layers"], tensors), note["steps"]
         self.pieces = [self.piece(layer) for layer in self.layers]
         self.influence = [float("nan")] * len(self.layers)

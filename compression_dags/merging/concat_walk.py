@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.errors import IntegrityError
 from compression_dags.merging.plan import Bench
-from compression_dags.merging.scoring import Piece, last_states, placed
+from compression_dags.merging.scoring import Piece, placed
 from compression_dags.merging.sensitivity import Score, Sensitivity, sensitivity
 
 #: Share of the device's free memory that cached states may take.
@@ -136,9 +136,7 @@ class Walk:
         """The student's layer at `position` is another one: forget what lies behind its entry, and unused weights."""
         self.cached = {depth: states for depth, states in self.cached.items() if depth <= position}
         used = {piece.slot for piece in pieces}
-        for index in sorted(self.stream._loaded - used):  # a merged-away layer would stay on the device
-            self.stream.layers[index].to("meta")
-            self.stream._loaded.discard(index)
+        self.stream.release(set(range(self.stream.num_layers)) - used)  # a merged-away layer would stay on the device
 
     def measure(self, pieces: Sequence[Piece], start: int, likely: Sequence[int]) -> dict[int, Measured]:
         """Run the student from the nearest cached state at or below depth `start` to its end.
@@ -167,7 +165,7 @@ class Walk:
         return found
 
     def _entry(self) -> list[Tensor]:
-        return [self.stream._enter(batch.ids, batch.mask)[0] for batch in self.batches]
+        return [self.stream.enter(batch.ids, batch.mask)[0] for batch in self.batches]
 
     def _layer(
         self, piece: Piece, states: list[Tensor], before: list[Tensor] | None, last: bool
@@ -180,7 +178,7 @@ class Walk:
             for b, (batch, mask) in enumerate(zip(self.batches, self.masks, strict=True)):
                 sums.enter(batch, mask)
                 output = self.stream.apply(module, piece.slot, batch, states[b])
-                leave = last_states(self.stream, batch, output) if last and self.rule.after_norm else output
+                leave = self.stream.last_states(batch, output) if last and self.rule.after_norm else output
                 influence = influence + self.rule.influence(states[b], leave, mask)
                 entries.append(self.rule.seen(states[b], mask))
                 if before is not None:

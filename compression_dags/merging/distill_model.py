@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compression_dags.calibration.streaming import output_of
+from compression_dags.calibration.streaming import output_of, replaced_layers
 from compression_dags.checkpoints.gate import load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 
@@ -50,20 +50,10 @@ class WholeModel:
             seen.append((hidden_states, kwargs))
             return hidden_states
 
-        with self._replaced(lambda _: pass_through), self.autocast():
+        with replaced_layers(self.layers, pass_through), self.autocast():
             self.stack(input_ids=ids, use_cache=False)
         self._kwargs.setdefault(tuple(ids.shape), [kwargs for _, kwargs in seen])
         return seen[0][0]
-
-    @contextmanager
-    def _replaced(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
-        for index, layer in enumerate(self.layers):
-            layer.forward = forward(index)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
 
     def layer(self, index: int, hidden: Tensor) -> Tensor:
         """Output (b, T, d) of one layer; its arguments are those captured by `enter` for this shape."""
@@ -101,7 +91,7 @@ class WholeModel:
         if grad_from is not None:
             for index in range(grad_from, len(self.layers)):
                 hidden = self.layer(index, hidden)
-        with self._replaced(lambda _: lambda hidden_states, *args, **kwargs: hidden), self.autocast():
+        with replaced_layers(self.layers, lambda hidden_states, *args, **kwargs: hidden), self.autocast():
             return self.stack(input_ids=ids, use_cache=False).last_hidden_state
 
     def logits(self, final: Tensor) -> Tensor:
@@ -110,6 +100,53 @@ class WholeModel:
         with self.autocast():
             logits = head(final.to(head.weight.dtype)).float()
         return torch.tanh(logits / self.soft_cap) * self.soft_cap if self.soft_cap else logits
+
+
+class Student(WholeModel):
+    """The model that is trained: float32 weights, addressed by their names in the checkpoint."""
+
+    def __init__(self, source: Checkpoint, device: str):
+        super().__init__(source, device, "float32")
+        self.architecture = source.architecture
+        self._stored = {
+            name: source.tensor(name).dtype
+            for name in source.tensors
+            if self.architecture.split_name(name)[0] is not None
+        }
+        for parameter in self.named().values():  # loaded parameters may be views of the file
+            parameter.data = parameter.data.clone()
+
+    def prefix(self, position: int) -> str:
+        return self.architecture.layer_prefix(position)
+
+    def named(self, positions: Iterable[int] | None = None) -> dict[str, nn.Parameter]:
+        """Parameters of some layers (default: all), by their names in the checkpoint."""
+        return {
+            self.prefix(p) + local: parameter
+            for p in (range(len(self.layers)) if positions is None else positions)
+            for local, parameter in self.layers[p].named_parameters()
+        }
+
+    def tensors(self, positions: Iterable[int]) -> dict[str, Tensor]:
+        """Copies of the parameters of some layers."""
+        return {name: p.detach().clone() for name, p in self.named(positions).items()}
+
+    @torch.no_grad()
+    def install(self, tensors: dict[str, Tensor]) -> None:
+        named = self.named()
+        for name, tensor in tensors.items():
+            named[name].copy_(tensor)
+
+    @torch.no_grad()
+    def round(self, positions: Iterable[int]) -> None:
+        """To the stored dtype and back: what is scored is what is written."""
+        for name, parameter in self.named(positions).items():
+            parameter.copy_(parameter.to(self._stored[name]))
+
+    def stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters as they are written: in the stored dtype, on the CPU."""
+        named = self.named()
+        return {n: named[n].detach().to(self._stored[n]).cpu().contiguous() for n in sorted(names)}
 
 
 def hidden_loss(ours: Tensor, goal: Tensor, options: Distillation) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from compression_dags.calibration.corpora import TrainingWindows, training_windows
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
-from compression_dags.merging.distill_model import WholeModel, hidden_loss, logit_divergence, next_token_loss
+from compression_dags.merging.distill_model import Student, WholeModel, hidden_loss, logit_divergence, next_token_loss
 from compression_dags.merging.distillation import Distillation
 from compression_dags.merging.plan import MergePlan
 from compression_dags.merging.recovery import Recovery, write_recovered
 from compression_dags.provenance.decisions import Decision
-from compression_dags.provenance.progress import Progress
+from compression_dags.provenance.progress import Progress, as_note, from_note
 from compression_dags.stages import Track, silent
 
 UNIT = "held-out next-token loss after / before"
@@ -47,6 +46,7 @@ class DistillRun:
         self.device, self.dtype = device, dtype
         self.decisions: list[Decision] = []
         self.trained: set[str] = set()
+        self.loss = float("nan")  # held-out loss of the student as it stands
         self.parts_done = 0
         self.under_way: tuple[dict[str, Any] | None, dict[str, Tensor]] = (None, {})
         self.seen_tokens, self.seconds = 0, 0.0
@@ -60,12 +60,14 @@ class DistillRun:
             return Recovery(write_recovered(self.student_checkpoint, {}, directory), {}, [])
         self._prepare()
         done = self._restore()
+        if not done and self.under_way[0] is None:
+            self.loss = self._held_out_loss()
         parts = self._parts(groups)
         for index, part in enumerate(parts):
             if index >= done:
                 part()
                 self._save(index + 1)
-        fitted = self._fitted()
+        fitted = self.student.stored(self.trained)
         facts = {
             "training_tokens": self.windows.tokens,
             "tokens_per_second": round(self.seen_tokens / self.seconds, 1) if self.seconds else 0.0,
@@ -101,11 +103,7 @@ class DistillRun:
         if torch.device(self.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.teacher = WholeModel(self.teacher_checkpoint, self.device, self.dtype)
-        self.student = WholeModel(self.student_checkpoint, self.device, "float32")
-        for layer in self.student.layers:  # loaded parameters may be views of the file
-            for parameter in layer.parameters():
-                parameter.data = parameter.data.clone()
-        self.loss = self._held_out_loss()
+        self.student = Student(self.student_checkpoint, self.device)
 
     def _parts(self, groups: list[int]) -> list[Callable[[], None]]:
         """What is trained, in order; each with its share of the training order."""
@@ -137,24 +135,24 @@ class DistillRun:
 
     def _one_group(self, position: int, order: np.ndarray) -> None:
         """distill-sp: one merged layer on the student's own states."""
-        before = self._tensors([position])
+        before = self.student.tensors([position])
         self._train([position], order, self._hidden_step([position], "student"), self.options.hidden_lr)
         self._accept(position, before, order)
 
     def _independent(self, groups: list[int], order: np.ndarray) -> None:
         """distill-mp: all merged layers on the base model's states; then accepted one by one, from the bottom."""
-        before = self._tensors(groups)
+        before = self.student.tensors(groups)
         if self.options.workers > 1:
             after = _in_processes(self, groups, order)
             self._count(order, groups)
         else:
             self.train_independent(groups, order)
-            after = self._tensors(groups)
-        self._install(before)
+            after = self.student.tensors(groups)
+        self.student.install(before)
         for position in groups:
-            prefix = self._prefix(position)
+            prefix = self.student.prefix(position)
             old = {k: t for k, t in before.items() if k.startswith(prefix)}
-            self._install({k: t for k, t in after.items() if k.startswith(prefix)})
+            self.student.install({k: t for k, t in after.items() if k.startswith(prefix)})
             self._accept(position, old, order)
 
     def train_independent(self, groups: list[int], order: np.ndarray) -> None:
@@ -167,7 +165,7 @@ class DistillRun:
         watch = Watch(self, chosen)
         step = self._logit_step(min(chosen))
         steps = self._train(chosen, order, step, self.options.logit_lr, watch=watch)
-        self._install(watch.best)
+        self.student.install(watch.best)
         sources = sorted({s for p in chosen for s in self.plan.layers[p].sources})
         self._record("logits", sources, watch.loss_before, watch.loss, order, steps)
         if watch.loss < watch.loss_before:
@@ -176,15 +174,15 @@ class DistillRun:
 
     def _accept(self, position: int, before: dict[str, Tensor], order: np.ndarray) -> None:
         """Round a trained layer to its stored dtype; keep it if the student's held-out loss falls."""
-        self._round([position])
+        self.student.round([position])
         loss, loss_before = self._held_out_loss(), self.loss
-        name = self._prefix(position).rstrip(".")
+        name = self.student.prefix(position).rstrip(".")
         self._record(name, list(self.plan.layers[position].sources), loss_before, loss, order, len(order) // self.rows)
         if loss < loss_before:
             self.loss = loss
             self.trained |= set(before)
         else:
-            self._install(before)
+            self.student.install(before)
 
     def _record(
         self, target: str, sources: list[int], before: float, after: float, order: np.ndarray, steps: int
@@ -224,7 +222,7 @@ class DistillRun:
         `step` gives the loss of a batch of ids (b, T). `each` clips the gradient of every layer by itself, so that
         layers trained side by side do not know of one another.
         """
-        layers = [self._parameters([p]) for p in positions]
+        layers = [list(self.student.named([p]).values()) for p in positions]
         parameters = [p for layer in layers for p in layer]
         total = len(order) // self.rows
         fused = torch.device(self.device).type == "cuda"
@@ -277,7 +275,9 @@ class DistillRun:
 
     def _count(self, order: np.ndarray, groups: list[int]) -> None:
         """What child processes trained."""
-        self.trained_parameters = max(self.trained_parameters, sum(p.numel() for p in self._parameters(groups)))
+        self.trained_parameters = max(
+            self.trained_parameters, sum(p.numel() for p in self.student.named(groups).values())
+        )
         self.optimizer_bytes = max(self.optimizer_bytes, 8 * self.trained_parameters)
 
     def _batch(self, chosen: np.ndarray) -> Tensor:
@@ -319,44 +319,7 @@ class DistillRun:
 
         return step
 
-    # -- the student's weights ---------------------------------------------------------------------------------------
-
-    def _prefix(self, position: int) -> str:
-        return self.student_checkpoint.architecture.layer_prefix(position)
-
-    def _named(self, positions: Iterable[int]) -> dict[str, nn.Parameter]:
-        return {
-            self._prefix(p) + local: parameter
-            for p in positions
-            for local, parameter in self.student.layers[p].named_parameters()
-        }
-
-    def _parameters(self, positions: Iterable[int]) -> list[nn.Parameter]:
-        return list(self._named(positions).values())
-
-    def _tensors(self, positions: Iterable[int]) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self._named(positions).items()}
-
-    @torch.no_grad()
-    def _install(self, tensors: dict[str, Tensor]) -> None:
-        named = self._named(range(len(self.plan.layers)))
-        for name, tensor in tensors.items():
-            named[name].copy_(tensor)
-
-    @torch.no_grad()
-    def _round(self, positions: Iterable[int]) -> None:
-        """To the stored dtype and back: what is scored is what is written."""
-        for name, parameter in self._named(positions).items():
-            parameter.copy_(parameter.to(self._stored(name)))
-
-    def _stored(self, name: str) -> torch.dtype:
-        from safetensors.torch import _getdtype  # the one table from file names of dtypes to torch's
-
-        return _getdtype(self.student_checkpoint.tensors[name].dtype)
-
-    def _fitted(self) -> dict[str, Tensor]:
-        named = self._named(range(len(self.plan.layers)))
-        return {name: named[name].detach().to(self._stored(name)).cpu().contiguous() for name in sorted(self.trained)}
+    # -- scoring -----------------------------------------------------------------------------------------------------
 
     def _held_out_loss(self) -> float:
         held = torch.from_numpy(self.windows.held).long()
@@ -378,8 +341,8 @@ class DistillRun:
             "trained": sorted(self.trained),
             "account": [self.seen_tokens, self.seconds, self.trained_parameters, self.optimizer_bytes],
         }
-        text = torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
-        named = self._named(range(len(self.plan.layers)))
+        text = as_note(note)
+        named = self.student.named()
         held = {n: named[n].detach() for n in self.trained}
         self.progress.save(done, {"note": text, **held, **(tensors or {})})
 
@@ -388,12 +351,12 @@ class DistillRun:
         if saved is None:
             return 0
         done, tensors = saved
-        note = json.loads(bytes(tensors.pop("note").numpy()).decode())
+        note = from_note(tensors.pop("note"))
         self.decisions = [Decision(**row) for row in note["decisions"]]
         self.loss, self.trained = note["loss"], set(note["trained"])
         self.seen_tokens, self.seconds, self.trained_parameters, self.optimizer_bytes = note["account"]
         self.parts_done, self.under_way = done, (note["under_way"], tensors)
-        self._install({name: t for name, t in tensors.items() if name in self.trained})
+        self.student.install({name: t for name, t in tensors.items() if name in self.trained})
         return done
 
 
@@ -402,20 +365,20 @@ class Watch:
 
     def __init__(self, run: DistillRun, positions: list[int]):
         self.run, self.positions = run, positions
-        self.best, self.loss = run._tensors(positions), run.loss
+        self.best, self.loss = run.student.tensors(positions), run.loss
         self.loss_before, self.waited = run.loss, 0
 
     def check(self, taken: int, optimizer: torch.optim.Optimizer) -> bool:
         """Score the weights as they would be stored; False when nothing got better for `patience` checks."""
         run = self.run
-        masters = run._tensors(self.positions)
-        run._round(self.positions)
+        masters = run.student.tensors(self.positions)
+        run.student.round(self.positions)
         loss = run._held_out_loss()
         if loss < self.loss:
-            self.best, self.loss, self.waited = run._tensors(self.positions), loss, 0
+            self.best, self.loss, self.waited = run.student.tensors(self.positions), loss, 0
         else:
             self.waited += 1
-        run._install(masters)
+        run.student.install(masters)
         self._save(taken, optimizer, masters)
         return self.waited < run.options.patience
 
@@ -439,7 +402,7 @@ class Watch:
             return 0
         self.run.under_way = (None, {})
         self.loss, self.loss_before, self.waited = note["loss"], note["loss_before"], note["waited"]
-        named = self.run._named(self.positions)
+        named = self.run.student.named(self.positions)
         device = next(iter(named.values())).device
         self.best = {name: tensors[f"best.{name}"].to(device) for name in named}
         with torch.no_grad():
@@ -500,4 +463,4 @@ def _child(
     run = DistillRun(options, Checkpoint(where[0]), Checkpoint(where[1]), plan, device, dtype, None, silent)
     run._prepare()
     run.train_independent(groups, order)
-    return {name: tensor.cpu().numpy() for name, tensor in run._tensors(groups).items()}
+    return {name: tensor.cpu().numpy() for name, tensor in run.student.tensors(groups).items()}

@@ -13,6 +13,7 @@ from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.progress import as_note, from_note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,13 +128,13 @@ class _Search:
             IntegrityError: whatever is collapsed, the last hidden states are not finite.
         """
         from compression_dags.calibration.streaming import DecoderStream
-        from compression_dags.merging.scoring import LossBench, as_is, chosen_rows, even_rows, last_states
+        from compression_dags.merging.scoring import LossBench, as_is, chosen_rows, even_rows
 
         bench = self.bench
         stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)
         scored = LossBench(stream, chosen_rows(bench.blocks, even_rows(bench.blocks, self.options.rows)))
         states = scored.states(as_is(self.facts.layers))
-        target = [last_states(stream, b, h) for b, h in zip(scored.batches, states, strict=True)]
+        target = [stream.last_states(b, h) for b, h in zip(scored.batches, states, strict=True)]
         self._restore()
         for _ in bench.track(range(self.missing), "laco (layers collapsed, at most)"):
             if not self.missing:
@@ -217,18 +218,16 @@ class _Search:
         self.at = start - self.options.interval
 
     def _state(self) -> dict[str, Tensor]:
-        from compression_dags.merging.scoring import as_state
 
         groups, merges = [asdict(g) for g in self.groups], [asdict(m) for m in self.merges]
-        return as_state({"groups": groups, "merges": merges, "walk": self.walk, "at": self.at})
+        return {"note": as_note({"groups": groups, "merges": merges, "walk": self.walk, "at": self.at})}
 
     def _restore(self) -> None:
-        from compression_dags.merging.scoring import from_state
 
         saved = self.bench.progress.load() if self.bench.progress else None
         if saved is None:
             return
-        note = from_state(saved[1])
+        note = from_note(saved[1]["note"])
         self.walk, self.at = note["walk"], note["at"]
         self.groups = [Group(tuple(g["members"]), tuple(g["shares"])) for g in note["groups"]]
         self.merges = [
@@ -243,12 +242,11 @@ def mean_cosine(scored: LossBench, states: list[Tensor], target: list[Tensor]) -
         states: a candidate's, before the final norm, (b, T, d) a batch.
         target: the base model's, after it.
     """
-    from compression_dags.merging.scoring import last_states
 
     cosines: list[float] = []
     for batch, hidden, theirs in zip(scored.batches, states, target, strict=True):
         mask = batch.mask.to(hidden.device)
-        ours, theirs = last_states(scored.stream, batch, hidden).float(), theirs.float()
+        ours, theirs = scored.stream.last_states(batch, hidden).float(), theirs.float()
 
         def dot(a: Tensor, b: Tensor, mask: Tensor = mask) -> Tensor:
             return (a * b).sum(-1).double().masked_fill(~mask, 0).sum(-1)

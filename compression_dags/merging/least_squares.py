@@ -34,6 +34,7 @@ from compression_dags.errors import InputError
 from compression_dags.merging.recovery import TOKENS_PER_UNKNOWN, RecoverStage, Recovery, write_recovered
 from compression_dags.merging.scoring import loss_sum
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.progress import as_note, from_note
 from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
@@ -288,23 +289,19 @@ class _Run:
         return best_fit(fit, held, module.weight, bias, dtypes, forms, self.options.alphas)
 
     def _state(self, fitted: dict[str, Tensor], decisions: list[Decision]) -> dict[str, Tensor]:
-        import json
         from dataclasses import asdict
 
         import torch
 
-        note = json.dumps([asdict(d) for d in decisions]).encode()
         return {
             "teacher": torch.cat([b.hidden.cpu() for b in self.t_batches]),
             "student": torch.cat([b.hidden.cpu() for b in self.s_batches]),
             "loss": torch.tensor([float("nan") if self.loss is None else self.loss], dtype=torch.float64),
-            "decisions": torch.frombuffer(bytearray(note), dtype=torch.uint8),
+            "decisions": as_note([asdict(d) for d in decisions]),
             **{f"fitted.{k}": v for k, v in fitted.items()},
         }
 
     def _restore(self, progress: Progress | None) -> tuple[int, dict[str, Tensor], list[Decision]]:
-        import json
-
         saved = progress.load() if progress else None
         if saved is None:
             return 0, {}, []
@@ -314,7 +311,7 @@ class _Run:
                 batch.hidden = tensors[name][batch.rows.start : batch.rows.stop].to(batch.hidden)
         loss = float(tensors["loss"])
         self.loss = None if loss != loss else loss
-        rows = json.loads(bytes(tensors["decisions"].numpy()).decode())
+        rows = from_note(tensors["decisions"])
         fitted = {k.removeprefix("fitted."): t for k, t in tensors.items() if k.startswith("fitted.")}
         return step, fitted, [Decision(**row) for row in rows]
 

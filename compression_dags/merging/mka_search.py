@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from compression_dags.merging.ridge import Sums, best_fit
 from compression_dags.merging.scoring import Edit, LossBench, Piece, as_is, chosen_rows, placed
 from compression_dags.merging.sensitivity import sensitivity, strongest_of_all
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.progress import as_note, from_note
 
 DROPS = {"first": "second", "second": "first"}
 UNIT = "held-out next-token loss (nats)"
@@ -317,7 +317,7 @@ class PairSearch:
             "loss": loss,
             "groups": [[g.start, g.stop, list(g.shares), g.form] for g in self.groups],
         }
-        text = torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)
+        text = as_note(note)
         return {"note": text, **{f"{p}.{n}": t for p, g in enumerate(self.groups) for n, t in g.tensors.items()}}
 
     def _restore(self) -> tuple[list[Decision], float | None]:
@@ -325,7 +325,7 @@ class PairSearch:
         if saved is None:
             return [], None
         _, tensors = saved
-        note = json.loads(bytes(tensors.pop("note").numpy()).decode())
+        note = from_note(tensors.pop("note"))
         held = MergePlan("held", self.facts.layers, (PlannedLayer((0,)),), tensors)
         self.groups = [
             Group(start, stop, tuple(shares), form, held.of_layer(p))

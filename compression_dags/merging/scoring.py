@@ -7,11 +7,10 @@ there. Removing layer j costs L − j layer-forwards instead of L, and each laye
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.errors import InputError
@@ -188,17 +187,6 @@ def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float
     return float(total), int((targets >= 0).sum())
 
 
-def last_states(stream: DecoderStream, batch: Batch, hidden: Tensor) -> Tensor:
-    """Final hidden states after the model's final norm, as transformers returns them: (b, T, hidden)."""
-    import torch
-
-    mask = batch.mask.long().to(stream.device) if batch.padded else None
-    with torch.inference_mode(), stream._replaced_layers(lambda _: lambda hidden_states, *args, **kwargs: hidden):
-        return stream.stack(
-            input_ids=batch.ids.to(stream.device), attention_mask=mask, use_cache=False
-        ).last_hidden_state
-
-
 @contextmanager
 def placed(stream: DecoderStream, piece: Piece) -> Iterator[torch.nn.Module]:
     """The module of a piece on the device; the stream's own layer is as before afterwards.
@@ -239,15 +227,3 @@ def _swap(module: torch.nn.Module, name: str, tensor: Tensor, slot: int) -> Call
         raise ValueError(f"layer {slot}: {name} has shape {tuple(old.shape)}, the piece's {tuple(tensor.shape)}")
     setattr(holder, leaf, torch.nn.Parameter(tensor.to(old.device, old.dtype), requires_grad=False))
     return lambda: setattr(holder, leaf, old)
-
-
-def as_state(note: Any) -> dict[str, Tensor]:
-    """What a search has found so far (anything JSON can hold), as a state for `Progress`."""
-    import torch
-
-    return {"note": torch.frombuffer(bytearray(json.dumps(note).encode()), dtype=torch.uint8)}
-
-
-def from_state(tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `as_state`."""
-    return json.loads(bytes(tensors["note"].numpy()).decode())

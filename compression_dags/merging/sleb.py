@@ -12,6 +12,7 @@ from compression_dags.architectures import StackFacts
 from compression_dags.errors import IntegrityError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.progress import as_note, from_note
 
 
 class SLEB(MergeStage):
@@ -53,16 +54,14 @@ class SLEB(MergeStage):
             Edit,
             LossBench,
             as_is,
-            as_state,
             chosen_rows,
             even_rows,
-            from_state,
         )
 
         stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)
         scored = LossBench(stream, chosen_rows(bench.blocks, even_rows(bench.blocks, self.rows)))
         saved = bench.progress.load() if bench.progress else None
-        rounds = [Round.from_json(r) for r in from_state(saved[1])] if saved else []
+        rounds = [Round.from_json(r) for r in from_note(saved[1]["note"])] if saved else []
         free = self.free_layers(facts.layers)
         for _ in bench.track(range(len(rounds), self.removed(facts.layers)), "sleb (layers dropped)"):
             gone = {r.dropped for r in rounds}
@@ -75,7 +74,7 @@ class SLEB(MergeStage):
             losses = {pieces[i].slot: loss for i, loss in zip(places, found, strict=True)}
             rounds.append(Round(_least(losses, before), before, losses, scored.layer_forwards - begin))
             if bench.progress:
-                bench.progress.save_if_due(len(rounds), lambda: as_state([asdict(r) for r in rounds]))
+                bench.progress.save_if_due(len(rounds), lambda: {"note": as_note([asdict(r) for r in rounds])})
         stream.close()
         return rounds
 

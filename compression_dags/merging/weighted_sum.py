@@ -23,10 +23,12 @@ class WeightedSum(MergeStage):
     (sliding and full attention, dense and experts) are never merged.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     needs: ClassVar[tuple[str, ...]] = ("block_influence", "angular")
     method: Literal["weighted-sum"] = "weighted-sum"
-    power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares; 0 gives plain means")
+    power: float = Field(
+        1.0, ge=0, le=16, description="exponent p of block influence in the shares; 0 gives plain means"
+    )
     largest_group: int = Field(4, ge=2, description="most layers merged into one")
 
     def plan(

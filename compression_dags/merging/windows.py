@@ -111,6 +111,7 @@ def greedy_groups(
 
 def influence_shares(influence: Sequence[float] | np.ndarray, power: float) -> tuple[float, ...]:
     """CoMe's prior share of every member, BI_i^p / Σ BI^p; they sum to 1."""
-    weight = np.maximum(influence, 1e-12) ** power
+    weight = np.maximum(influence, 1e-12)
+    weight = (weight / weight.max()) ** power  # of the largest, so that no power makes all of them vanish
     share = weight / weight.sum()
     return (*map(float, share[:-1]), float(1.0 - share[:-1].sum()))

@@ -62,3 +62,15 @@ class Progress:
         save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, partial, metadata={"progress": note})
         os.replace(partial, self._file)
         self._last = time.monotonic()
+
+
+def as_note(value: Any) -> Tensor:
+    """Anything JSON can hold, as a tensor that a state can carry beside its weights."""
+    import torch
+
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def from_note(note: Tensor) -> Any:
+    """The inverse of `as_note`."""
+    return json.loads(bytes(note.numpy()).decode())
