@@ -138,7 +138,8 @@ class _Run:
         from compression_dags.calibration.streaming import DecoderStream
 
         self.options, self.plan = options, plan
-        self.teacher: DecoderStream = DecoderStream(teacher, device=device, dtype=dtype)
+        # A teacher layer is run once and never again, so keeping it would only cost memory.
+        self.teacher: DecoderStream = DecoderStream(teacher, device=device, dtype=dtype, resident=False)
         self.student: DecoderStream = DecoderStream(student, device=device, dtype=dtype)
         self.t_batches: list[Batch] = self.teacher.batches(blocks)
         self.s_batches: list[Batch] = self.student.batches(blocks)
