@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from compression_dags.architectures import KNOWN
 from compression_dags.calibration.corpora import Calibration, TokenBlocks, make_blocks, read_documents
+from compression_dags.calibration.scored_rows import chosen_rows, even_rows
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
@@ -19,7 +20,7 @@ from compression_dags.merging.apply import apply_plan, reference_logits
 from compression_dags.merging.laco import Group, LaCo, collapse
 from compression_dags.merging.linear_patch import LinearPatch, divided, mean_norm
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, PlannedLayer, keep_only
-from compression_dags.merging.scoring import LossBench, Piece, chosen_rows, even_rows
+from compression_dags.merging.scoring import LossBench, Piece
 from compression_dags.merging.sleb import SLEB
 from compression_dags.provenance.progress import Progress
 from models import edit_weights

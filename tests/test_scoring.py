@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from compression_dags.architectures import KNOWN
+from compression_dags.calibration import scored_rows
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.scored_rows import chosen_rows, even_rows
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
-from compression_dags.merging import scoring
 from compression_dags.merging.apply import apply_plan, layer_tensors
 from compression_dags.merging.plan import MergePlan, PlannedLayer
 from compression_dags.merging.scoring import (
@@ -21,8 +22,6 @@ from compression_dags.merging.scoring import (
     Piece,
     apply_edit,
     as_is,
-    chosen_rows,
-    even_rows,
     placed,
 )
 from compression_dags.provenance.progress import as_note, from_note
@@ -152,7 +151,7 @@ def test_several_walks_and_streamed_layers_give_the_same(tiny_model, monkeypatch
 def test_logits_in_parts(tiny_model, monkeypatch):
     bench = LossBench(DecoderStream(Checkpoint(tiny_model("llama"))), random_blocks(padded=True))
     whole = bench.loss(as_is(4))
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2 * 40 * 512)
+    monkeypatch.setattr(scored_rows, "LOGITS_AT_ONCE", 2 * 40 * 512)
     assert bench.loss(as_is(4)) == pytest.approx(whole, rel=1e-6)
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from compression_dags.calibration.scored_rows import chosen_rows, even_rows
 from compression_dags.calibration.streaming import Batch
 from compression_dags.errors import IntegrityError
 from compression_dags.merging.concat_layers import Choose, StudentLayer, chosen_by_shares
 from compression_dags.merging.concat_search import Search
-from compression_dags.merging.scoring import Edit, LossBench, Piece, chosen_rows, even_rows
+from compression_dags.merging.scoring import Edit, LossBench, Piece
 
 if TYPE_CHECKING:
     from compression_dags.merging.come import ComeP

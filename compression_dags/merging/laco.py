@@ -127,8 +127,9 @@ class _Search:
         Raises:
             IntegrityError: whatever is collapsed, the last hidden states are not finite.
         """
+        from compression_dags.calibration.scored_rows import chosen_rows, even_rows
         from compression_dags.calibration.streaming import DecoderStream
-        from compression_dags.merging.scoring import LossBench, as_is, chosen_rows, even_rows
+        from compression_dags.merging.scoring import LossBench, as_is
 
         bench = self.bench
         stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)

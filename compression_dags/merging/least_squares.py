@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import StackFacts
+from compression_dags.calibration.scored_rows import loss_sum
 from compression_dags.errors import InputError
 from compression_dags.merging.recovery import TOKENS_PER_UNKNOWN, RecoverStage, Recovery, write_recovered
-from compression_dags.merging.scoring import loss_sum
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
 from compression_dags.stages import Track, silent

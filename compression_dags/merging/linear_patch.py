@@ -110,7 +110,8 @@ class _Run:
     def __init__(
         self, options: LinearPatch, student: Checkpoint, plan: MergePlan, blocks: TokenBlocks, device: str, dtype: str
     ):
-        from compression_dags.merging.scoring import as_is, chosen_rows
+        from compression_dags.calibration.scored_rows import chosen_rows
+        from compression_dags.merging.scoring import as_is
 
         rows = len(blocks.lengths)
         fitting = rows - options.held_out(rows)

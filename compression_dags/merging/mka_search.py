@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compression_dags.architectures import StackFacts
+from compression_dags.calibration.scored_rows import chosen_rows
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.errors import InputError
 from compression_dags.merging.concatenation import concatenate_members
@@ -24,7 +25,7 @@ from compression_dags.merging.regression_mean import (
     regression_mean,
 )
 from compression_dags.merging.ridge import Sums, best_fit
-from compression_dags.merging.scoring import Edit, LossBench, Piece, as_is, chosen_rows, placed
+from compression_dags.merging.scoring import Edit, LossBench, Piece, as_is, placed
 from compression_dags.merging.sensitivity import sensitivity, strongest_of_all
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note

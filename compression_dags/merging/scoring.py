@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.scored_rows import loss_sum
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from compression_dags.calibration.streaming import Batch, DecoderStream
+    from compression_dags.calibration.streaming import DecoderStream
 
 #: Share of the device's free memory that the candidates of one walk may take.
 MEMORY_SHARE = {"cuda": 0.4, "cpu": 0.25}
-#: Most logits held at a time (tokens × vocabulary); a row's are never split.
-LOGITS_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,6 @@ def as_is(count: int) -> list[Piece]:
 
 def apply_edit(pieces: Sequence[Piece], edit: Edit) -> list[Piece]:
     return [*pieces[: edit.start], *edit.pieces, *pieces[edit.stop :]]
-
-
-def chosen_rows(blocks: TokenBlocks, rows: Sequence[int]) -> TokenBlocks:
-    """Some sequences of a calibration set."""
-    return TokenBlocks(blocks.ids[list(rows)], blocks.lengths[list(rows)], blocks.documents)
-
-
-def even_rows(blocks: TokenBlocks, count: int) -> list[int]:
-    """Indices of `count` sequences spread evenly over a calibration set; all of them if it has no more."""
-    total = len(blocks.lengths)
-    return [i * total // min(count, total) for i in range(min(count, total))]
 
 
 class LossBench:
@@ -168,23 +156,6 @@ class LossBench:
         sums = [loss_sum(self.stream, b, hidden) for b, hidden in zip(self.batches, states, strict=True)]
         loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
         return loss if loss == loss and abs(loss) != float("inf") else float("inf")
-
-
-def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float, int]:
-    """Sum of the next-token losses (nats) of a batch whose final hidden states are `hidden`, and their number."""
-    import torch
-
-    targets = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], -100).to(hidden.device)
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    step = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(stream.checkpoint.config["vocab_size"])))
-    for first in range(0, len(hidden), step):
-        part = slice(first, first + step)
-        rows = replace(batch, ids=batch.ids[part], mask=batch.mask[part])
-        logits = stream.logits(rows, hidden[part])[:, :-1]
-        for row, target in zip(logits, targets[part], strict=True):  # a row at a time: float32 logits are large
-            loss = torch.nn.functional.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100)
-            total += loss.double()
-    return float(total), int((targets >= 0).sum())
 
 
 @contextmanager

@@ -49,14 +49,9 @@ class SLEB(MergeStage):
         return plan, [replace(d, evidence={**d.evidence, **w}) for d, w in zip(decisions, why, strict=True)]
 
     def _rounds(self, facts: StackFacts, bench: Bench) -> list[Round]:
+        from compression_dags.calibration.scored_rows import chosen_rows, even_rows
         from compression_dags.calibration.streaming import DecoderStream
-        from compression_dags.merging.scoring import (
-            Edit,
-            LossBench,
-            as_is,
-            chosen_rows,
-            even_rows,
-        )
+        from compression_dags.merging.scoring import Edit, LossBench, as_is
 
         stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)
         scored = LossBench(stream, chosen_rows(bench.blocks, even_rows(bench.blocks, self.rows)))

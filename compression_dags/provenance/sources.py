@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).with_name("sources.json")
-_STREAM = ("compression_dags.calibration.streaming", "compression_dags.architectures.decoder")
+_STREAM = (
+    "compression_dags.calibration.streaming",
+    "compression_dags.calibration.scored_rows",
+    "compression_dags.architectures.decoder",
+)
 _WRITE = ("compression_dags.checkpoints.writer", "compression_dags.architectures.decoder")
 
 
