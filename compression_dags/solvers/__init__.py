@@ -1,0 +1,1 @@
+"""What sparsity and quantization share: Hessians, their factors, and the blocked column sweep."""
