@@ -1,5 +1,7 @@
 """Hessians, factors and the column sweep against a naive reference in float64."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,11 @@ from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.hessian import Hessian
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.sweep import Rows, group_ranks, prune_sweep, smallest
+from compression_dags.solvers.sweep_triton import AVAILABLE
 
-try:
-    from compression_dags.solvers.sweep_triton import AVAILABLE
-except ImportError:
-    AVAILABLE = False
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Triton comes with CUDA builds of torch too, where there may be no GPU: then only its interpreter can run a kernel.
+KERNEL_RUNS = AVAILABLE and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def problem(rows=24, d=40, tokens=400, seed=0, dtype=torch.float64):
@@ -40,7 +42,6 @@ def reference(weight, hessian, sparsity, block, damping=0.01):
         count = int(sparsity * rows * stop + 0.5) - done
         done += count
         score = (w[:, start:stop] / u.diagonal()[start:stop]).square().flatten()
-        kept[:, start:stop].view(rows, -1)
         chosen = torch.from_numpy(np.argsort(score.numpy(), kind="stable")[:count].copy())
         flat = torch.ones(score.numel(), dtype=torch.bool)
         flat[chosen] = False
@@ -82,6 +83,19 @@ def test_a_stack_is_pruned_part_by_part():
     for (a, b), pattern in zip(edges, patterns, strict=True):
         alone = prune_sweep(weight[a:b], factor, [Rows(0, b - a, pattern)], block=16)
         assert torch.equal(stacked.mask[a:b], alone.mask) and torch.allclose(stacked.weight[a:b], alone.weight)
+
+
+def test_a_stack_may_mix_groups_and_free_masks():
+    weight, hessian, _ = problem(rows=20)
+    factor, free, grouped = inverse_factor(hessian), Pattern.unstructured(0.4), Pattern.n_of_m(2, 4)
+    stacked = prune_sweep(weight, factor, [Rows(0, 9, free), Rows(9, 20, grouped)], block=8)
+    above, below = (
+        prune_sweep(w, factor, [Rows(0, len(w), p)], block=8) for w, p in ((weight[:9], free), (weight[9:], grouped))
+    )
+    assert torch.equal(stacked.mask, torch.cat([above.mask, below.mask]))
+    assert torch.allclose(stacked.weight, torch.cat([above.weight, below.weight]))
+    with pytest.raises(InputError, match="parts of one stack must have one M"):
+        prune_sweep(weight, factor, [Rows(0, 9, Pattern.n_of_m(4, 8)), Rows(9, 20, grouped)])
 
 
 def test_groups_choose_from_updated_weights():
@@ -129,15 +143,14 @@ def test_float32_agrees_with_float64():
     assert torch.allclose(single.weight.double(), exact.weight, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+@pytest.mark.skipif(not KERNEL_RUNS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("pattern", [Pattern.unstructured(0.5), Pattern.n_of_m(2, 4), Pattern.n_of_m(4, 8)])
 def test_the_kernel_is_the_portable_form(pattern):
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton's interpreter must be on
     weight, hessian, _ = problem(rows=37, d=72, dtype=torch.float32)
-    factor = inverse_factor(hessian.to(device))
+    factor = inverse_factor(hessian.to(DEVICE))
     parts = [Rows(0, 20, pattern), Rows(20, 37, pattern)]
-    a = prune_sweep(weight.to(device), factor, parts, block=32, backend="torch")
-    b = prune_sweep(weight.to(device), factor, parts, block=32, backend="triton")
+    a = prune_sweep(weight.to(DEVICE), factor, parts, block=32, backend="torch")
+    b = prune_sweep(weight.to(DEVICE), factor, parts, block=32, backend="triton")
     assert torch.equal(a.mask, b.mask) and torch.allclose(a.weight, b.weight, rtol=1e-5, atol=1e-5)
     assert torch.allclose(a.error, b.error, rtol=1e-4)
 

@@ -151,7 +151,7 @@ class QuantizeStage(Stage):
 
     def round_weight(self, source: Checkpoint, name: str, device: str) -> Rounded:
         """Ŵ of the tensor `name` on its grid, the same on every call. A method says how."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} must define round_weight")
 
     def quantize(
         self, source: Checkpoint, directory: Path, *, device: str = "cpu", dtype: str = "float32", track: Track = silent
