@@ -9,10 +9,13 @@ from compression_dags.calibration.statistics import VERSION
 from compression_dags.merging.similarity import VERSION as SIMILARITY_VERSION
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.recipes import options_digest
+from compression_dags.sparsity.redundancy import VERSION as REDUNDANCY_VERSION
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore
 
 SIMILARITIES = ("block_influence", "angular", "npib", "cka")
+#: Also drawn from the activations, for sparsity; its tables are not a merging method's.
+REDUNDANCY = "similarity_redundancy"
 
 
 def calibration_key(calibration: Calibration, name: str) -> dg.AssetKey:
@@ -25,6 +28,7 @@ def build_calibration_assets(calibration: Calibration) -> list[dg.AssetsDefiniti
         _tokens(calibration),
         _activations(calibration),
         *(_similarity(calibration, metric) for metric in SIMILARITIES),
+        _redundancy(calibration),
     ]
 
 
@@ -147,3 +151,32 @@ def _similarity(calibration: Calibration, metric: str) -> dg.AssetsDefinition:
         return publish(context, store, request, build, extra=plot)
 
     return similarity
+
+
+def _redundancy(calibration: Calibration) -> dg.AssetsDefinition:
+    @dg.asset(
+        key=calibration_key(calibration, REDUNDANCY),
+        partitions_def=base_models,
+        group_name="analysis",
+        kinds={"numpy"},
+        code_version=REDUNDANCY_VERSION,
+        ins={"activations": dg.AssetIn(calibration_key(calibration, "calibration_activations"))},
+        description="How much the inputs, outputs and gates of every two layers, and of every two modules, hold of "
+        "each other (ALS): as printed, centred, and debiased.",
+    )
+    def similarity_redundancy(
+        context: dg.AssetExecutionContext, store: ArtifactStore, activations: Artifact
+    ) -> dg.Output[Artifact]:
+        def build(work):
+            from compression_dags.sparsity.redundancy import write_redundancy
+
+            return write_redundancy(activations.path, work.out)
+
+        def plots(artifact: Artifact) -> dict:
+            found = {name: artifact.path / f"{name}.png" for name in ("plot", "modules")}
+            return {name: picture(file.read_bytes()) for name, file in found.items() if file.is_file()}
+
+        inputs = {"calibration_activations": activations.digest}
+        return publish(context, store, Request(REDUNDANCY, REDUNDANCY_VERSION, {}, inputs), build, extra=plots)
+
+    return similarity_redundancy

@@ -10,6 +10,7 @@ from assets.calibration import SIMILARITIES, calibration_key
 from assets.evaluation import build_evaluations, build_scorecard, eval_key
 from assets.merging import build_merge_plan, build_merged_weights, build_recovered_weights, recipe_key, recovered_key
 from assets.quantization import build_quantized_weights
+from assets.sparsity import build_sparse_weights, build_sparsity_plan
 from compression_dags.evaluation.tasks import Task
 from compression_dags.recipes import BASELINE, Recipe
 
@@ -67,11 +68,26 @@ def build_recipe_family(recipe: Recipe, tasks: Sequence[Task]) -> Family:
         weights = recovered_key(recipe, index)
         stages.append(weights)
         shared.append(calibration_key(recipe.calibration, "calibration_tokens"))
+    if recipe.sparsify:
+        assets += [build_sparsity_plan(recipe, weights), build_sparse_weights(recipe, weights)]
+        stages += [recipe_key(recipe, "sparsity_plan"), recipe_key(recipe, "sparse_weights")]
+        weights = stages[-1]
+        shared += _analysis(recipe)
     if recipe.quantize:
         assets.append(build_quantized_weights(recipe, weights))
         weights = recipe_key(recipe, "quantized_weights")
         stages.append(weights)
     return _evaluated(recipe.name, recipe.slug, assets, stages, list(dict.fromkeys(shared)), weights, tasks)
+
+
+def _analysis(recipe: Recipe) -> list[dg.AssetKey]:
+    """Shared assets upstream of the sparsity stage, in order."""
+    assert recipe.sparsify is not None
+    names = list(recipe.sparsity_reads)
+    if any(name != "calibration_tokens" for name in names):
+        names = ["calibration_tokens", "calibration_activations", *names]
+    names += ["calibration_tokens"] * recipe.sparsify.reads_tokens
+    return [calibration_key(recipe.calibration, name) for name in dict.fromkeys(names)]
 
 
 def _evaluated(

@@ -130,7 +130,7 @@ def build_graph(recipes: dict[str, Recipe], book: TaskBook, settings: Settings, 
 
 
 def _calibrations(recipes: dict[str, Recipe]) -> list[Calibration]:
-    used = [r.calibration for r in recipes.values() if (r.merge and r.merge.analysis) or r.recoveries]
+    used = [r.calibration for r in recipes.values() if r.reads_tokens]
     return list({c.slug: c for c in used}.values())
 
 

@@ -22,6 +22,7 @@ from compression_dags.merging.plan import MergeStage
 from compression_dags.merging.recovery import RecoverStage
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
+from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stages import Stage
 
 ORDER = ("merge", "recover", "sparsify", "quantize")
@@ -64,6 +65,34 @@ class Recipe:
         return tuple(s for s in self.stages if isinstance(s, RecoverStage))
 
     @property
+    def sparsify(self) -> SparsifyStage | None:
+        found = self.stage("sparsify")
+        return found if isinstance(found, SparsifyStage) else None
+
+    @property
+    def sparsity_reads(self) -> tuple[str, ...]:
+        """Shared analysis that the sparsity plan reads.
+
+        The stored statistics are those of the base model. Weights that were merged or recovered before get a
+        calibration pass of their own, from the tokens; so does whatever prunes to compare candidates.
+        """
+        if self.sparsify is None:
+            return ()
+        allocation = self.sparsify.allocation
+        reads = allocation.reads_statistics or bool(allocation.needs)
+        if allocation.measures or (reads and self.merge):
+            return ("calibration_tokens",)
+        found = ["calibration_activations"] * allocation.reads_statistics
+        return (*found, *(f"similarity_{need}" for need in allocation.needs))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether any stage needs the calibration set."""
+        merges = bool(self.merge and self.merge.analysis)
+        prunes = bool(self.sparsify and (self.sparsify.reads_tokens or self.sparsity_reads))
+        return merges or bool(self.recoveries) or prunes
+
+    @property
     def quantize(self) -> QuantizeStage | None:
         found = self.stage("quantize")
         return found if isinstance(found, QuantizeStage) else None
@@ -77,7 +106,7 @@ class Recipe:
         try:
             for stage in self.stages:
                 stage.check(facts)
-            if self.merge:
+            if self.reads_tokens:
                 resolve_corpus(self.calibration.corpus)
             context = int(facts.config.get("max_position_embeddings") or self.calibration.length)
             for stage in self.recoveries:

@@ -18,6 +18,9 @@ from compression_dags.merging.shortgpt import ShortGPT
 from compression_dags.merging.sleb import SLEB
 from compression_dags.merging.weighted_sum import WeightedSum
 from compression_dags.quantization.rtn import RTN
+from compression_dags.sparsity.magnitude import Magnitude
+from compression_dags.sparsity.sparsegpt import SparseGPT
+from compression_dags.sparsity.wanda import Wanda
 from compression_dags.stages import Stage
 
 METHODS: dict[str, dict[str, type[Stage]]] = {
@@ -43,5 +46,6 @@ METHODS: dict[str, dict[str, type[Stage]]] = {
         "distill-sp": DistillSP,
         "distill-mp": DistillMP,
     },
+    "sparsify": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT},
     "quantize": {"rtn": RTN},
 }

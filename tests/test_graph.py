@@ -234,7 +234,12 @@ def test_arrows_go_one_way():
     for path in (PROJECT / "resources").glob("*.py"):
         assert not any(n.split(".")[0] == "assets" for n in imports_of(path)), path
     shared = {"architectures", "checkpoints", "calibration", "provenance", "errors", "stages"}
-    for room, more in (("merging", set()), ("quantization", {"solvers"}), ("solvers", set())):
+    for room, more in (
+        ("merging", set()),
+        ("quantization", {"solvers"}),
+        ("sparsity", {"solvers"}),
+        ("solvers", set()),
+    ):
         for path in (PROJECT / "compression_dags" / room).glob("*.py"):
             inner = {n.split(".")[1] for n in imports_of(path) if n.startswith("compression_dags.")}
             assert inner <= shared | more | {room}, (path, inner)

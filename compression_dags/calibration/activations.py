@@ -5,13 +5,14 @@
 * the same of the first tokens of sequence 0, which is all that MKA's released similarity reads;
 * angular distance of every window (Gromov et al. 2024): d(a, b) = E_t[arccos cos(h_a,t, h_b,t)] / π, over the sampled
   tokens and, apart, over the last token of each sequence as in the paper;
-* per-channel mean square and mean absolute value of the input of every group of projections.
+* per-channel mean square and mean absolute value of the input of every group of projections;
+* how alike the inputs, and the outputs, of every two modules are (`grams.py`), on some of the sampled tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.module_features import ModuleAlignment, ModuleFeatures, input_modules
 from compression_dags.calibration.statistics import HIDDEN_STATES, STATISTICS
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.errors import IntegrityError
@@ -41,8 +43,10 @@ class Activations:
         hidden: (L+1, n, d) sampled states, in the compute dtype.
         sampled: (n, 2) int64: sequence and position of each sampled token.
         first_tokens: (L+1, min(128, T), d) states of the first of the T real tokens of sequence 0, likewise.
-        norms: `layers.3.mlp_input.mean_square` → (channels,) float64; likewise `mean_abs`.
+        norms: `layers.3.mlp_input.mean_square` → (channels,) float64; likewise `mean_abs`. `experts_input` is what all
+            experts of a layer read.
         tokens: real tokens seen.
+        modules: alignment of module inputs and outputs.
     """
 
     block_influence: Tensor
@@ -54,6 +58,7 @@ class Activations:
     first_tokens: Tensor
     norms: dict[str, Tensor]
     tokens: int
+    modules: ModuleAlignment = field(default_factory=ModuleAlignment)
 
     def save(self, directory: Path) -> None:
         from safetensors.torch import save_file
@@ -68,6 +73,7 @@ class Activations:
         save_file(statistics, directory / STATISTICS, metadata={"tokens": str(self.tokens)})
         states = {"hidden": self.hidden, "sampled": self.sampled, "first_tokens": self.first_tokens}
         save_file(states, directory / HIDDEN_STATES)
+        self.modules.save(directory)
 
 
 def sample_tokens(lengths: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -131,6 +137,7 @@ class _Accumulators:
         leading = min(FIRST_TOKENS, int(blocks.lengths[0]))
         self.first_tokens = torch.zeros(count + 1, leading, hidden, dtype=stream.dtype)
         self.norms: dict[str, Tensor] = {}
+        self.features = ModuleFeatures(stream, self.sampled)
         self._mask, self._padded = torch.empty(0), False
         # sums of the current layer stay on the device: one transfer a layer, not several a batch
         self._sums: dict[str, Tensor] = {}
@@ -139,14 +146,12 @@ class _Accumulators:
     # hooks see only the layer's input, so the current batch's mask is left here for them
     def enter(self, batch: Batch) -> None:
         self._mask, self._padded = batch.mask.to(self.stream.device), batch.padded
+        self.features.enter(batch)
 
     def watch(self, layer: torch.nn.Module, index: int) -> list[torch.utils.hooks.RemovableHandle]:
-        hooks = []
-        modules = dict(layer.named_modules())
-        for group in self.stream.checkpoint.architecture.groups:
-            if group.projections[0] in modules:
-                hooks.append(modules[group.projections[0]].register_forward_pre_hook(self._norms_of(index, group.name)))
-        return hooks
+        inputs = input_modules(self.stream, layer).items()
+        norms = [module.register_forward_pre_hook(self._norms_of(index, group)) for group, module in inputs]
+        return norms + self.features.watch(layer, index)
 
     def _norms_of(self, index: int, group: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -174,6 +179,7 @@ class _Accumulators:
         self.cosine[index] = sums
         self.norms |= {key: total.cpu() / self.lengths.sum() for key, total in self._sums.items()}
         self._sums, self._cosines = {}, []
+        self.features.leave()
 
     def record_states(self, index: int, batches: list[Batch]) -> None:
         for batch in batches:
@@ -189,7 +195,8 @@ class _Accumulators:
     def state(self, batches: list[Batch]) -> dict[str, Tensor]:
         states = {"sampled_hidden": self.hidden, "first_tokens": self.first_tokens, "last": self.last}
         norms = {f"norms.{k}": v for k, v in self.norms.items()}
-        return {"cosine": self.cosine, **states, **norms, "entry": torch.cat([b.hidden.cpu() for b in batches])}
+        entry = torch.cat([b.hidden.cpu() for b in batches])
+        return {"cosine": self.cosine, **states, **norms, **self.features.state(), "entry": entry}
 
     def restore(self, progress: Progress, batches: list[Batch]) -> int:
         saved = progress.load()
@@ -199,6 +206,7 @@ class _Accumulators:
         self.cosine, self.hidden, self.last = tensors["cosine"], tensors["sampled_hidden"], tensors["last"]
         self.first_tokens = tensors["first_tokens"]
         self.norms = {k.removeprefix("norms."): t for k, t in tensors.items() if k.startswith("norms.")}
+        self.features.restore(tensors)
         for batch in batches:
             batch.hidden = tensors["entry"][batch.rows.start : batch.rows.stop].to(self.stream.device)
         return step
@@ -218,6 +226,7 @@ class _Accumulators:
             self.first_tokens,
             self.norms,
             int(self.lengths.sum()),
+            self.features.finish(),
         )
 
 

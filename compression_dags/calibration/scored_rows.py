@@ -43,3 +43,17 @@ def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float
             loss = torch.nn.functional.cross_entropy(row.float(), target, reduction="sum", ignore_index=-100)
             total += loss.double()
     return float(total), int((targets >= 0).sum())
+
+
+def stream_loss(stream: DecoderStream, blocks: TokenBlocks) -> float:
+    """Mean next-token loss (nats) of a model on some sequences, layer by layer."""
+    import torch
+
+    batches = stream.batches(blocks)
+    with torch.inference_mode():
+        for index in range(stream.num_layers):
+            with stream.layer(index) as layer:
+                for batch in batches:
+                    batch.hidden = stream.apply(layer, index, batch)
+        sums = [loss_sum(stream, batch, batch.hidden) for batch in batches]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)

@@ -29,6 +29,20 @@ _CONCAT = (
     *_merging("plan", "windows", "sensitivity", "concatenation", "concat_layers", "concat_search", "concat_walk"),
     *_STREAM,
 )
+
+
+def _sparsity(*names: str) -> tuple[str, ...]:
+    return tuple(f"compression_dags.sparsity.{name}" for name in names)
+
+
+_PRUNE = (
+    *_sparsity("stage", "walk", "staged", "pruner", "masks", "allocation", "evidence"),
+    "compression_dags.solvers.hessian",
+    "compression_dags.solvers.patterns",
+    "compression_dags.solvers.sweep",
+    *_STREAM,
+    "compression_dags.checkpoints.writer",
+)
 #: Stage → (module and attribute path of its version, modules that determine its bytes).
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "calibration_tokens": ("compression_dags.calibration.corpora:Calibration.version", ()),
@@ -36,6 +50,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "compression_dags.calibration.statistics:VERSION",
         (
             "compression_dags.calibration.activations",
+            "compression_dags.calibration.module_features",
+            "compression_dags.calibration.grams",
             *_STREAM,
         ),
     ),
@@ -95,6 +111,30 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "recover: distill-mp": (
         "compression_dags.merging.distillation:DistillMP.version",
         (*_merging("recovery", "distill_run", "distill_model"), "compression_dags.calibration.corpora"),
+    ),
+    "similarity_redundancy": (
+        "compression_dags.sparsity.redundancy:VERSION",
+        ("compression_dags.calibration.grams",),
+    ),
+    **{
+        f"allocation: {name}": (
+            f"compression_dags.sparsity.allocate_{name}:{kind}.version",
+            _sparsity("allocation", "knapsack", *(["redundancy"] if name == "als" else [])),
+        )
+        for name, kind in {
+            "uniform": "Uniform",
+            "als": "ALS",
+            "owl": "OWL",
+            "dlp": "DLP",
+            "alpha": "Alpha",
+            "ramp": "Ramp",
+        }.items()
+    },
+    "sparsify: magnitude": ("compression_dags.sparsity.magnitude:Magnitude.version", _PRUNE),
+    "sparsify: wanda": ("compression_dags.sparsity.wanda:Wanda.version", _PRUNE),
+    "sparsify: sparsegpt": (
+        "compression_dags.sparsity.sparsegpt:SparseGPT.version",
+        (*_PRUNE, "compression_dags.solvers.factor", "compression_dags.solvers.sweep_triton"),
     ),
     "quantize: rtn": (
         "compression_dags.quantization.rtn:RTN.version",

@@ -1,0 +1,138 @@
+"""OWL (Yin et al., ICML 2024, arXiv 2310.05175): layers with more outliers keep more.
+
+Score of a weight: |W_ij| · ‖x_j‖. Outlier ratio o_l: percent of a layer's scores above M times their mean. Densities:
+d_l = 2λ (o_l − min o) / (max o − min o), shifted so that their mean is 1 − S.
+
+Differences from the released code (`lib/prune_all.py`): its mean is over layers, whatever their size, so the target is
+missed where layers differ; here the shift makes the mean over parameters exact. Nothing there keeps a sparsity inside
+[0, 1); here it is clipped to [0, 0.99] and the rest shares what that costs. Norms come from the dense model, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import Field
+
+from compression_dags.errors import InputError, IntegrityError
+from compression_dags.sparsity.allocation import (
+    UNSTRUCTURED,
+    Allocated,
+    AllocationBench,
+    GriddedAllocation,
+    Matrix,
+    SparsityEvidence,
+    Unit,
+    check_target,
+    layer_units,
+    need_bench,
+    on_grid,
+    per_matrix,
+    shifted,
+    sizes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INSIDE_EXPERTS = (
+    "inputs of the experts' down projections are not recorded by the calibration pass; the scores leave those out"
+)
+
+
+class OWL(GriddedAllocation):
+    """Outlier-weighed layer-wise sparsity: layers with a larger share of |W|·‖x‖ above `threshold` × its mean keep
+    more, within ± `spread`."""
+
+    reads_statistics = True
+
+    method: Literal["owl"] = "owl"
+    threshold: float = Field(5.0, gt=0, description="M: an outlier exceeds this multiple of the layer's mean score")
+    spread: float = Field(0.08, gt=0, lt=0.5, description="λ: densities span 2λ before clipping")
+
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
+    def allocate(
+        self,
+        matrices: Sequence[Matrix],
+        target: float,
+        evidence: SparsityEvidence,
+        bench: AllocationBench | None = None,
+        pattern: str = UNSTRUCTURED,
+    ) -> Allocated:
+        check_target(target)
+        units, bench = layer_units(matrices), need_bench(bench, self.method)
+        ratios = np.array([outlier_ratio(u, evidence, bench, self.threshold) for u in units])
+        rows = [{"outlier_percent": float(r)} for r in ratios]
+        return by_density_score(units, ratios, self.spread, target, self.granularity, rows, evidence)
+
+
+def scored_weights(unit: Unit, evidence: SparsityEvidence) -> list[tuple[Matrix, np.ndarray]]:
+    """The unit's matrices whose input norms are known, with them.
+
+    Raises:
+        InputError: none are known.
+    """
+    known = [(m, evidence.channel_norms(m)) for m in unit.matrices]
+    found = [(m, x) for m, x in known if x is not None]
+    if not found:
+        raise InputError(f"{unit.name}: the calibration pass left no norms of the inputs of {unit.matrices[0].name}")
+    return found
+
+
+def scores(matrix: Matrix, norms: np.ndarray, bench: AllocationBench) -> Tensor:
+    """|W|·‖x‖ of one matrix: (rows, columns) float32."""
+    import torch
+
+    weight = bench.weights(matrix.name)
+    return weight.abs().float() * torch.from_numpy(norms).to(weight.device, torch.float32)
+
+
+def mean_score(unit: Unit, evidence: SparsityEvidence, bench: AllocationBench) -> float:
+    """Mean of |W|·‖x‖ over a unit's weights, one matrix at a time."""
+    import torch
+
+    total, count = 0.0, 0
+    for matrix, norms in scored_weights(unit, evidence):
+        found = scores(matrix, norms, bench)
+        total, count = total + float(found.sum(dtype=torch.float64)), count + found.numel()
+    if not np.isfinite(total):
+        raise IntegrityError(f"{unit.name}: |W|·‖x‖ is not finite: the model's weights or activations are not")
+    return total / count
+
+
+def outlier_ratio(unit: Unit, evidence: SparsityEvidence, bench: AllocationBench, threshold: float) -> float:
+    """Percent of a unit's scores above `threshold` times their mean."""
+    limit = threshold * mean_score(unit, evidence, bench)
+    above, count = 0, 0
+    for matrix, norms in scored_weights(unit, evidence):
+        found = scores(matrix, norms, bench)
+        above, count = above + int((found > limit).sum()), count + found.numel()
+    return 100.0 * above / count
+
+
+def by_density_score(
+    units: list[Unit],
+    score: np.ndarray,
+    spread: float,
+    target: float,
+    granularity: float,
+    rows: list[dict],
+    evidence: SparsityEvidence,
+) -> Allocated:
+    """Densities that rise with a score from the least to the largest by 2 · `spread`, about the target."""
+    notes = []
+    if any(evidence.channel_norms(m) is None for u in units for m in u.matrices):
+        notes.append(INSIDE_EXPERTS)
+    width = score.max() - score.min()
+    density = 2 * spread * (score - score.min()) / width if width > 0 else np.zeros_like(score)
+    if width <= 0:
+        notes.append("all layers score alike: allocation forced uniform")
+    shares = shifted(-density, sizes(units), target)
+    rows = [{**row, "share": float(s)} for row, s in zip(rows, shares, strict=True)]
+    summary = {"spread": spread, "granularity": granularity}
+    return Allocated(on_grid(units, shares, target, granularity), per_matrix(units, rows), summary, tuple(notes))

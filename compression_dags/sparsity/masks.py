@@ -1,0 +1,91 @@
+"""Masks with exact counts, and their packed form. True is a kept weight everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compression_dags.errors import IntegrityError
+from compression_dags.solvers.patterns import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MASKS = "masks.safetensors"
+
+
+def mask_of_matrix(score: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the largest scores of a whole matrix (rows, columns); ties go by index. N:M: of every group."""
+    from compression_dags.solvers.sweep import smallest
+
+    if pattern.m is not None:
+        return mask_of_groups(score, pattern)
+    return ~smallest(score.flatten(), int(pattern.sparsity * score.numel() + 0.5)).view_as(score)
+
+
+def mask_of_rows(score: Tensor, pattern: Pattern) -> Tensor:
+    """Keep the largest scores of every row, the same number in each: floor(columns · sparsity) go, as in Wanda."""
+    import torch
+
+    if pattern.m is not None:
+        return mask_of_groups(score, pattern)
+    count = int(score.shape[1] * pattern.sparsity + 1e-9)
+    order = score.sort(dim=1, stable=True).indices[:, :count]
+    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order, False)
+
+
+def mask_of_groups(score: Tensor, pattern: Pattern) -> Tensor:
+    """Keep all but `pattern.zeros` of every `pattern.m` consecutive inputs."""
+    from compression_dags.solvers.sweep import group_ranks
+
+    assert pattern.m is not None and pattern.zeros is not None
+    ranks = group_ranks(score.unflatten(1, (-1, pattern.m)))
+    return (ranks >= pattern.zeros).flatten(1)
+
+
+def pack_mask(mask: Tensor) -> np.ndarray:
+    """(rows, columns) bool → (rows, ⌈columns / 8⌉) uint8, the first input in the highest bit."""
+    return np.packbits(mask.cpu().numpy(), axis=1)
+
+
+def unpack_mask(packed: np.ndarray, columns: int) -> np.ndarray:
+    return np.unpackbits(packed, axis=1, count=columns).astype(bool)
+
+
+def mask_digest(packed: np.ndarray) -> str:
+    """sha256 of a packed mask, for the ledger."""
+    return hashlib.sha256(packed.tobytes()).hexdigest()
+
+
+def save_masks(packed: Mapping[str, np.ndarray], columns: Mapping[str, int], directory: Path) -> Path:
+    """`masks.safetensors`: module name → packed mask; the row lengths are in the metadata."""
+    from safetensors.numpy import save_file
+
+    file = directory / MASKS
+    save_file(dict(sorted(packed.items())), file, metadata={name: str(n) for name, n in columns.items()})
+    return file
+
+
+def load_masks(directory: Path) -> dict[str, np.ndarray]:
+    """Module name → (rows, columns) bool."""
+    from safetensors import safe_open
+
+    with safe_open(directory / MASKS, framework="numpy") as file:
+        columns = file.metadata()
+        return {name: unpack_mask(file.get_tensor(name), int(columns[name])) for name in file.keys()}  # noqa: SIM118
+
+
+def check_pattern(name: str, mask: Tensor, pattern: Pattern) -> None:
+    """
+    Raises:
+        IntegrityError: a group of an N:M mask has another number of zeros.
+    """
+    if pattern.m is None:
+        return
+    zeros = (~mask).unflatten(1, (-1, pattern.m)).sum(-1)
+    if not bool((zeros == pattern.zeros).all()):
+        raise IntegrityError(f"{name}: a group of {pattern.m} inputs does not have {pattern.zeros} zeros")

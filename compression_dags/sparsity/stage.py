@@ -1,0 +1,180 @@
+"""What every pruner has in common: the target, its allocation, and the pass that calls it group by group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from compression_dags.architectures import StackFacts
+from compression_dags.errors import InputError
+from compression_dags.provenance.decisions import Decision
+from compression_dags.solvers.patterns import Pattern
+from compression_dags.sparsity.allocate_uniform import Uniform
+from compression_dags.sparsity.allocation import (
+    UNSTRUCTURED,
+    AllocationBench,
+    Matrix,
+    SparsityEvidence,
+    SparsityPlan,
+    make_plan,
+)
+from compression_dags.sparsity.allocators import AnyAllocation
+from compression_dags.stages import Stage, Track, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compression_dags.calibration.corpora import TokenBlocks
+    from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.provenance.progress import Progress
+    from compression_dags.sparsity.pruner import Problem, Pruned
+
+PLAN_FIELDS = {"sparsity", "pattern", "allocation"}
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """The pruned checkpoint, why, and what to report; `tensors` are those that changed, in the stored dtype."""
+
+    checkpoint: Checkpoint
+    decisions: list[Decision]
+    facts: dict[str, float | int | str]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def reference_logits(self, source: Checkpoint, *, device: str = "cpu", dtype: str = "float32") -> Any:
+        """Logits (2, T, vocabulary) float32 on the gate's probe of the source with these tensors in place."""
+        import torch
+
+        from compression_dags.checkpoints.gate import PROBE_TOKENS, load_stock, probe_ids
+
+        model = load_stock(source.path, device=device, dtype=dtype)
+        parameters = dict(model.named_parameters())
+        ids = probe_ids(source.config["vocab_size"], source.config.get("max_position_embeddings", PROBE_TOKENS))
+        with torch.inference_mode():
+            for name, tensor in self.tensors.items():
+                parameters[name].data = tensor.to(device, parameters[name].dtype)
+            return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+
+class SparsifyStage(Stage):
+    """Options of all pruners."""
+
+    stage: ClassVar[str] = "sparsify"
+    version: ClassVar[str] = "1"
+    statistic: ClassVar[Literal["none", "mean_square", "hessian"]] = "none"
+
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros over all projections")
+    pattern: str | None = Field(None, description="N:M, kept weights of every M inputs: 2:4, 4:8")
+    allocation: AnyAllocation = Field(Uniform(), description="how the zeros are shared out")
+    propagate: Literal["pruned", "dense"] = Field(
+        "pruned", description="pruned: statistics of the already pruned model; dense: of the model as it was"
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> SparsifyStage:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give either sparsity (0.5) or pattern (2:4)")
+        if self.pattern is not None:
+            asked = Pattern.parse(self.pattern)
+            if not asked.zeros:
+                raise ValueError(f"pattern {self.pattern} keeps every weight; N must be below M")
+        return self
+
+    @property
+    def asked(self) -> Pattern:
+        if self.pattern is not None:
+            return Pattern.parse(self.pattern)
+        assert self.sparsity is not None
+        return Pattern.unstructured(self.sparsity)
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self.statistic != "none"
+
+    def plan_options(self) -> dict[str, Any]:
+        """Options that decide the plan. An allocation that prunes to compare candidates depends on all of them."""
+        whole = self.options()
+        return whole if self.allocation.measures else {k: v for k, v in whole.items() if k in PLAN_FIELDS}
+
+    def prune_options(self) -> dict[str, Any]:
+        """Options that decide the weights, given the plan."""
+        return {k: v for k, v in self.options().items() if k not in PLAN_FIELDS}
+
+    def check(self, facts: StackFacts) -> None:
+        if facts.architecture.experts is not None:
+            raise InputError(
+                f"sparsify: {self.method} does not prune experts ({facts.architecture.model_type}); "
+                "leave the stage out for this model"
+            )
+        self.allocation.check(self.asked.sparsity)
+        for width, what in ((facts.hidden, "hidden size"), (facts.intermediate, "intermediate size")):
+            if self.asked.m and width % self.asked.m:
+                raise InputError(f"sparsify: pattern {self.pattern} does not divide the {what} {width}")
+
+    def plan(
+        self, source: Checkpoint, evidence: SparsityEvidence, bench: AllocationBench | None = None
+    ) -> tuple[SparsityPlan, list[Decision]]:
+        """Which pattern every projection of `source` gets, and a row for each."""
+        matrices, target = all_matrices(source), self.asked.sparsity
+        pattern = self.pattern or UNSTRUCTURED
+        allocated = self.allocation.allocate(matrices, target, evidence, bench, pattern)
+        found = make_plan(self.allocation.method, matrices, allocated, target, pattern)
+        rows = [
+            Decision(
+                "sparsity_plan",
+                self.allocation.method,
+                step,
+                m.name,
+                "prune",
+                [m.layer],
+                found.patterns[m.name].sparsity,
+                "share of zeros",
+                {"parameters": m.numel, **found.evidence["matrices"][m.name]},
+            )
+            for step, m in enumerate(matrices)
+        ]
+        return found, rows
+
+    def prune(self, problem: Problem) -> list[Pruned]:
+        """Prune the matrices that read one input."""
+        raise AssertionError(f"{type(self).__name__} must define prune")
+
+    def sparsify(
+        self,
+        source: Checkpoint,
+        plan: SparsityPlan,
+        blocks: TokenBlocks | None,
+        directory: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        progress: Progress | None = None,
+        track: Track = silent,
+    ) -> Sparsified:
+        """Prune every projection by `plan` and write the checkpoint, with `masks.safetensors` beside it.
+
+        Raises:
+            InputError: no calibration tokens for a pruner that reads them, or a plan for other matrices.
+            IntegrityError: activations or Hessians that cannot be used.
+        """
+        from compression_dags.sparsity.walk import PruneWalk
+
+        self.check(source.facts)
+        if self.reads_tokens and blocks is None:
+            raise InputError(f"sparsify: {self.method} needs calibration tokens; none were given")
+        return PruneWalk(self, source, plan, blocks, device, dtype).run(directory, progress, track)
+
+
+def all_matrices(source: Checkpoint) -> list[Matrix]:
+    """Every linear projection of every layer, in the order in which they are evaluated."""
+    found = []
+    for index in range(source.num_layers):
+        prefix, names = source.architecture.layer_prefix(index), source.layer(index)
+        for local in (p for g in source.architecture.groups for p in g.projections):
+            if f"{local}.weight" in names:
+                rows, columns = source.tensors[names[f"{local}.weight"]].shape
+                found.append(Matrix(f"{prefix}{local}", index, local, rows, columns))
+    return found
