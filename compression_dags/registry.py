@@ -18,6 +18,7 @@ from compression_dags.merging.shortgpt import ShortGPT
 from compression_dags.merging.sleb import SLEB
 from compression_dags.merging.weighted_sum import WeightedSum
 from compression_dags.quantization.rtn import RTN
+from compression_dags.sparsity.admm import ADMM
 from compression_dags.sparsity.magnitude import Magnitude
 from compression_dags.sparsity.sparsegpt import SparseGPT
 from compression_dags.sparsity.wanda import Wanda
@@ -46,6 +47,6 @@ METHODS: dict[str, dict[str, type[Stage]]] = {
         "distill-sp": DistillSP,
         "distill-mp": DistillMP,
     },
-    "sparsify": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT},
+    "sparsify": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM},
     "quantize": {"rtn": RTN},
 }

@@ -200,8 +200,6 @@ def test_refusals(tiny_model, tmp_path):
         stage("sparsegpt", pattern="2:4", block=6).check(source.facts)
     with pytest.raises(InputError, match="needs calibration tokens"):
         sparsify(stage("wanda", sparsity=0.5), source, tmp_path / "x")
-    with pytest.raises(InputError, match="does not prune experts"):
-        stage("wanda", sparsity=0.5).check(Checkpoint(tiny_model("mixtral")).facts)
     other = planned(stage("magnitude", sparsity=0.5), Checkpoint(tiny_model("qwen3")))
     small = SparsityPlan("by hand", 0.5, "unstructured", dict(list(other.patterns.items())[:-1]))
     with pytest.raises(InputError, match="plan is for another model: 1 matrices differ"):
@@ -214,7 +212,7 @@ def test_masks_count_exactly_with_ties():
     assert ((~mask_of_rows(score, Pattern.unstructured(0.35))).sum(1) == 3).all()
     assert mask_of_rows(score, Pattern.unstructured(0.5))[0].tolist() == [False] * 5 + [True] * 5
     mask = torch.rand(5, 13, generator=torch.Generator().manual_seed(0)) > 0.5
-    assert np.array_equal(unpack_mask(pack_mask(mask), 13), mask.numpy())
+    assert np.array_equal(unpack_mask(pack_mask(mask).numpy(), 13), mask.numpy())
 
 
 def test_a_failure_in_a_batch_ends_all_threads():
@@ -227,7 +225,9 @@ def test_a_failure_in_a_batch_ends_all_threads():
         return x
 
     order = []
-    run = StagedForward(3, forward, [first, second], lambda s, b, x: order.append((s, b)), lambda s: order.append(s))
+    run = StagedForward(
+        3, forward, [(first,), (second,)], lambda s, b, x: order.append((s, b)), lambda s: order.append(s)
+    )
     with pytest.raises(ValueError, match="batch 1 broke"):
         run.run()
     assert order == [(0, 0), (0, 1), (0, 2), 0, (1, 0), (1, 1), (1, 2), 1]
@@ -235,4 +235,4 @@ def test_a_failure_in_a_batch_ends_all_threads():
 
     assert threading.active_count() == 1 or not any(t.name.endswith("(_work)") for t in threading.enumerate())
     with pytest.raises(IntegrityError, match="was expected"):
-        StagedForward(1, lambda i: first(torch.zeros(1)), [second], lambda *_: None, lambda _: None).run()
+        StagedForward(1, lambda i: first(torch.zeros(1)), [(second,)], lambda *_: None, lambda _: None).run()

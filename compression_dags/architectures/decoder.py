@@ -30,6 +30,11 @@ class Experts:
     up: str
     down: str
 
+    def matrices(self, expert: int) -> tuple[str, str, str]:
+        """Gate, up and down of one expert as on disk, within the layer: `mlp.experts.7.gate_proj`, …"""
+        prefix = f"{self.disk_block}.experts.{expert}."
+        return prefix + self.gate, prefix + self.up, prefix + self.down
+
 
 LLAMA_GROUPS = (
     ProjectionGroup("attention_input", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -94,6 +99,11 @@ class Architecture:
     def group(self, name: str) -> tuple[str, ...]:
         """Projections of the group `name` (`attention_output` → (`self_attn.o_proj`,))."""
         return next(g.projections for g in self.groups if g.name == name)
+
+    @property
+    def stream_writers(self) -> tuple[str, ...]:
+        """Groups whose output is added to the residual stream as it is; none where a norm stands between."""
+        return () if self.branch_norms else ("attention_output", "mlp_output")
 
     def projections(self) -> tuple[str, ...]:
         return tuple(p for group in self.groups for p in group.projections)
@@ -181,6 +191,11 @@ class StackFacts:
     def intermediate(self) -> int:
         """Channels between the MLP's input and output projections."""
         return int(self.config.get("intermediate_size") or self.config.get("ffn_dim") or self.hidden)
+
+    @property
+    def expert_intermediate(self) -> int:
+        """Channels between an expert's input and output projections."""
+        return int(self.config.get("moe_intermediate_size") or self.intermediate)
 
     def kind(self, index: int) -> tuple[str, str]:
         return self.architecture.layer_kind(self.config, index)

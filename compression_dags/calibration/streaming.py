@@ -133,7 +133,7 @@ class DecoderStream:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True).to(self.dtype)
+            return tensor.to(self.device, non_blocking=True).to(self.dtype)
         return tensor.to(self.dtype)
 
     # -- layers -----------------------------------------------------------------------------------------------------
@@ -141,7 +141,10 @@ class DecoderStream:
     def _read_layer(self, index: int) -> dict[str, Tensor]:
         tensors = {local: self.checkpoint.tensor(name) for local, name in self.checkpoint.layer(index).items()}
         experts = self.checkpoint.architecture.experts
-        return fuse_experts(tensors, experts) if experts else tensors
+        tensors = fuse_experts(tensors, experts) if experts else tensors
+        if self.device.type != "cuda":
+            return tensors
+        return {k: t.pin_memory() for k, t in tensors.items()}  # here, in the background
 
     def prefetch(self, index: int) -> None:
         """Start reading a layer from disk in the background."""

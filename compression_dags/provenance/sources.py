@@ -36,7 +36,7 @@ def _sparsity(*names: str) -> tuple[str, ...]:
 
 
 _PRUNE = (
-    *_sparsity("stage", "walk", "staged", "pruner", "masks", "allocation", "evidence"),
+    *_sparsity("stage", "walk", "staged", "inputs", "experts", "results", "pruner", "masks", "allocation", "evidence"),
     "compression_dags.solvers.hessian",
     "compression_dags.solvers.patterns",
     "compression_dags.solvers.sweep",
@@ -135,6 +135,10 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify: sparsegpt": (
         "compression_dags.sparsity.sparsegpt:SparseGPT.version",
         (*_PRUNE, "compression_dags.solvers.factor", "compression_dags.solvers.sweep_triton"),
+    ),
+    "sparsify: admm": (
+        "compression_dags.sparsity.admm:ADMM.version",
+        (*_PRUNE, *(f"compression_dags.solvers.{name}" for name in ("admm", "refit", "factor"))),
     ),
     "quantize: rtn": (
         "compression_dags.quantization.rtn:RTN.version",

@@ -33,18 +33,8 @@ class Hessian:
     def add(self, x: Tensor) -> None:
         """Add tokens (…, d) of any float dtype."""
         rows = x.reshape(-1, x.shape[-1])
-        for part in rows.split(CHUNK):
-            self._add(part)
+        self.matrix = add_product(self.matrix, rows, rows)
         self.tokens += len(rows)
-
-    def _add(self, x: Tensor) -> None:
-        if x.is_cuda and x.dtype in {torch.bfloat16, torch.float16}:
-            self.matrix += torch.mm(x.T, x, out_dtype=torch.float32)
-        elif x.dtype == torch.float64:
-            self.matrix = self.matrix.double().addmm_(x.T, x)
-        else:
-            x = x.float()
-            self.matrix.addmm_(x.T, x)
 
     def mean_square(self) -> Tensor:
         """(d,) float64: mean of x² over tokens."""
@@ -57,3 +47,24 @@ class Hessian:
         """
         if not bool(torch.isfinite(self.matrix.diagonal()).all()):
             raise IntegrityError(f"{name}: activations are not finite; no Hessian can be formed from them")
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`total` (a, b) + leftᵀ right over tokens (n, a), (n, b) of one dtype; in place but for float64 inputs."""
+    for x, y in zip(left.split(CHUNK), right.split(CHUNK), strict=True):
+        if x.is_cuda and x.dtype in {torch.bfloat16, torch.float16}:
+            total += torch.mm(x.T, y, out_dtype=torch.float32)
+        elif x.dtype == torch.float64:
+            total = total.double().addmm_(x.T, y)
+        else:
+            total.addmm_(x.float().T, y.float())
+    return total
+
+
+def energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """() float64: ‖W X‖² = Σ (W H) ∘ W for W (rows, d). On a GPU the product is of bfloat16 factors: to about 0.1 %."""
+    if weight.is_cuda:
+        product = torch.mm(weight.bfloat16(), hessian.bfloat16(), out_dtype=torch.float32)
+    else:
+        product = weight @ hessian
+    return (product * weight).sum(dtype=torch.float64)

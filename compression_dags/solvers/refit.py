@@ -141,10 +141,14 @@ def refit(
     )
 
 
-def propagated_target(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:
+def propagated_target(
+    weight: Tensor, hessian: Tensor, cross: Tensor, damping: float = DAMPING, drift: Tensor | None = None
+) -> Tensor:
     """(rows, d): dense weights which, on the inputs x̂ of `hessian`, come nearest to `weight` on the dense inputs.
 
-        W* = W + W (C − H)(H + λI)⁻¹       C = Σ x_dense x̂ᵀ,  H = Σ x̂ x̂ᵀ
+        W* = W + (W (C − H) + D)(H + λI)⁻¹       C = Σ x_dense x̂ᵀ,  H = Σ x̂ x̂ᵀ
+
+    `drift` D = Σ e x̂ᵀ (rows, d) asks for W x_dense + e.
 
     Every method that prunes W* for H minimises ‖Ŵ X̂ − W X‖². Solved in float64; the damping grows where the
     factorisation needs it, as `inverse_factor` does it.
@@ -155,6 +159,8 @@ def propagated_target(weight: Tensor, hessian: Tensor, cross: Tensor, damping: f
         raise IntegrityError("cross sums are not finite; the model's activations overflow here")
     upper = inverse_factor(hessian.double(), damping).upper
     shift = weight.double() @ (cross.double() - hessian.double())
+    if drift is not None:
+        shift += drift.double()
     return (weight.double() + (shift @ upper.T) @ upper).to(weight.dtype)
 
 

@@ -34,8 +34,12 @@ def mask_of_rows(score: Tensor, pattern: Pattern) -> Tensor:
     if pattern.m is not None:
         return mask_of_groups(score, pattern)
     count = int(score.shape[1] * pattern.sparsity + 1e-9)
-    order = score.sort(dim=1, stable=True).indices[:, :count]
-    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order, False)
+    if not count:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(count, dim=1, keepdim=True).values  # a selection: no row is sorted
+    below, equal = score < threshold, score == threshold
+    owed = count - below.sum(1, keepdim=True, dtype=torch.int32)
+    return ~(below | (equal & (equal.cumsum(1, dtype=torch.int32) <= owed)))
 
 
 def mask_of_groups(score: Tensor, pattern: Pattern) -> Tensor:
@@ -47,9 +51,15 @@ def mask_of_groups(score: Tensor, pattern: Pattern) -> Tensor:
     return (ranks >= pattern.zeros).flatten(1)
 
 
-def pack_mask(mask: Tensor) -> np.ndarray:
-    """(rows, columns) bool → (rows, ⌈columns / 8⌉) uint8, the first input in the highest bit."""
-    return np.packbits(mask.cpu().numpy(), axis=1)
+def pack_mask(mask: Tensor) -> Tensor:
+    """(rows, columns) bool → (rows, ⌈columns / 8⌉) uint8 on the same device, the first input in the highest bit."""
+    import torch
+
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+    packed = bits[..., 0] << 7
+    for place in range(1, 8):
+        packed |= bits[..., place] << (7 - place)
+    return packed
 
 
 def unpack_mask(packed: np.ndarray, columns: int) -> np.ndarray:
@@ -58,7 +68,7 @@ def unpack_mask(packed: np.ndarray, columns: int) -> np.ndarray:
 
 def mask_digest(packed: np.ndarray) -> str:
     """sha256 of a packed mask, for the ledger."""
-    return hashlib.sha256(packed.tobytes()).hexdigest()
+    return hashlib.sha256(packed).hexdigest()
 
 
 def save_masks(packed: Mapping[str, np.ndarray], columns: Mapping[str, int], directory: Path) -> Path:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compression_dags.solvers.hessian import Hessian
+    from compression_dags.sparsity.allocation import SparsityPlan
+    from compression_dags.sparsity.inputs import InputSums
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Problem:
         weights: (rows_i, d) each, in the stored dtype, on the device.
         patterns: what each must satisfy.
         hessian: Σ x xᵀ of the input, for pruners that need it.
+        cross: (d, d) Σ x_dense xᵀ, for pruners that aim at the dense model's outputs.
+        drift: (rows, d) Σ (r_dense − r) xᵀ of the residual stream that the output is added to, likewise.
         mean_square: (d,) float64, mean of x² a channel, for pruners that need it.
         tokens: behind the statistic.
     """
@@ -31,8 +35,26 @@ class Problem:
     weights: tuple[Tensor, ...]
     patterns: tuple[Pattern, ...]
     hessian: Hessian | None = None
+    cross: Tensor | None = None
+    drift: Tensor | None = None
     mean_square: Tensor | None = None
     tokens: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, ...],
+        weights: tuple[Tensor, ...],
+        plan: SparsityPlan,
+        seen: InputSums | None,
+        label: str,
+    ) -> Problem:
+        patterns = tuple(plan.patterns[n] for n in names)
+        if seen is None:
+            return cls(names, weights, patterns)
+        if seen.hessian is None:
+            return cls(names, weights, patterns, mean_square=seen.mean_square(label), tokens=seen.tokens)
+        return cls(names, weights, patterns, seen.hessian, seen.cross, seen.drift, tokens=seen.tokens)
 
 
 @dataclass(frozen=True)

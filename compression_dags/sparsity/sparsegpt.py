@@ -34,6 +34,7 @@ class SparseGPT(SparsifyStage):
         import torch
 
         from compression_dags.solvers.factor import inverse_factor
+        from compression_dags.solvers.hessian import energy
         from compression_dags.solvers.sweep import Rows, prune_sweep
         from compression_dags.sparsity.pruner import Pruned
 
@@ -51,14 +52,7 @@ class SparseGPT(SparsifyStage):
         found = []
         for (a, b), weight in zip(spans, problem.weights, strict=True):
             new, mask = swept.weight[a:b].to(weight.dtype), swept.mask[a:b]
-            error = _relative_error(stack[a:b], new.float(), problem.hessian.matrix)
+            lost, whole = swept.error[a:b].double().sum(), energy(stack[a:b], problem.hessian.matrix)
+            error = float((lost / whole).sqrt()) if whole > 0 else 0.0
             found.append(Pruned(new, mask, {"output_error": error, **factor.evidence}))
         return found
-
-
-def _relative_error(old, new, hessian) -> float:
-    """‖(W − Ŵ)X‖ / ‖WX‖."""
-    change = old - new
-    lost = ((change @ hessian) * change).sum().double()
-    whole = ((old @ hessian) * old).sum().double()
-    return float((lost.clamp_min(0) / whole).sqrt()) if whole > 0 else 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import Architecture, StackFacts
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.solvers.patterns import Pattern
@@ -54,9 +56,22 @@ class Sparsified:
         parameters = dict(model.named_parameters())
         ids = probe_ids(source.config["vocab_size"], source.config.get("max_position_embeddings", PROBE_TOKENS))
         with torch.inference_mode():
-            for name, tensor in self.tensors.items():
+            for name, tensor in self._in_memory(source.architecture):
                 parameters[name].data = tensor.to(device, parameters[name].dtype)
             return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+    def _in_memory(self, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by the names of a loaded model's parameters, which fuses experts; one layer at a time."""
+        from compression_dags.calibration.streaming import fuse_experts
+
+        layers: dict[int | None, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            index, local = architecture.split_name(name)
+            layers.setdefault(index, {})[local] = tensor
+        for index, tensors in layers.items():
+            prefix = "" if index is None else architecture.layer_prefix(index)
+            found = fuse_experts(tensors, architecture.experts) if architecture.experts else tensors
+            yield from ((prefix + local, tensor) for local, tensor in found.items())
 
 
 class SparsifyStage(Stage):
@@ -71,6 +86,9 @@ class SparsifyStage(Stage):
     allocation: AnyAllocation = Field(Uniform(), description="how the zeros are shared out")
     propagate: Literal["pruned", "dense"] = Field(
         "pruned", description="pruned: statistics of the already pruned model; dense: of the model as it was"
+    )
+    expert_tokens: Literal["routed", "all"] = Field(
+        "routed", description="tokens that an expert is calibrated on: those routed to it, or all of its layer"
     )
 
     @model_validator(mode="after")
@@ -91,6 +109,12 @@ class SparsifyStage(Stage):
         return Pattern.unstructured(self.sparsity)
 
     @property
+    def follows(self) -> Literal["own", "dense", "residual"]:
+        """Whose outputs the pruned ones should be near: those of the same weights on the same, already changed inputs;
+        the dense model's; or the dense model's residual stream after them. Experts always follow their own."""
+        return "own"
+
+    @property
     def reads_tokens(self) -> bool:
         return self.statistic != "none"
 
@@ -104,13 +128,12 @@ class SparsifyStage(Stage):
         return {k: v for k, v in self.options().items() if k not in PLAN_FIELDS}
 
     def check(self, facts: StackFacts) -> None:
-        if facts.architecture.experts is not None:
-            raise InputError(
-                f"sparsify: {self.method} does not prune experts ({facts.architecture.model_type}); "
-                "leave the stage out for this model"
-            )
         self.allocation.check(self.asked.sparsity)
-        for width, what in ((facts.hidden, "hidden size"), (facts.intermediate, "intermediate size")):
+        kinds = {facts.kind(index)[1] for index in range(facts.layers)}
+        widths = [(facts.hidden, "hidden size")]
+        widths += [(facts.intermediate, "intermediate size")] if "dense" in kinds else []
+        widths += [(facts.expert_intermediate, "experts' intermediate size")] if "experts" in kinds else []
+        for width, what in widths:
             if self.asked.m and width % self.asked.m:
                 raise InputError(f"sparsify: pattern {self.pattern} does not divide the {what} {width}")
 
@@ -169,12 +192,26 @@ class SparsifyStage(Stage):
 
 
 def all_matrices(source: Checkpoint) -> list[Matrix]:
-    """Every linear projection of every layer, in the order in which they are evaluated."""
+    """Every linear projection of every layer, in the order in which they are evaluated; experts one after another.
+
+    Routers are none: they choose, and are a thousandth of a layer.
+    """
     found = []
     for index in range(source.num_layers):
         prefix, names = source.architecture.layer_prefix(index), source.layer(index)
-        for local in (p for g in source.architecture.groups for p in g.projections):
-            if f"{local}.weight" in names:
-                rows, columns = source.tensors[names[f"{local}.weight"]].shape
-                found.append(Matrix(f"{prefix}{local}", index, local, rows, columns))
+        present = (p for p in source.architecture.projections() if f"{p}.weight" in names)
+        for local in itertools.chain(present, _of_experts(source.architecture, names)):
+            rows, columns = source.tensors[names[f"{local}.weight"]].shape
+            found.append(Matrix(f"{prefix}{local}", index, local, rows, columns))
     return found
+
+
+def _of_experts(architecture: Architecture, names: Container[str]) -> Iterator[str]:
+    """Gate, up and down of every expert of the layer that has tensors of these `names`."""
+    if (experts := architecture.experts) is None:
+        return
+    for expert in itertools.count():
+        matrices = experts.matrices(expert)
+        if f"{matrices[0]}.weight" not in names:
+            return
+        yield from matrices

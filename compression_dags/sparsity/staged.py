@@ -28,8 +28,10 @@ class StagedForward:
 
     Args:
         forward: output of the layer for batch i; called in a thread under inference mode.
-        stops: modules before which every batch waits, in the order the forward reaches them.
-        seen: called with (stop, batch, input) when a batch reaches a stop, in the batch's thread.
+        stops: modules before which every batch waits, in the order the forward reaches them; each batch reaches one
+            of a stop's modules.
+        seen: called with (stop, batch, *args, **kwargs), the arguments being the module's, when a batch reaches a
+            stop; in the batch's thread.
         ready: called with the stop when all batches wait there, in the caller's thread.
     """
 
@@ -37,14 +39,14 @@ class StagedForward:
         self,
         count: int,
         forward: Callable[[int], Tensor],
-        stops: Sequence[nn.Module],
-        seen: Callable[[int, int, Tensor], None],
+        stops: Sequence[Sequence[nn.Module]],
+        seen: Callable[..., None],
         ready: Callable[[int], None],
     ):
         self.count, self.forward, self.stops, self.seen, self.ready = count, forward, stops, seen, ready
         self._go = [threading.Semaphore(0) for _ in range(count)]
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self._current, self._cancelled = 0, False
+        self.turn, self._cancelled = 0, False
 
     def run(self) -> list[Tensor]:
         """Outputs, by batch.
@@ -52,8 +54,15 @@ class StagedForward:
         Raises:
             IntegrityError: a batch ended or stopped elsewhere than the others.
         """
-        hooks = [m.register_forward_pre_hook(self._hook(s)) for s, m in enumerate(self.stops)]
+        hooks = [
+            m.register_forward_pre_hook(self._hook(s), with_kwargs=True)
+            for s, alike in enumerate(self.stops)
+            for m in alike
+        ]
         threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(self.count)]
+        # cuDNN's attention plans are kept by thread: every thread here would build its own again (50 ms each).
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         for thread in threads:
             thread.start()
         try:
@@ -70,10 +79,11 @@ class StagedForward:
                 thread.join()
             for hook in hooks:
                 hook.remove()
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
     def _advance(self, batch: int, expected: tuple[str, Any]) -> Any:
         """Let one batch run to its next stop, or to its end."""
-        self._current = batch
+        self.turn = batch
         self._go[batch].release()
         kind, value = self._events.get()
         if kind == "error":
@@ -94,10 +104,10 @@ class StagedForward:
         except BaseException as error:
             self._events.put(("error", error))
 
-    def _hook(self, stop: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            batch = self._current
-            self.seen(stop, batch, args[0])
+    def _hook(self, stop: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            batch = self.turn
+            self.seen(stop, batch, *args, **kwargs)
             self._events.put(("stop", stop))
             self._go[batch].acquire()
             if self._cancelled:

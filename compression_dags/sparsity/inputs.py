@@ -1,0 +1,79 @@
+"""What is summed over the tokens that a group of projections reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compression_dags.errors import IntegrityError
+from compression_dags.solvers.hessian import Hessian, add_product
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense model at the same tokens: (b, T, ·) each.
+
+    Attributes:
+        x: input of the projections.
+        drift: residual stream that their output is added to, minus the pruned model's; None where it is not asked for.
+    """
+
+    x: Tensor
+    drift: Tensor | None = None
+
+
+class InputSums:
+    """Sums over the real tokens of one input x̂ (d channels), in float32 or wider.
+
+    Attributes:
+        hessian: Σ x̂ x̂ᵀ, for `kind` hessian.
+        squares: (d,) float64 Σ x̂², for `kind` mean_square.
+        cross: (d, d) Σ x x̂ᵀ with the dense model's x; None without a reference.
+        drift: (rows, d) Σ (r − r̂) x̂ᵀ for writers of the residual stream r; None elsewhere.
+        tokens: how many were added.
+    """
+
+    def __init__(self, kind: str, channels: int, device: torch.device):
+        self.kind, self.tokens = kind, 0
+        self.hessian = Hessian.empty(channels, device) if kind == "hessian" else None
+        self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.cross: Tensor | None = None
+        self.drift: Tensor | None = None
+
+    def add(self, x: Tensor, mask: Tensor | None, reference: Reference | None = None) -> None:
+        """Add (b, T, d) inputs; `mask` (b, T) is False at padding, None if there is none."""
+        rows = _rows(x, mask)
+        self.tokens += len(rows)
+        if self.hessian is None:
+            # one read of the inputs, no float32 copy
+            self.squares += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+            return
+        self.hessian.add(rows)
+        if reference is not None:
+            self.cross = self._product(self.cross, reference.x, rows, mask)
+            if reference.drift is not None:
+                self.drift = self._product(self.drift, reference.drift, rows, mask)
+
+    @staticmethod
+    def _product(total: Tensor | None, left: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        left = _rows(left, mask)
+        if total is None:
+            total = torch.zeros(left.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
+        return add_product(total, left.to(rows.dtype), rows)
+
+    def mean_square(self, label: str) -> Tensor:
+        """(d,) float64.
+
+        Raises:
+            IntegrityError: an input was not finite.
+        """
+        if not bool(torch.isfinite(self.squares).all()):
+            raise IntegrityError(f"{label}: activations are not finite; nothing can be pruned by them")
+        return self.squares / max(1, self.tokens)
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if mask is None else rows[mask.reshape(-1)]

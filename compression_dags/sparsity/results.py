@@ -1,0 +1,119 @@
+"""What a pruning pass leaves: weights in host memory, packed masks, rows of the ledger, the written checkpoint."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression_dags.provenance.decisions import Decision
+from compression_dags.sparsity.allocation import SparsityPlan
+from compression_dags.sparsity.masks import check_pattern, mask_digest, pack_mask, save_masks
+from compression_dags.sparsity.pruner import Pruned
+from compression_dags.sparsity.stage import Sparsified
+
+if TYPE_CHECKING:
+    from compression_dags.checkpoints.reader import Checkpoint
+
+
+class Results:
+    """Collects the matrices of one pass."""
+
+    def __init__(self, method: str, source: Checkpoint, plan: SparsityPlan):
+        self.method, self.source, self.plan = method, source, plan
+        self.tensors: dict[str, Tensor] = {}
+        self.packed: dict[str, np.ndarray] = {}
+        self.decisions: list[Decision] = []
+        self._carrier = ThreadPoolExecutor(1, thread_name_prefix="results")
+        self._leaving: list[Future[None]] = []
+
+    def add(self, index: int, name: str, pruned: Pruned, tokens: int) -> None:
+        """
+        Raises:
+            IntegrityError: the mask does not have the pattern that was asked for.
+        """
+        pattern = self.plan.patterns[name]
+        check_pattern(name, pruned.mask, pattern)
+        zeros, numel = int((pruned.weight == 0).sum()), pruned.weight.numel()
+        evidence = {
+            "requested": pattern.sparsity,
+            "zeros": zeros,
+            "parameters": numel,
+            "pattern": self.plan.pattern if pattern.m is None else f"{pattern.m - (pattern.zeros or 0)}:{pattern.m}",
+            "tokens": tokens,
+            **pruned.evidence,
+        }
+        step, share = len(self.decisions), zeros / numel
+        row = Decision("sparsify", self.method, step, name, "prune", [index], share, "share of zeros", evidence)
+        self.decisions.append(row)
+        self._leave(name, pruned.weight, pack_mask(pruned.mask), evidence)
+
+    def _leave(self, name: str, weight: Tensor, packed: Tensor, evidence: dict[str, Any]) -> None:
+        """Copy a matrix to host memory, on a GPU while it goes on with the next one."""
+        if not weight.is_cuda:
+            self._land(name, weight, packed, evidence)
+            return
+        done = torch.cuda.Event()
+        done.record()
+        self._leaving.append(self._carrier.submit(self._carry, done, name, weight, packed, evidence))
+
+    def _carry(self, done: torch.cuda.Event, name: str, weight: Tensor, packed: Tensor, evidence: Any) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(weight.device)):
+            done.wait()
+            # through pinned memory, which the allocator keeps for the next: a pageable copy is ten times slower
+            pinned = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, True) for t in (weight, packed)]
+            torch.cuda.current_stream().synchronize()
+            self._land(name, *(t.clone() for t in pinned), evidence)
+
+    def _land(self, name: str, weight: Tensor, packed: Tensor, evidence: dict[str, Any]) -> None:
+        self.tensors[f"{name}.weight"] = weight.cpu().contiguous()
+        self.packed[name] = packed.cpu().numpy()
+        evidence["mask_sha256"] = mask_digest(self.packed[name])
+
+    def settle(self) -> None:
+        """Wait until everything is in host memory."""
+        for copy in self._leaving:
+            copy.result()
+        self._leaving.clear()
+
+    def write(self, directory: Path) -> Sparsified:
+        """The checkpoint with `masks.safetensors` beside it."""
+        from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
+
+        def planned(name: str) -> PlannedTensor:
+            if name not in self.tensors:
+                return unchanged(self.source, name)
+            info = self.source.tensors[name]
+            return PlannedTensor(info.dtype, info.shape, lambda: self.tensors[name])
+
+        self.settle()
+        self._carrier.shutdown()
+        names = {name: planned(name) for name in self.source.tensors}
+        written = write_checkpoint(directory, self.source, self.source.config, names)
+        columns = {name: self.source.tensors[f"{name}.weight"].shape[1] for name in self.packed}
+        save_masks(self.packed, columns, directory)
+        return Sparsified(written, self.decisions, self.facts(), self.tensors)
+
+    def facts(self) -> dict[str, float | int | str]:
+        zeros = sum(d.evidence["zeros"] for d in self.decisions)
+        numel = sum(d.evidence["parameters"] for d in self.decisions)
+        errors = [d.evidence["output_error"] for d in self.decisions if "output_error" in d.evidence]
+        more = {"mean_output_error": sum(errors) / len(errors)} if errors else {}
+        return {"sparsity": zeros / numel, "zeros": zeros, "pruned_matrices": len(self.decisions), **more}
+
+    def state(self) -> dict[str, Tensor]:
+        """For a resumable loop; decisions travel apart."""
+        self.settle()
+        return {
+            **{f"tensor.{k}": v for k, v in self.tensors.items()},
+            **{f"mask.{k}": torch.from_numpy(v) for k, v in self.packed.items()},
+        }
+
+    def restore(self, decisions: list[dict[str, Any]], state: dict[str, Tensor]) -> None:
+        self.decisions = [Decision(**row) for row in decisions]
+        self.tensors = {k.removeprefix("tensor."): v for k, v in state.items() if k.startswith("tensor.")}
+        self.packed = {k.removeprefix("mask."): v.numpy() for k, v in state.items() if k.startswith("mask.")}
