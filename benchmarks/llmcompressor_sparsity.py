@@ -1,6 +1,6 @@
 """llm-compressor's one-shot pruning, as its users call it: the other side of the speed and quality tables.
 
-    python benchmarks/llmcompressor_sparsity.py MODEL_DIR --tokens ids.npy --out FOLDER --device cuda \
+    python benchmarks/llmcompressor_sparsity.py MODEL_DIR --tokens ids.npy --out FOLDER \
         --recipes wanda-0.5 sparsegpt-0.5 sparsegpt-0.7 sparsegpt-2:4
 
 Needs llm-compressor 0.14.0.1 (not a dependency of this project: it pins an older transformers). `ids.npy` holds the

@@ -68,7 +68,7 @@ def unpack_mask(packed: np.ndarray, columns: int) -> np.ndarray:
 
 def mask_digest(packed: np.ndarray) -> str:
     """sha256 of a packed mask, for the ledger."""
-    return hashlib.sha256(packed).hexdigest()
+    return hashlib.sha256(packed.data).hexdigest()
 
 
 def save_masks(packed: Mapping[str, np.ndarray], columns: Mapping[str, int], directory: Path) -> Path:

@@ -65,9 +65,10 @@ class Results:
         with torch.cuda.stream(torch.cuda.Stream(weight.device)):
             done.wait()
             # through pinned memory, which the allocator keeps for the next: a pageable copy is ten times slower
-            pinned = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, True) for t in (weight, packed)]
+            near = torch.empty_like(weight, device="cpu", pin_memory=True).copy_(weight, non_blocking=True)
+            near_mask = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
             torch.cuda.current_stream().synchronize()
-            self._land(name, *(t.clone() for t in pinned), evidence)
+            self._land(name, near.clone(), near_mask.clone(), evidence)
 
     def _land(self, name: str, weight: Tensor, packed: Tensor, evidence: dict[str, Any]) -> None:
         self.tensors[f"{name}.weight"] = weight.cpu().contiguous()
