@@ -30,7 +30,7 @@ from compression_dags.calibration.statistics import load_statistics
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.evaluation.perplexity import perplexity
+from compression_dags.evaluation.perplexity import cut_windows, perplexity_of
 from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
@@ -96,7 +96,7 @@ class Study:
         if args.tokens:
             np.save(args.tokens, self.blocks.ids)
         task = PerplexityTask(name="text", file=args.text, window=args.window, max_windows=args.max_windows)
-        self.text, self.window = task.read(), args.window
+        self.windows = cut_windows(self.tokenizer, task.read(), min(args.window, context), args.max_windows)
         self.model = load_stock(args.model, **self.on)
         self.gated: set[str] = set()
         self._evidence: SparsityEvidence | None = None
@@ -136,14 +136,7 @@ class Study:
         return found
 
     def _perplexity(self, model: Any) -> dict[str, float]:
-        found = perplexity(
-            model,
-            self.tokenizer,
-            self.text,
-            window=self.window,
-            max_windows=self.args.max_windows,
-            device=self.args.device,
-        )
+        found = perplexity_of(model, self.windows, device=self.args.device)
         return {"perplexity": next(v for k, v in found.metrics.items() if k.startswith("perplexity@"))}
 
     def prune(self, options: dict[str, Any]) -> None:

@@ -63,14 +63,25 @@ def context_length(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def cut_windows(
-    tokenizer: Any, text: str, window: int, max_windows: int | None = None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """The windows that are measured.
+@dataclass(frozen=True)
+class Windows:
+    """What is measured of a text.
 
-    Returns:
-        ids (n, window) int64 with BOS in front where the tokenizer adds one; the windows' indices (n,) int64 in the
-        text; how many whole windows the text has.
+    Attributes:
+        ids: (n, window) int64, with BOS in front where the tokenizer adds one.
+        index: (n,) int64, the windows' places in the text.
+        available: how many whole windows the text has.
+        bos: whether the tokenizer adds BOS.
+    """
+
+    ids: np.ndarray
+    index: np.ndarray
+    available: int
+    bos: bool
+
+
+def cut_windows(tokenizer: Any, text: str, window: int, max_windows: int | None = None) -> Windows:
+    """The windows that are measured.
 
     Raises:
         InputError: the text has fewer tokens than one window.
@@ -86,7 +97,7 @@ def cut_windows(
     rows = ids[: available * body].reshape(available, body)[index]
     if bos:
         rows = np.concatenate([np.full((count, 1), tokenizer.bos_token_id, dtype=np.int64), rows], axis=1)
-    return rows, index, available
+    return Windows(rows, index, available, bos)
 
 
 def perplexity(
@@ -113,21 +124,34 @@ def perplexity(
         InputError: the text is empty or shorter than one window.
         IntegrityError: the model gives a non-finite NLL.
     """
-    import torch
-
     if not text.strip():
         raise InputError("the text is empty: there is nothing to measure")
     width = min(window, context_length(model) or window)
-    rows, index, available = cut_windows(tokenizer, text, width, max_windows)
+    windows = cut_windows(tokenizer, text, width, max_windows)
+    return perplexity_of(model, windows, batch_size=batch_size, device=device, track=track)
+
+
+def perplexity_of(
+    model: Any,
+    windows: Windows,
+    *,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    track: Track = silent,
+) -> PerplexityResult:
+    """`perplexity` of windows cut before, for many models with one tokenizer and context."""
+    import torch
+
+    width = windows.ids.shape[1]
     device = torch.device(device if device is not None else model.device)
     size = batch_size or max(1, BATCH_TOKENS.get(device.type, 4096) // width)
     model.eval()
     with torch.inference_mode():
-        ids = torch.from_numpy(rows)
+        ids = torch.from_numpy(windows.ids)
         score = _scorer(model, ids[:1].to(device))
         starts = track(range(0, len(ids), size), "perplexity", math.ceil(len(ids) / size))
         nll = np.concatenate([score(ids[start : start + size].to(device)).cpu().numpy() for start in starts])
-    return _result(nll, index, available, width, adds_bos(tokenizer))
+    return _result(nll, windows.index, windows.available, width, windows.bos)
 
 
 def _result(nll: np.ndarray, index: np.ndarray, available: int, width: int, bos: bool) -> PerplexityResult:

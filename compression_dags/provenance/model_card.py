@@ -12,6 +12,7 @@ import yaml
 
 from compression_dags.evaluation.scorecard import is_headline
 from compression_dags.provenance.artifacts import Artifact, describe_files
+from compression_dags.sparsity.masks import MASKS
 
 
 def write_card(
@@ -35,11 +36,20 @@ def write_card(
         "files": describe_files(directory),
     }
     (directory / "compression.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    (directory / "README.md").write_text(_readme(recipe, slug, base, card, decisions), encoding="utf-8")
+    zeros = weights.facts.get("sparsity") if (directory / MASKS).is_file() else None
+    (directory / "README.md").write_text(_readme(recipe, slug, base, card, decisions, zeros), encoding="utf-8")
 
 
-def _readme(recipe: dict[str, Any], slug: str, base: Artifact, card: dict[str, Any], decisions: pd.DataFrame) -> str:
-    kind = "quantized" if any("quantize" in s for s in recipe["stages"]) else "merge"
+def _readme(
+    recipe: dict[str, Any],
+    slug: str,
+    base: Artifact,
+    card: dict[str, Any],
+    decisions: pd.DataFrame,
+    zeros: float | None,
+) -> str:
+    stages = {name for stage in recipe["stages"] for name in stage}
+    kind = "quantized" if "quantize" in stages else "merge" if "merge" in stages else "finetune"
     front = {
         "base_model": base.facts.get("origin") if "/" in str(base.facts.get("origin")) else slug,
         "base_model_relation": kind,
@@ -71,6 +81,7 @@ def _readme(recipe: dict[str, Any], slug: str, base: Artifact, card: dict[str, A
             "",
             f"{recipe['description']}. Made by compression_dags; loads in stock transformers.",
             "",
+            *_on_zeros(zeros),
             "```yaml",
             yaml.safe_dump({"stages": recipe["stages"]}, sort_keys=False).strip(),
             "```",
@@ -91,6 +102,16 @@ def _readme(recipe: dict[str, Any], slug: str, base: Artifact, card: dict[str, A
             "",
         ]
     )
+
+
+def _on_zeros(share: float | None) -> list[str]:
+    if share is None:
+        return []
+    return [
+        f"{share:.2%} of the projections' weights are zero. Zeros are stored like other values, so the checkpoint is "
+        f"neither smaller nor faster by itself; `{MASKS}` says where they are, one bit a weight.",
+        "",
+    ]
 
 
 def _change(card: dict[str, Any], task: str, metric: str) -> str:
