@@ -7,13 +7,18 @@ prints, its `version` enters the fingerprint of everything it makes. Method modu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from compression_dags.architectures import StackFacts
 
 T = TypeVar("T")
+#: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ.
+StatisticKind = Literal["none", "mean_square", "hessian"]
+#: Whose outputs changed weights should give: those of the same weights on the same, already changed inputs; the dense
+#: model's; or such that the residual stream after them is the dense model's.
+Follows = Literal["own", "dense", "residual"]
 
 
 class Track(Protocol):

@@ -6,6 +6,7 @@ import torch
 from concat_cases import random_blocks
 from pydantic import ValidationError
 
+from compression_dags.calibration.staged import StagedForward
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
@@ -17,7 +18,6 @@ from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.sweep import Rows, prune_sweep
 from compression_dags.sparsity.allocation import SparsityEvidence, SparsityPlan
 from compression_dags.sparsity.masks import load_masks, mask_of_matrix, mask_of_rows, pack_mask, unpack_mask
-from compression_dags.sparsity.staged import StagedForward
 from compression_dags.sparsity.walk import PruneWalk
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "opt"]

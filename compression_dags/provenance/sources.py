@@ -18,6 +18,7 @@ _STREAM = (
     "compression_dags.calibration.scored_rows",
     "compression_dags.architectures.decoder",
 )
+_WALK = (*_STREAM, *(f"compression_dags.calibration.{name}" for name in ("walk", "staged", "inputs")))
 _WRITE = ("compression_dags.checkpoints.writer", "compression_dags.architectures.decoder")
 
 
@@ -36,11 +37,11 @@ def _sparsity(*names: str) -> tuple[str, ...]:
 
 
 _PRUNE = (
-    *_sparsity("stage", "walk", "staged", "inputs", "experts", "results", "pruner", "masks", "allocation", "evidence"),
+    *_sparsity("stage", "walk", "experts", "results", "pruner", "masks", "allocation", "evidence"),
     "compression_dags.solvers.hessian",
     "compression_dags.solvers.patterns",
     "compression_dags.solvers.sweep",
-    *_STREAM,
+    *_WALK,
     "compression_dags.checkpoints.writer",
 )
 #: Stage → (module and attribute path of its version, modules that determine its bytes).

@@ -10,6 +10,7 @@ from pydantic import Field
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.sparsity.stage import SparsifyStage
+from compression_dags.stages import Follows, StatisticKind
 
 if TYPE_CHECKING:
     from compression_dags.sparsity.pruner import Problem, Pruned
@@ -25,17 +26,17 @@ class ADMM(SparsifyStage):
     and experts aim at their own outputs; the ledger says so a matrix.
     """
 
-    statistic: ClassVar[Literal["none", "mean_square", "hessian"]] = "hessian"
+    statistic: ClassVar[StatisticKind] = "hessian"
     method: Literal["admm"] = "admm"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
-    target: Literal["own", "dense", "residual"] = Field(
+    target: Follows = Field(
         "residual",
         description="own: W x of the pruned model's inputs; dense: of the dense model's; residual: such that the "
         "residual stream after it is the dense model's",
     )
 
     @property
-    def follows(self) -> Literal["own", "dense", "residual"]:
+    def follows(self) -> Follows:
         return self.target
 
     def check(self, facts: StackFacts) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compression_dags.sparsity.inputs import InputSums
+from compression_dags.calibration.inputs import InputSums
 
 if TYPE_CHECKING:
     from compression_dags.sparsity.walk import PruneWalk
@@ -57,7 +57,7 @@ class ExpertBlock:
             rows, routed = rows[mask.reshape(-1)], routed[mask.reshape(-1)]
         self._batches.append((rows, routed))
 
-    def prune(self, go_on: bool) -> None:
+    def change(self, go_on: bool) -> None:
         """Prune every expert; with `go_on` its down reads what the pruned gate and up make, and the module computes
         with pruned weights from here on.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.progress import as_note, from_note
 from compression_dags.sparsity.allocation import SparsityPlan
 from compression_dags.sparsity.masks import check_pattern, mask_digest, pack_mask, save_masks
 from compression_dags.sparsity.pruner import Pruned
@@ -107,14 +109,15 @@ class Results:
         return {"sparsity": zeros / numel, "zeros": zeros, "pruned_matrices": len(self.decisions), **more}
 
     def state(self) -> dict[str, Tensor]:
-        """For a resumable loop; decisions travel apart."""
-        self.settle()
+        """For a resumable loop."""
+        self.settle()  # it completes the decisions
         return {
+            "decisions": as_note([asdict(d) for d in self.decisions]),
             **{f"tensor.{k}": v for k, v in self.tensors.items()},
             **{f"mask.{k}": torch.from_numpy(v) for k, v in self.packed.items()},
         }
 
-    def restore(self, decisions: list[dict[str, Any]], state: dict[str, Tensor]) -> None:
-        self.decisions = [Decision(**row) for row in decisions]
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.decisions = [Decision(**row) for row in from_note(state["decisions"])]
         self.tensors = {k.removeprefix("tensor."): v for k, v in state.items() if k.startswith("tensor.")}
         self.packed = {k.removeprefix("mask."): v.numpy() for k, v in state.items() if k.startswith("mask.")}

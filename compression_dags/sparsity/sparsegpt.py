@@ -9,6 +9,7 @@ from pydantic import Field
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.sparsity.stage import SparsifyStage
+from compression_dags.stages import StatisticKind
 
 if TYPE_CHECKING:
     from compression_dags.sparsity.pruner import Problem, Pruned
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class SparseGPT(SparsifyStage):
     """Zero weights column by column, by w² / (H⁻¹)_jj, and let the columns to come make up for each error."""
 
-    statistic: ClassVar[Literal["none", "mean_square", "hessian"]] = "hessian"
+    statistic: ClassVar[StatisticKind] = "hessian"
     method: Literal["sparsegpt"] = "sparsegpt"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     block: int = Field(128, ge=1, description="columns whose mask is chosen at a time")

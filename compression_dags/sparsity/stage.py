@@ -24,7 +24,7 @@ from compression_dags.sparsity.allocation import (
     make_plan,
 )
 from compression_dags.sparsity.allocators import AnyAllocation
-from compression_dags.stages import Stage, Track, silent
+from compression_dags.stages import Follows, Stage, StatisticKind, Track, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ class SparsifyStage(Stage):
 
     stage: ClassVar[str] = "sparsify"
     version: ClassVar[str] = "1"
-    statistic: ClassVar[Literal["none", "mean_square", "hessian"]] = "none"
+    statistic: ClassVar[StatisticKind] = "none"
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros over all projections")
     pattern: str | None = Field(None, description="N:M, kept weights of every M inputs: 2:4, 4:8")
@@ -109,9 +109,8 @@ class SparsifyStage(Stage):
         return Pattern.unstructured(self.sparsity)
 
     @property
-    def follows(self) -> Literal["own", "dense", "residual"]:
-        """Whose outputs the pruned ones should be near: those of the same weights on the same, already changed inputs;
-        the dense model's; or the dense model's residual stream after them. Experts always follow their own."""
+    def follows(self) -> Follows:
+        """Whose outputs the pruned ones should be near. Experts always follow their own."""
         return "own"
 
     @property

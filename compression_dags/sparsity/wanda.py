@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compression_dags.sparsity.stage import SparsifyStage
+from compression_dags.stages import StatisticKind
 
 if TYPE_CHECKING:
     from compression_dags.sparsity.pruner import Problem, Pruned
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 class Wanda(SparsifyStage):
     """Zero the smallest |W_ij| · ‖X_j‖ of every output row (or group of M inputs); no weight is changed."""
 
-    statistic: ClassVar[Literal["none", "mean_square", "hessian"]] = "mean_square"
+    statistic: ClassVar[StatisticKind] = "mean_square"
     method: Literal["wanda"] = "wanda"
 
     def prune(self, problem: Problem) -> list[Pruned]:

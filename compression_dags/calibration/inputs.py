@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compression_dags.errors import IntegrityError
 from compression_dags.solvers.hessian import Hessian, add_product
+from compression_dags.stages import StatisticKind
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class InputSums:
         tokens: how many were added.
     """
 
-    def __init__(self, kind: str, channels: int, device: torch.device):
+    def __init__(self, kind: StatisticKind, channels: int, device: torch.device):
         self.kind, self.tokens = kind, 0
         self.hessian = Hessian.empty(channels, device) if kind == "hessian" else None
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
@@ -70,7 +71,7 @@ class InputSums:
             IntegrityError: an input was not finite.
         """
         if not bool(torch.isfinite(self.squares).all()):
-            raise IntegrityError(f"{label}: activations are not finite; nothing can be pruned by them")
+            raise IntegrityError(f"{label}: activations are not finite; nothing can be decided by them")
         return self.squares / max(1, self.tokens)
 
 
