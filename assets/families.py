@@ -75,6 +75,8 @@ def build_recipe_family(recipe: Recipe, tasks: Sequence[Task]) -> Family:
         shared += _analysis(recipe)
     if recipe.quantize:
         assets.append(build_quantized_weights(recipe, weights))
+        if recipe.quantize.reads_tokens:
+            shared.append(calibration_key(recipe.calibration, "calibration_tokens"))
         weights = recipe_key(recipe, "quantized_weights")
         stages.append(weights)
     return _evaluated(recipe.name, recipe.slug, assets, stages, list(dict.fromkeys(shared)), weights, tasks)

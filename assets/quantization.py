@@ -5,6 +5,7 @@ from typing import Any
 import dagster as dg
 
 from assets.base_models import base_models
+from assets.calibration import calibration_key
 from assets.merging import recipe_key
 from assets.publishing import GPU_POOL, publish
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
@@ -16,6 +17,9 @@ from resources.artifact_store import ArtifactStore
 def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDefinition:
     quantizer = recipe.quantize
     assert quantizer is not None
+    ins = {"weights": dg.AssetIn(weights_key)}
+    if quantizer.reads_tokens:
+        ins["tokens"] = dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens"))
 
     @dg.asset(
         key=recipe_key(recipe, "quantized_weights"),
@@ -24,15 +28,24 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
         kinds={"torch", "safetensors"},
         tags={"recipe": recipe.name, "method": quantizer.method, "scheme": quantizer.scheme},
         code_version=f"{quantizer.version}:{options_digest(quantizer.options())}",
-        ins={"weights": dg.AssetIn(weights_key)},
+        ins=ins,
         description=f"`{quantizer.method}` onto compressed-tensors `{quantizer.scheme}`: "
         f"{(type(quantizer).__doc__ or '').strip()}",
         pool=GPU_POOL,
     )
     def quantized_weights(
-        context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator, weights: Artifact
+        context: dg.AssetExecutionContext,
+        store: ArtifactStore,
+        accelerator: Accelerator,
+        weights: Artifact,
+        **tokens: Artifact,
     ) -> dg.Output[Artifact]:
+        inputs = {"weights": weights.digest}
+        if tokens:
+            inputs["calibration_tokens"] = tokens["tokens"].digest
+
         def build(work):
+            from compression_dags.calibration.corpora import load_blocks
             from compression_dags.checkpoints.facts import weight_facts
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
@@ -41,15 +54,18 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
 
             source = Checkpoint(weights.checkpoint)
             quantizer.check(source.facts)
+            blocks = load_blocks(tokens["tokens"].path / "tokens.safetensors") if tokens else None
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
-                model = quantizer.quantize(source, work.out / CHECKPOINT, **on, track=bar)
-                gate = check_reload(model.checkpoint.path, quantizer.reference_logits(source, **on), **on)
+                model = quantizer.quantize(
+                    source, work.out / CHECKPOINT, blocks=blocks, **on, progress=work.progress(), track=bar
+                )
+                reference = quantizer.reference_logits(source, rounded=model.rounded, **on)
+                gate = check_reload(model.checkpoint.path, reference, **on)
             write_decisions(model.decisions, work.out / DECISIONS)
             facts = weight_facts(model.checkpoint, parameters=weights.facts["parameters"])
             return {**facts, "bits_per_weight": model.bits_per_weight, "scheme": quantizer.scheme, **gate}
 
-        inputs = {"weights": weights.digest}
         request = Request("quantized_weights", quantizer.version, quantizer.options(), inputs, accelerator.numeric)
         return publish(context, store, request, build)
 

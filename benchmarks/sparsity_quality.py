@@ -181,7 +181,7 @@ class Study:
         assert isinstance(stage, QuantizeStage)
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
-            found = stage.quantize(self.base, Path(folder, "quantized"), **self.on)
+            found = stage.quantize(self.base, Path(folder, "quantized"), blocks=self.blocks, **self.on)
             size = sum(f.stat().st_size for f in found.checkpoint.path.glob("*.safetensors"))
             scored = self.score(found.checkpoint.path)
             self.record(quantize=options, seconds=round(time.monotonic() - start, 2), **scored, bytes=size)

@@ -90,7 +90,8 @@ class Recipe:
         """Whether any stage needs the calibration set."""
         merges = bool(self.merge and self.merge.analysis)
         prunes = bool(self.sparsify and (self.sparsify.reads_tokens or self.sparsity_reads))
-        return merges or bool(self.recoveries) or prunes
+        rounds = bool(self.quantize and self.quantize.reads_tokens)
+        return merges or bool(self.recoveries) or prunes or rounds
 
     @property
     def quantize(self) -> QuantizeStage | None:

@@ -17,6 +17,7 @@ from compression_dags.merging.reverse import Reverse
 from compression_dags.merging.shortgpt import ShortGPT
 from compression_dags.merging.sleb import SLEB
 from compression_dags.merging.weighted_sum import WeightedSum
+from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
 from compression_dags.sparsity.admm import ADMM
 from compression_dags.sparsity.magnitude import Magnitude
@@ -48,5 +49,5 @@ METHODS: dict[str, dict[str, type[Stage]]] = {
         "distill-mp": DistillMP,
     },
     "sparsify": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM},
-    "quantize": {"rtn": RTN},
+    "quantize": {"rtn": RTN, "gptq": GPTQ},
 }

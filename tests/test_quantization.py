@@ -15,9 +15,9 @@ from compression_dags.architectures import StackFacts, architecture_of
 from compression_dags.checkpoints.gate import check_reload, load_stock, probe_ids
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.quantization.rounding import FP4_GRID, Grid, find_scales, round_codes, round_to_nearest
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import compression_scheme, linear_modules, pack, rebuilds_while_loading
+from compression_dags.solvers.rounding import FP4_GRID, Grid, find_scales, round_codes, round_to_nearest
 
 STAGES = {
     "W8A16": RTN(scheme="W8A16"),

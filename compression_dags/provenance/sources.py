@@ -145,7 +145,17 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "compression_dags.quantization.rtn:RTN.version",
         (
             "compression_dags.quantization.schemes",
-            "compression_dags.quantization.rounding",
+            "compression_dags.solvers.rounding",
+            "compression_dags.checkpoints.writer",
+        ),
+    ),
+    "quantize: gptq": (
+        "compression_dags.quantization.gptq:GPTQ.version",
+        (
+            "compression_dags.quantization.schemes",
+            "compression_dags.quantization.walk",
+            *(f"compression_dags.solvers.{name}" for name in ("round_sweep", "rounding", "factor", "hessian", "refit")),
+            *_WALK,
             "compression_dags.checkpoints.writer",
         ),
     ),

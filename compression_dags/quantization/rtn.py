@@ -8,7 +8,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.quantization.schemes import QuantizeStage
 
 if TYPE_CHECKING:
-    from compression_dags.quantization.rounding import Rounded
+    from compression_dags.solvers.rounding import Rounded
 
 
 class RTN(QuantizeStage):
@@ -23,6 +23,6 @@ class RTN(QuantizeStage):
     method: Literal["rtn"] = "rtn"
 
     def round_weight(self, source: Checkpoint, name: str, device: str) -> Rounded:
-        from compression_dags.quantization.rounding import round_to_nearest
+        from compression_dags.solvers.rounding import round_to_nearest
 
         return round_to_nearest(source.tensor(name).to(device), self.grid(), name)

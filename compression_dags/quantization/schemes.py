@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,13 +21,18 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.decisions import Decision
-from compression_dags.stages import Stage, Track, silent
+from compression_dags.stages import Follows, Stage, StatisticKind, Track, silent
 
 if TYPE_CHECKING:
     import torch
     from compressed_tensors.quantization import QuantizationScheme
 
-    from compression_dags.quantization.rounding import Grid, Rounded
+    from compression_dags.calibration.corpora import TokenBlocks
+    from compression_dags.calibration.inputs import InputSums
+    from compression_dags.provenance.progress import Progress
+    from compression_dags.solvers.rounding import Grid, Rounded
+
+    Rounder = Callable[[str], Rounded]
 
 Scheme = Literal["W8A16", "W4A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16"]
 UNIT = "relative weight error"
@@ -67,17 +72,23 @@ class QuantizedModel:
     Attributes:
         decisions: a row for every quantized matrix and for every matrix kept as it was.
         bits_per_weight: stored bits of the quantized matrices, scales and zero points included, over their weights.
+        rounded: module name → Ŵ on its grid, as it was packed.
     """
 
     checkpoint: Checkpoint
     decisions: list[Decision]
     bits_per_weight: float
+    rounded: Rounder = field(repr=False)
 
 
 class QuantizeStage(Stage):
-    """Common options of the quantizers."""
+    """Common options of the quantizers.
+
+    A method that needs no data defines `round_weight`; one that does names its `statistic` and defines `round_group`.
+    """
 
     stage: ClassVar[str] = "quantize"
+    statistic: ClassVar[StatisticKind] = "none"
     method: str
 
     scheme: Scheme = Field(description="bits and kind of weights (W) and activations (A)")
@@ -115,7 +126,7 @@ class QuantizeStage(Stage):
         return not self.symmetric or self.format.kind == "fp4"
 
     def grid(self) -> Grid:
-        from compression_dags.quantization.rounding import Grid
+        from compression_dags.solvers.rounding import Grid
 
         return Grid(self.format.kind, self.format.bits, self.effective_group, self.symmetric)
 
@@ -149,35 +160,80 @@ class QuantizeStage(Stage):
             + (allowed if self.format.free else "the scheme fixes the group size")
         )
 
+    @property
+    def reads_tokens(self) -> bool:
+        return self.statistic != "none"
+
+    @property
+    def follows(self) -> Follows:
+        return "own"
+
     def round_weight(self, source: Checkpoint, name: str, device: str) -> Rounded:
-        """Ŵ of the tensor `name` on its grid, the same on every call. A method says how."""
+        """Ŵ of the tensor `name` on its grid, the same on every call. A method without data says how."""
         raise AssertionError(f"{type(self).__name__} must define round_weight")
 
-    def quantize(
-        self, source: Checkpoint, directory: Path, *, device: str = "cpu", dtype: str = "float32", track: Track = silent
-    ) -> QuantizedModel:
-        """Write the quantized checkpoint, one matrix in memory at a time. Equal inputs give equal bytes.
+    def round_group(
+        self, weights: dict[str, torch.Tensor], seen: InputSums, label: str
+    ) -> dict[str, tuple[Rounded, dict[str, Any]]]:
+        """Ŵ of matrices (out_i, in) that read one input, and what the ledger says of each. A calibrated method says
+        how; `label` names the input in errors."""
+        raise AssertionError(f"{type(self).__name__} must define round_group")
 
-        `dtype` is what a method that runs the model would compute in; rounding itself is always float32.
+    def quantize(
+        self,
+        source: Checkpoint,
+        directory: Path,
+        *,
+        blocks: TokenBlocks | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        progress: Progress | None = None,
+        track: Track = silent,
+    ) -> QuantizedModel:
+        """Write the quantized checkpoint. Equal inputs give equal bytes.
+
+        Without data one matrix is in memory at a time; calibrated methods hold the codes of all. `dtype` is what the
+        model computes in on calibration tokens; rounding itself is always float32.
 
         Raises:
-            InputError: see `check`; a projection is not a float matrix; the installed transformers cannot load it.
-            IntegrityError: a weight or scale is not finite.
+            InputError: see `check`; a projection is not a float matrix; the installed transformers cannot load it; no
+                calibration tokens for a method that reads them.
+            IntegrityError: a weight, a scale or an activation is not finite.
         """
         self.check(source.facts)
+        if self.reads_tokens and blocks is None:
+            raise InputError(f"quantize: {self.method} needs calibration tokens; none were given")
         if self.format.kind == "fp4" and dtype != "bfloat16" and not rebuilds_while_loading():
             raise InputError(
                 f"{self.scheme} in {dtype} needs transformers >= 5.23; older ones load it in bfloat16 only"
             )
-        return _Packer(self, source, device, track).write(directory)
+        if not self.reads_tokens:
+            return _Packer(self, source, self._rounder(source, device), {}, device, track).write(directory)
+        from compression_dags.quantization.walk import RoundWalk
+
+        walk = RoundWalk(self, source, blocks, device, dtype)
+        walk.run_layers(progress, track)
+        return _Packer(self, source, lambda name: walk.rounded[name].to(device), walk.evidence, device, track).write(
+            directory
+        )
+
+    def _rounder(self, source: Checkpoint, device: str) -> Rounder:
+        return lambda name: self.round_weight(source, f"{name}.weight", device)
 
     def reference_logits(
-        self, source: Checkpoint, ids: torch.Tensor | None = None, *, device: str = "cpu", dtype: str = "float32"
+        self,
+        source: Checkpoint,
+        ids: torch.Tensor | None = None,
+        *,
+        rounded: Rounder | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
     ) -> torch.Tensor:
-        """Logits of the quantized model as it is in memory, computed from `source` alone: what the gate compares with.
+        """Logits of the quantized model as it is in memory, without the written files: what the gate compares with.
 
         Args:
             ids: (sequences, T) int64; default: the gate's probe.
+            rounded: `QuantizedModel.rounded`; methods without data find it anew.
 
         Returns:
             (sequences, T, vocabulary) float32 on the CPU.
@@ -190,11 +246,11 @@ class QuantizeStage(Stage):
         if ids is None:
             ids = probe_ids(model.config.vocab_size, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
         inputs = compression_scheme(self).input_activations
+        rounded = rounded or self._rounder(source, device)
         with torch.inference_mode():
             for name in projections(source, self):
                 linear = model.get_submodule(name)
-                rounded = self.round_weight(source, f"{name}.weight", device)
-                linear.weight.copy_(self._as_loaded(rounded, getattr(torch, dtype)))
+                linear.weight.copy_(self._as_loaded(rounded(name).to(device), getattr(torch, dtype)))
                 if inputs is not None:
                     linear.register_forward_pre_hook(functools.partial(_round_input, inputs))
             return model(ids.to(device)).logits.float().cpu()
@@ -334,8 +390,17 @@ def pack(rounded: Rounded, scheme: QuantizationScheme) -> dict[str, torch.Tensor
 class _Packer:
     """Streams a checkpoint through one stage: a module is rounded when the writer asks for its first tensor."""
 
-    def __init__(self, stage: QuantizeStage, source: Checkpoint, device: str, track: Track):
-        self.stage, self.source, self.device = stage, source, device
+    def __init__(
+        self,
+        stage: QuantizeStage,
+        source: Checkpoint,
+        rounded: Rounder,
+        evidence: Mapping[str, dict[str, Any]],
+        device: str,
+        track: Track,
+    ):
+        self.stage, self.source, self.rounded, self.evidence = stage, source, rounded, evidence
+        self.device = device
         self.scheme = compression_scheme(stage)
         self.linear = linear_modules(source)
         self.layouts = {name: self._layout(name) for name in projections(source, stage)}
@@ -355,7 +420,8 @@ class _Packer:
         next(self.progress, None)  # past the end: a progress bar closes
         after = {m: sum(planned[f"{m}.{local}"].nbytes for local in layout) for m, layout in self.layouts.items()}
         numel = sum(self.source.tensors[f"{module}.weight"].numel for module in after)
-        return QuantizedModel(checkpoint, self._decisions(after), 8 * sum(after.values()) / numel)
+        bits = 8 * sum(after.values()) / numel
+        return QuantizedModel(checkpoint, self._decisions(after), bits, self.rounded)
 
     def _layout(self, module: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         info = self.source.tensors.get(f"{module}.weight")
@@ -372,7 +438,7 @@ class _Packer:
 
     def _pack(self, module: str) -> dict[str, torch.Tensor]:
         name = f"{module}.weight"
-        rounded = self.stage.round_weight(self.source, name, self.device)
+        rounded = self.rounded(module)
         self.errors[module] = rounded.relative_error(self.source.tensor(name).to(self.device))
         tensors, layout = pack(rounded, self.scheme), self.layouts[module]
         if {n: tuple(t.shape) for n, t in tensors.items()} != {n: shape for n, (_, shape) in layout.items()}:
@@ -387,7 +453,8 @@ class _Packer:
             layer, info = self.source.architecture.split_name(module)[0], self.source.tensors.get(f"{module}.weight")
             before = info.nbytes if info else 0  # a tied head is stored nowhere
             evidence = {"bytes_before": before, "bytes_after": after.get(module, before)}
-            action, more = ("quantize", options) if module in after else ("keep", {"tied": info is None})
+            own = {**options, **self.evidence.get(module, {})}
+            action, more = ("quantize", own) if module in after else ("keep", {"tied": info is None})
             origin, error = [] if layer is None else [layer], self.errors.get(module)
             row = Decision("quantize", stage.method, len(rows), module, action, origin, error, UNIT, evidence | more)
             rows.append(row)

@@ -66,10 +66,15 @@ class Scales:
         scale = self.scale.to(dtype)
         return scale if self.global_scale is None else scale / self.global_scale
 
+    def to(self, device: torch.device | str) -> Scales:
+        zero = None if self.zero_point is None else self.zero_point.to(device)
+        whole = None if self.global_scale is None else self.global_scale.to(device)
+        return Scales(self.grid, self.scale.to(device), zero, whole)
+
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix on its grid: `codes` (out, in) float32 holds the grid values q exactly."""
+    """A matrix on its grid: `codes` (out, in) holds the grid values q exactly, in float32 or, for integers, int8."""
 
     codes: torch.Tensor
     scales: Scales
@@ -81,6 +86,9 @@ class Rounded:
         if zero is not None:
             codes = codes - zero.to(dtype).unsqueeze(-1)
         return (codes * step.unsqueeze(-1)).flatten(1)
+
+    def to(self, device: torch.device | str) -> Rounded:
+        return Rounded(self.codes.to(device), self.scales.to(device))
 
     def relative_error(self, weight: torch.Tensor) -> float:
         """‖W − Ŵ‖ / ‖W‖ with float64 sums; 0 for a matrix of zeros."""
@@ -103,8 +111,9 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid, name: str = "weight") -> 
     return Rounded(round_codes(weight, scales), scales)
 
 
-def find_scales(weight: torch.Tensor, grid: Grid, name: str = "weight") -> Scales:
-    """Scales from the range of every group (absmax if symmetric, min and max otherwise; zero is always inside).
+def find_scales(weight: torch.Tensor, grid: Grid, name: str = "weight", stored: torch.dtype | None = None) -> Scales:
+    """Scales from the range of every group (absmax if symmetric, min and max otherwise; zero is always inside), stored
+    in the dtype of the weight or in `stored`.
 
     Raises:
         IntegrityError: the weight is not finite, or a scale overflows its stored dtype.
@@ -119,9 +128,9 @@ def find_scales(weight: torch.Tensor, grid: Grid, name: str = "weight") -> Scale
     q_min, q_max = grid.range
     half = (q_max - q_min) / 2
     ideal = torch.maximum(-low, high) / half if grid.symmetric else (high - low) / (q_max - q_min)
-    scale = _store(ideal, weight.dtype)
+    scale = _store(ideal, stored or weight.dtype)
     if not torch.isfinite(scale).all():
-        raise IntegrityError(f"{name}: a scale overflows {str(weight.dtype).removeprefix('torch.')}")
+        raise IntegrityError(f"{name}: a scale overflows {str(stored or weight.dtype).removeprefix('torch.')}")
     if grid.symmetric:
         return Scales(grid, scale)
     zero = (q_min - low / scale.float()).clamp(q_min, q_max).round().to(torch.int8)
@@ -134,10 +143,11 @@ def round_codes(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
     q = _groups(weight.float(), step.shape[1]) / step.unsqueeze(-1)
     if scales.zero_point is not None:
         q = q + scales.zero_point.float().unsqueeze(-1)
-    return _snap(q.clamp(*scales.grid.range), scales.grid.kind).flatten(1)
+    return snap(q.clamp(*scales.grid.range), scales.grid.kind).flatten(1)
 
 
-def _snap(q: torch.Tensor, kind: str) -> torch.Tensor:
+def snap(q: torch.Tensor, kind: str) -> torch.Tensor:
+    """The nearest grid value, ties to even, of numbers inside the range."""
     if kind == "int":
         return q.round()
     return q.to(FP8).float() if kind == "fp8" else _snap_fp4(q)

@@ -1,0 +1,74 @@
+"""GPTQ (Frantar et al., ICLR 2023), by the sweep and the factor that SparseGPT shares."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.stages import Follows, StatisticKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compression_dags.calibration.inputs import InputSums
+    from compression_dags.solvers.rounding import Rounded
+
+
+class GPTQ(QuantizeStage):
+    """Round column by column; the columns to come make up for every error, by the Hessian of the inputs.
+
+    Inputs are those of the model rounded so far. Projections that read one input share its Hessian and its factor.
+    """
+
+    version: ClassVar[str] = "1"
+    statistic: ClassVar[StatisticKind] = "hessian"
+    method: Literal["gptq"] = "gptq"
+    damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
+    act_order: bool = Field(False, description="round the inputs with the largest mean square first; static groups")
+    target: Follows = Field(
+        "own",
+        description="own: W x of the rounded model's inputs; dense: of the dense model's (GPTAQ); residual: such that "
+        "the residual stream after it is the dense model's",
+    )
+    keep_zeros: bool = Field(True, description="weights that are 0 stay 0: a sparse model stays sparse")
+
+    @property
+    def follows(self) -> Follows:
+        return self.target
+
+    def round_group(
+        self, weights: dict[str, Tensor], seen: InputSums, label: str
+    ) -> dict[str, tuple[Rounded, dict[str, Any]]]:
+        import torch
+
+        from compression_dags.quantization.walk import as_bytes
+        from compression_dags.solvers.factor import inverse_factor
+        from compression_dags.solvers.hessian import energy
+        from compression_dags.solvers.refit import propagated_target
+        from compression_dags.solvers.round_sweep import round_sweep
+        from compression_dags.solvers.rounding import Rounded
+
+        assert seen.hessian is not None
+        seen.hessian.require_finite(label)
+        hessian = seen.hessian.matrix
+        stack = torch.cat([w.float() for w in weights.values()])
+        spans = list(itertools.pairwise([0, *itertools.accumulate(len(w) for w in weights.values())]))
+        kept = stack != 0 if self.keep_zeros else None
+        target = stack
+        if seen.cross is not None:
+            target = propagated_target(stack, hessian, seen.cross, self.damping, seen.drift)
+        order = hessian.diagonal().argsort(descending=True, stable=True) if self.act_order else None
+        ordered = hessian if order is None else hessian[order][:, order]
+        factor = inverse_factor(ordered, self.damping, label)
+        stored = next(iter(weights.values())).dtype
+        swept = round_sweep(target, factor, self.grid(), spans, stored=stored, order=order, kept=kept, name=label)
+        found = {}
+        for (a, b), name, part in zip(spans, weights, swept.parts, strict=True):
+            lost, whole = swept.error[a:b].double().sum(), energy(target[a:b], hessian)
+            error = float((lost / whole).sqrt()) if whole > 0 else 0.0
+            rounded = Rounded(as_bytes(part.codes, self.format.kind), part.scales)
+            found[name] = (rounded, {"output_error": error, **factor.evidence})
+        return found
