@@ -4,6 +4,7 @@ import pytest
 import torch
 from concat_cases import random_blocks
 from test_quantization import STAGES, tiny_llama
+from test_sweep import DEVICE, KERNEL_RUNS
 
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.walk import SequentialWalk
@@ -74,6 +75,24 @@ def test_it_beats_rounding_to_nearest_on_the_outputs(grid, order):
     assert error(found.parts[0]) < 0.8 * error(nearest)
     whole = float((weight @ x.T).norm())
     assert float(found.error.sum()) == pytest.approx((error(found.parts[0]) * whole) ** 2, rel=0.2)
+
+
+@pytest.mark.skipif(not KERNEL_RUNS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    "grid", [Grid("int", 4, 32), Grid("int", 4, 24, symmetric=False), Grid("int", 8, None)], ids=str
+)
+def test_the_kernel_is_the_portable_form(grid):
+    weight, hessian, _ = problem(rows=37, d=72 if grid.group_size == 24 else 96)
+    weight, factor = weight.float().to(DEVICE), inverse_factor(hessian.float().to(DEVICE))
+    kept = weight.abs() > 0.3
+    for order in (None, hessian.diagonal().argsort().to(DEVICE)):
+        options = {"stored": torch.float32, "order": order, "kept": kept}
+        a, b = (
+            round_sweep(weight, factor, grid, [(0, 20), (20, 37)], backend=name, **options)
+            for name in ("torch", "triton")
+        )
+        same = torch.cat([x.codes == y.codes for x, y in zip(a.parts, b.parts, strict=True)])
+        assert same.float().mean() > 0.999 and torch.allclose(a.error, b.error, rtol=1e-2)
 
 
 def test_a_stack_is_rounded_part_by_part():

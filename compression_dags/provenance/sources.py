@@ -154,7 +154,10 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "compression_dags.quantization.schemes",
             "compression_dags.quantization.walk",
-            *(f"compression_dags.solvers.{name}" for name in ("round_sweep", "rounding", "factor", "hessian", "refit")),
+            *(
+                f"compression_dags.solvers.{name}"
+                for name in ("round_sweep", "round_triton", "rounding", "factor", "hessian", "refit")
+            ),
             *_WALK,
             "compression_dags.checkpoints.writer",
         ),

@@ -45,6 +45,7 @@ def round_sweep(
     order: Tensor | None = None,
     kept: Tensor | None = None,
     name: str = "weight",
+    backend: str = "auto",
 ) -> RoundSwept:
     """Round a stack of matrices that share an input.
 
@@ -55,6 +56,8 @@ def round_sweep(
         stored: dtype in which scales are stored.
         order: (d,) in which columns are rounded, the first first; None: as they are. Scales are then static.
         kept: (rows, d) bool: weights that are not become the code of 0.
+        backend: `torch`, `triton`, or `auto` (Triton for integer grids on a GPU where it is installed). Codes differ
+            only where rounding of float32 decides.
 
     Raises:
         InputError: a group size that does not divide d, spans that do not cover the rows.
@@ -74,6 +77,7 @@ def round_sweep(
     keep = None if kept is None else kept[:, columns]
     codes = torch.empty(rows, d, dtype=torch.float32, device=w.device)
     error = torch.zeros(rows, dtype=w.dtype, device=w.device)
+    walk = _walker(w, grid, backend)
     # a block never ends inside a group whose scales are found on the way
     block = BLOCK if whole or BLOCK % size == 0 else max(size, BLOCK // size * size)
     for start in range(0, d, block):
@@ -84,13 +88,28 @@ def round_sweep(
         upper = factor.upper[own, own].contiguous()
         step, zero = table.of(groups[own])
         held = None if keep is None else keep[:, own]
-        codes[:, own], errors = walk_block(w[:, own], upper, step, zero, grid, held, factor.dead[own])
+        codes[:, own], errors = walk(w[:, own], upper, step, zero, grid, held, factor.dead[own])
         error += errors.square().sum(1)
         if stop < d:
             w[:, stop:].addmm_(errors, factor.upper[own, stop:], alpha=-1)
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(1, order, codes)
     return RoundSwept([Rounded(codes[a:b], table.scales(a, b)) for a, b in spans], error)
+
+
+def _walker(weight: Tensor, grid: Grid, backend: str):
+    if backend not in {"auto", "torch", "triton"}:
+        raise InputError(f"sweep: backend {backend!r} is unknown; allowed: auto, torch, triton")
+    from compression_dags.solvers.sweep_triton import AVAILABLE
+
+    fits = weight.dtype == torch.float32 and grid.kind == "int"
+    if backend == "torch" or (backend == "auto" and not (AVAILABLE and weight.is_cuda and fits)):
+        return walk_block
+    if not fits:
+        raise InputError(f"sweep: the Triton kernel rounds float32 to integers, not {weight.dtype} to {grid.kind}")
+    from compression_dags.solvers.round_triton import walk_block as triton_walk
+
+    return lambda w, upper, step, zero, grid, kept, dead: triton_walk(w, upper, step, zero, grid.range, kept, dead)
 
 
 @dataclass
