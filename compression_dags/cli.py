@@ -175,6 +175,7 @@ def recipes(as_json: bool) -> None:
 def methods(as_json: bool) -> None:
     """List methods with their parameters."""
     from compression_dags.registry import METHODS
+    from compression_dags.sparsity.allocators import ALLOCATORS
 
     described = {
         f"{stage}: {name}": {
@@ -186,7 +187,7 @@ def methods(as_json: bool) -> None:
                 if key != "method"
             },
         }
-        for stage, group in METHODS.items()
+        for stage, group in ({**METHODS, "allocation of sparsify": ALLOCATORS}).items()
         for name, method in group.items()
     }
     blocks = []
@@ -198,10 +199,13 @@ def methods(as_json: bool) -> None:
 
 
 def _default(field: Any) -> Any:
-    return None if field.is_required() else field.get_default(call_default_factory=True)
+    found: Any = None if field.is_required() else field.get_default(call_default_factory=True)
+    return {"method": found.method} if hasattr(found, "method") else found
 
 
 def _type(field: Any) -> str:
+    if field.discriminator:
+        return "an allocation: {method: …}"
     return str(field.annotation).replace("typing.", "")
 
 

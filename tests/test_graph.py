@@ -313,5 +313,5 @@ def test_schedule_asks_for_every_model(tmp_path):
 
 
 def test_jobs_exist_for_every_recipe(tmp_path):
-    jobs = {j.name for j in graph_of(tmp_path, load_recipes(RECIPES)).definitions.get_repository_def().get_all_jobs()}
+    jobs = set(graph_of(tmp_path, load_recipes(RECIPES)).definitions.get_repository_def().job_names)
     assert {"compress_all", "evaluate_all", "compress_shortgpt_20", "compress_rtn_w4"} <= jobs
