@@ -236,3 +236,11 @@ def test_a_failure_in_a_batch_ends_all_threads():
     assert threading.active_count() == 1 or not any(t.name.endswith("(_work)") for t in threading.enumerate())
     with pytest.raises(IntegrityError, match="was expected"):
         StagedForward(1, lambda i: first(torch.zeros(1)), [(second,)], lambda *_: None, lambda _: None).run()
+
+
+def test_the_card_says_that_zeros_save_nothing():
+    from compression_dags.provenance.model_card import _on_zeros
+
+    text = " ".join(_on_zeros(0.5))
+    assert "50.00%" in text and "neither smaller nor faster" in text and "masks.safetensors" in text
+    assert _on_zeros(None) == []

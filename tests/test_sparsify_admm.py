@@ -8,6 +8,7 @@ from test_sparsify import inputs_of, planned, sparsify, stage
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.errors import InputError
 from compression_dags.provenance.progress import Progress
 from compression_dags.sparsity.admm import ADMM
 
@@ -49,6 +50,15 @@ def test_sums_are_those_of_both_models(tiny_model, tmp_path, monkeypatch, family
             close(problem.drift, (states[0] - states[1]).T @ ours)
         done |= {f"{n}.weight": found.tensors[f"{n}.weight"] for n in problem.names}
     assert check_reload(found.checkpoint.path, found.reference_logits(source))["gate"] == "passed"
+
+
+def test_dense_statistics_are_refused_where_both_models_run(tiny_model, tmp_path):
+    source, blocks = Checkpoint(tiny_model("llama")), random_blocks()
+    with pytest.raises(InputError, match="propagate dense is for target own"):
+        sparsify(stage("admm", sparsity=0.5, propagate="dense"), source, tmp_path / "out", blocks)
+    alone = stage("admm", sparsity=0.5, propagate="dense", target="own")
+    found = sparsify(alone, source, tmp_path / "own", blocks)
+    assert {d.evidence["target"] for d in found.decisions} == {"own"}
 
 
 def close(found, wanted):
