@@ -11,6 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pandas as pd
 import pytest
+from dagster import DagsterEvent
 
 from compression_dags.calibration.corpora import PROJECT, Calibration
 from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
@@ -314,4 +315,20 @@ def test_schedule_asks_for_every_model(tmp_path):
 
 def test_jobs_exist_for_every_recipe(tmp_path):
     jobs = set(graph_of(tmp_path, load_recipes(RECIPES)).definitions.get_repository_def().job_names)
-    assert {"compress_all", "evaluate_all", "compress_shortgpt_20", "compress_rtn_w4"} <= jobs
+    assert {"compress_all", "evaluate_all", "summarise", "compress_shortgpt_20", "compress_rtn_w4"} <= jobs
+
+
+def test_the_leaderboard_follows_a_recipe_s_job(tmp_path):
+    graph = graph_of(tmp_path, small_recipes("reverse-20"))
+    repository = graph.definitions.get_repository_def()
+    sensor = graph.definitions.resolve_sensor_def("summarise_recipes")
+    job = repository.get_job("compress_reverse_20")
+    assert not {k.to_user_string() for k in job.asset_layer.selected_asset_keys} & {"leaderboard", "decision_ledger"}
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("base_model", ["a-model"])
+        for tags, wanted in (({"dagster/partition": "a-model"}, "a-model"), ({}, None)):
+            run = instance.create_run_for_job(job, tags=tags, status=dg.DagsterRunStatus.SUCCESS)
+            event = DagsterEvent("PIPELINE_SUCCESS", job.name)
+            context = dg.build_run_status_sensor_context("summarise_recipes", event, instance, run)
+            found = sensor(context)
+            assert getattr(found, "partition_key", None) == wanted
