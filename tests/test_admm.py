@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.solvers.admm import Schedule, admm_mask, admm_prune, keep_largest, smallest_of_many
+from compression_dags.solvers.admm import Schedule, admm_mask, keep_largest, smallest_of_many
 from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.patterns import Pattern
-from compression_dags.solvers.refit import reconstruction_error, refit_kept
+from compression_dags.solvers.refit import reconstruction_error, refit
 from compression_dags.solvers.sweep import Rows, prune_sweep, smallest
+
+
+def admm_prune(weight, hessian, parts, *, damping=0.01, **options):
+    """What the pruner does: masks, then the exact refit."""
+    found = admm_mask(weight, hessian, parts, damping=damping, **options)
+    return refit(weight, hessian, found.mask, start=found.values, damping=damping).weight, found.mask
+
+
+def refit_kept(*problem, **options):
+    return refit(*problem, **options).weight
 
 
 def problem(rows=48, d=64, tokens=1500, seed=0, dtype=torch.float32):

@@ -7,8 +7,13 @@ import torch
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.patterns import Pattern
-from compression_dags.solvers.refit import propagated_target, reconstruction_error, refit, refit_kept
+from compression_dags.solvers.refit import propagated_target, reconstruction_error, refit
 from compression_dags.solvers.sweep import Rows, prune_sweep
+
+
+def refit_kept(*problem, **options):
+    return refit(*problem, **options).weight
+
 
 F64 = {"dtype": torch.float64}
 

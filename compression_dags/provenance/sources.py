@@ -156,7 +156,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
             "compression_dags.quantization.walk",
             *(
                 f"compression_dags.solvers.{name}"
-                for name in ("round_sweep", "round_triton", "rounding", "factor", "hessian", "refit")
+                for name in ("round_sweep", "round_triton", "rounding", "sweep", "factor", "hessian", "refit")
             ),
             *_WALK,
             "compression_dags.checkpoints.writer",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -50,12 +49,13 @@ class GPTQ(QuantizeStage):
         from compression_dags.solvers.refit import propagated_target
         from compression_dags.solvers.round_sweep import round_sweep
         from compression_dags.solvers.rounding import Rounded
+        from compression_dags.solvers.sweep import row_spans
 
         assert seen.hessian is not None
         seen.hessian.require_finite(label)
         hessian = seen.hessian.matrix
         stack = torch.cat([w.float() for w in weights.values()])
-        spans = list(itertools.pairwise([0, *itertools.accumulate(len(w) for w in weights.values())]))
+        spans = row_spans(weights.values())
         kept = stack != 0 if self.keep_zeros else None
         target = stack
         if seen.cross is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.solvers.refit import DAMPING, check_shapes, damped, refit
+from compression_dags.solvers.refit import DAMPING, check_shapes, damped
 from compression_dags.solvers.sweep import Rows, smallest
 
 #: Numbers that are sorted to find a threshold among many more.
@@ -81,37 +81,6 @@ class Found:
         return {"admm_iterations": self.iterations, "admm_factors": self.factors, "admm_rho": self.rho}
 
 
-def admm_prune(
-    weight: Tensor,
-    hessian: Tensor,
-    parts: Sequence[Rows],
-    *,
-    damping: float = DAMPING,
-    scope: str = "matrix",
-    schedule: Schedule | None = None,
-    half: bool | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Prune a stack of matrices that share an input: ADMM for the masks, then the exact refit.
-
-    Args:
-        weight: (rows, d) float32 or float64; not changed.
-        hessian: (d, d) Σ x xᵀ.
-        parts: cover all rows; every part has its own pattern.
-        damping: λ over mean diag H.
-        scope: unstructured counts are exact per `matrix` (part) or per `row`.
-        half: see `admm_mask`. The refit is in the dtype of the weights in any case.
-
-    Returns:
-        weight (rows, d), zeros exact, and mask (rows, d) bool, True = kept.
-
-    Raises:
-        InputError: shapes or patterns that do not fit, an unknown scope.
-        IntegrityError: the Hessian is not finite, or not positive definite.
-    """
-    found = admm_mask(weight, hessian, parts, damping=damping, scope=scope, schedule=schedule, half=half)
-    return refit(weight, hessian, found.mask, start=found.values, damping=damping).weight, found.mask
-
-
 def admm_mask(
     weight: Tensor,
     hessian: Tensor,
@@ -122,7 +91,19 @@ def admm_mask(
     schedule: Schedule | None = None,
     half: bool | None = None,
 ) -> Found:
-    """The masks only; arguments as in `admm_prune`.
+    """Masks of a stack of matrices that share an input; the values beside them are where to start `refit` from.
+
+    Args:
+        weight: (rows, d) float32 or float64; not changed.
+        hessian: (d, d) Σ x xᵀ.
+        parts: cover all rows; every part has its own pattern.
+        damping: λ over mean diag H.
+        scope: unstructured counts are exact per `matrix` (part) or per `row`.
+        half: see below.
+
+    Raises:
+        InputError: shapes or patterns that do not fit, an unknown scope.
+        IntegrityError: the Hessian is not finite, or not positive definite.
 
     `half` rounds the two factors of ADMM's product to bfloat16, sums in float32; None: on a GPU for float32 weights.
     The product is of the correction to W alone: novella-13m's errors after the refit differ by less than 0.2 %.

@@ -67,19 +67,6 @@ def reconstruction_error(original: Tensor, pruned: Tensor, hessian: Tensor) -> T
     return torch.cat(errors)
 
 
-def refit_kept(
-    weight: Tensor,
-    hessian: Tensor,
-    mask: Tensor,
-    *,
-    cross: Tensor | None = None,
-    start: Tensor | None = None,
-    damping: float = DAMPING,
-) -> Tensor:
-    """`refit(...).weight`: (rows, d), the best values for the kept weights."""
-    return refit(weight, hessian, mask, cross=cross, start=start, damping=damping).weight
-
-
 def refit(
     weight: Tensor,
     hessian: Tensor,

@@ -15,8 +15,9 @@ N:M ones every M columns from the updated weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class Rows:
     start: int
     stop: int
     pattern: Pattern
+
+
+def row_spans(matrices: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Rows [start, stop) of each matrix in the stack of all of them."""
+    return list(pairwise([0, *accumulate(len(m) for m in matrices)]))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -52,7 +51,7 @@ class ADMM(SparsifyStage):
 
         from compression_dags.solvers.admm import admm_mask
         from compression_dags.solvers.refit import propagated_target, reconstruction_error, refit
-        from compression_dags.solvers.sweep import Rows
+        from compression_dags.solvers.sweep import Rows, row_spans
         from compression_dags.sparsity.pruner import Pruned
 
         assert problem.hessian is not None
@@ -62,8 +61,7 @@ class ADMM(SparsifyStage):
         target = stack
         if problem.cross is not None:
             target = propagated_target(stack, hessian, problem.cross, self.damping, problem.drift)
-        edges = [0, *itertools.accumulate(len(w) for w in problem.weights)]
-        spans = list(itertools.pairwise(edges))
+        spans = row_spans(problem.weights)
         parts = [Rows(a, b, p) for (a, b), p in zip(spans, problem.patterns, strict=True)]
         chosen = admm_mask(target, hessian, parts, damping=self.damping)
         aim = "own" if problem.cross is None else "dense" if problem.drift is None else "residual"

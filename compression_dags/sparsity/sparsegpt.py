@@ -30,13 +30,11 @@ class SparseGPT(SparsifyStage):
             raise InputError(f"sparsify: block {self.block} is not a multiple of the {m} of pattern {self.pattern}")
 
     def prune(self, problem: Problem) -> list[Pruned]:
-        import itertools
-
         import torch
 
         from compression_dags.solvers.factor import inverse_factor
         from compression_dags.solvers.hessian import energy
-        from compression_dags.solvers.sweep import Rows, prune_sweep
+        from compression_dags.solvers.sweep import Rows, prune_sweep, row_spans
         from compression_dags.sparsity.pruner import Pruned
 
         assert problem.hessian is not None
@@ -44,10 +42,7 @@ class SparseGPT(SparsifyStage):
         problem.hessian.require_finite(label)
         factor = inverse_factor(problem.hessian.matrix, self.damping, label)
         stack = torch.cat([w.float() for w in problem.weights])
-        edges = [0]
-        for weight in problem.weights:
-            edges.append(edges[-1] + len(weight))
-        spans = list(itertools.pairwise(edges))
+        spans = row_spans(problem.weights)
         parts = [Rows(a, b, p) for (a, b), p in zip(spans, problem.patterns, strict=True)]
         swept = prune_sweep(stack, factor, parts, block=self.block)
         found = []
