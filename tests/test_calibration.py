@@ -1,14 +1,18 @@
 """Corpora and the streamed pass: exact counts, independence of batching and padding, streamed = whole = stock."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from test_sweep import DEVICE, KERNEL_RUNS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compression_dags.calibration import rotary_triton
 from compression_dags.calibration.activations import angular_distances, profile_activations, sample_tokens
 from compression_dags.calibration.corpora import Calibration, TokenBlocks, make_blocks, read_documents
+from compression_dags.calibration.fused import fuse
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
@@ -111,6 +115,47 @@ def test_independent_of_batch_size_and_residency(tiny_model, family):
     assert whole.norms.keys() == streamed.norms.keys()
     for key, value in whole.norms.items():
         torch.testing.assert_close(value, streamed.norms[key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_modules_are_the_models_own(tiny_model, family):
+    """GPUs run them; here by hand. Gemma's 1 + γ and OPT stay; a copy of a layer keeps its own weights."""
+    checkpoint, blocks = Checkpoint(tiny_model(family)), random_blocks(vocab=96)
+    plain, fused = DecoderStream(checkpoint), DecoderStream(checkpoint)
+    norms = [m for m in fused.shell.modules() if type(m).__name__.endswith("RMSNorm")]
+    kept = {"gemma3_text", "opt"}
+    found = fuse(fused.shell)
+    assert found["norms"] == (0 if family in kept else len(norms))
+    assert found["attentions"] == (0 if family == "opt" else checkpoint.num_layers)
+    assert fuse(fused.shell) == {"norms": 0, "attentions": 0}
+    states = [profile_activations(stream, blocks).hidden for stream in (plain, fused)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+    if family not in kept:
+        with fused.layer(0) as layer:
+            copied, name = copy.deepcopy(layer), checkpoint.architecture.input_norms[0][1]
+            norm, other = layer.get_submodule(name), copied.get_submodule(name)
+            norm.weight.data.mul_(2)
+            x = torch.randn(2, 3, norm.weight.numel())
+            torch.testing.assert_close(2 * other(x), norm(x))
+
+
+@pytest.mark.skipif(not KERNEL_RUNS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize(("heads", "width", "shared"), [(4, 16, True), (3, 24, False)])
+def test_the_rotary_kernel_is_the_models_own(dtype, heads, width, shared):
+    """Bit for bit in half precision, where both products are rounded; queries lie as a projection leaves them."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 7, heads, width, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    k = torch.randn(2, 7, 1, width, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    cos, sin = torch.randn(2, 1 if shared else 2, 7, width, generator=generator).to(DEVICE, dtype)
+    wanted = apply_rotary_pos_emb(q, k, cos, sin)
+    for x, right in zip((q, k), wanted, strict=True):
+        found = rotary_triton._by_kernel(x, cos, sin)
+        assert found.transpose(1, 2).is_contiguous()
+        slack = 1e-6 if dtype == torch.float32 else 0
+        torch.testing.assert_close(found, right, rtol=slack, atol=slack)
 
 
 def test_independent_of_padding(tiny_model):

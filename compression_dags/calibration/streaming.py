@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from compression_dags.architectures import Experts
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.fused import fuse
 from compression_dags.checkpoints.reader import Checkpoint
 
 #: Tokens in one forward of one layer; large enough to fill the device, small enough for its activations.
@@ -93,12 +94,15 @@ class DecoderStream:
         self.dtype = getattr(torch, dtype)
         self.batch_size = batch_size
         self.resident = self._fits() if resident is None else resident
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="layer-prefetch")
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._pending: dict[int, Future[dict[str, Tensor]]] = {}
+        self._loaded: set[int] = set()
+        if self._copies:
+            self.prefetch(0)  # while the model around the layers is built
         self.shell = self._build_shell()
         self.stack = self.shell.get_submodule(checkpoint.architecture.stack)
         self.layers: Any = self.shell.get_submodule(checkpoint.architecture.layers)
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="layer-prefetch")
-        self._pending: dict[int, Future[dict[str, Tensor]]] = {}
-        self._loaded: set[int] = set()
 
     @property
     def num_layers(self) -> int:
@@ -129,6 +133,8 @@ class DecoderStream:
         for module in shell.modules():  # rotary frequencies and position offsets are buffers, built for real
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(self.device))
+        if self.device.type == "cuda":
+            fuse(shell)
         return shell.eval().requires_grad_(False)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -142,12 +148,22 @@ class DecoderStream:
         tensors = {local: self.checkpoint.tensor(name) for local, name in self.checkpoint.layer(index).items()}
         experts = self.checkpoint.architecture.experts
         tensors = fuse_experts(tensors, experts) if experts else tensors
-        if self.device.type != "cuda":
+        if self._copies is None:
             return tensors
-        return {k: t.pin_memory() for k, t in tensors.items()}  # here, in the background
+        with torch.cuda.stream(self._copies):  # beside the layer that is computed now
+            moved = {k: self._to_device(t.pin_memory()) for k, t in tensors.items()}
+        self._copies.synchronize()
+        return moved
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A prefetched tensor for the stream that computes: its memory must not be used again before that is done."""
+        if self._copies is None:
+            return self._to_device(tensor)
+        tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensor
 
     def prefetch(self, index: int) -> None:
-        """Start reading a layer from disk in the background."""
+        """Start reading a layer from disk in the background; on a GPU it is copied there too."""
         if index < self.num_layers and index not in self._loaded and index not in self._pending:
             self._pending[index] = self._loader.submit(self._read_layer, index)
 
@@ -157,8 +173,8 @@ class DecoderStream:
         module = self.layers[index]
         if index not in self._loaded:
             self.prefetch(index)
-            tensors = self._pending.pop(index).result()
-            module.load_state_dict({k: self._to_device(t) for k, t in tensors.items()}, assign=True)
+            tensors = {k: self._here(t) for k, t in self._pending.pop(index).result().items()}
+            module.load_state_dict(tensors, assign=True)
             module.requires_grad_(False)
             self._loaded.add(index)
         self.prefetch(index + 1 if prefetch is None else prefetch)

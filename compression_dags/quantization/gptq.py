@@ -22,11 +22,13 @@ class GPTQ(QuantizeStage):
     Inputs are those of the model rounded so far. Projections that read one input share its Hessian and its factor.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     statistic: ClassVar[StatisticKind] = "hessian"
     method: Literal["gptq"] = "gptq"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
-    act_order: bool = Field(False, description="round the inputs with the largest mean square first; static groups")
+    act_order: bool = Field(
+        True, description="round the inputs with the largest mean square first; scales are then found before (static)"
+    )
     target: Follows = Field(
         "own",
         description="own: W x of the rounded model's inputs; dense: of the dense model's (GPTAQ); residual: such that "
