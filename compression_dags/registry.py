@@ -17,8 +17,10 @@ from compression_dags.merging.reverse import Reverse
 from compression_dags.merging.shortgpt import ShortGPT
 from compression_dags.merging.sleb import SLEB
 from compression_dags.merging.weighted_sum import WeightedSum
+from compression_dags.quantization.awq import AWQ
 from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
+from compression_dags.quantization.smoothquant import SmoothQuant
 from compression_dags.sparsity.admm import ADMM
 from compression_dags.sparsity.magnitude import Magnitude
 from compression_dags.sparsity.sparsegpt import SparseGPT
@@ -49,5 +51,5 @@ METHODS: dict[str, dict[str, type[Stage]]] = {
         "distill-mp": DistillMP,
     },
     "sparsify": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM},
-    "quantize": {"rtn": RTN, "gptq": GPTQ},
+    "quantize": {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant},
 }

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from compression_dags.architectures import StackFacts
 
 T = TypeVar("T")
-#: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ.
-StatisticKind = Literal["none", "mean_square", "hessian"]
+#: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ, max |x| a channel, or the
+#: last two.
+StatisticKind = Literal["none", "mean_square", "hessian", "peak", "hessian_peak"]
 #: Whose outputs changed weights should give: those of the same weights on the same, already changed inputs; the dense
 #: model's; or such that the residual stream after them is the dense model's.
 Follows = Literal["own", "dense", "residual"]

@@ -135,7 +135,7 @@ def test_every_scheme_reloads_exactly(asked, dense, tmp_path):
     options = asked.model_dump(exclude={"method"}, exclude_none=True)
     stage = GPTQ.model_validate(options)
     made = stage.quantize(dense, tmp_path, blocks=tokens())
-    reference_logits = stage.reference_logits(dense, rounded=made.rounded)
+    reference_logits = stage.reference_logits(dense, rounding=made.rounding)
     assert check_reload(tmp_path, reference_logits)["relative_logit_error"] == 0.0
     rows = [d for d in made.decisions if d.action == "quantize"]
     assert len(rows) == 14 and all(d.evidence["tokens"] > 0 and d.evidence["output_error"] < 0.5 for d in rows)
@@ -149,7 +149,7 @@ def test_other_families(tiny_model, tmp_path, family, target):
     source = Checkpoint(tiny_model(family))
     stage = GPTQ.model_validate({"scheme": "W8A16", "group_size": 8, "target": target, "act_order": target == "own"})
     made = stage.quantize(source, tmp_path / "out", blocks=random_blocks(padded=True))
-    logits = stage.reference_logits(source, rounded=made.rounded)
+    logits = stage.reference_logits(source, rounding=made.rounding)
     assert check_reload(tmp_path / "out", logits)["gate"] == "passed"
 
 
@@ -162,7 +162,7 @@ def test_a_sparse_model_stays_sparse(dense, tmp_path):
     made = GPTQ(scheme="W4A16", group_size=32).quantize(sparse, tmp_path / "out", blocks=blocks)
     for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
         zero = sparse.tensor(f"{name}.weight") == 0
-        assert zero.float().mean() >= 0.49 and bool((made.rounded(name).dequantize()[zero] == 0).all())
+        assert zero.float().mean() >= 0.49 and bool((made.rounding.rounded(name).dequantize()[zero] == 0).all())
 
 
 def test_refusals_and_resumption(dense, tmp_path, monkeypatch):

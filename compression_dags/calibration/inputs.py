@@ -31,6 +31,7 @@ class InputSums:
     Attributes:
         hessian: Σ x̂ x̂ᵀ, for `kind` hessian.
         squares: (d,) float64 Σ x̂², for `kind` mean_square.
+        peaks: (d,) float32 max |x̂|, for kinds with a peak.
         cross: (d, d) Σ x x̂ᵀ with the dense model's x; None without a reference.
         drift: (rows, d) Σ (r − r̂) x̂ᵀ for writers of the residual stream r; None elsewhere.
         tokens: how many were added.
@@ -38,7 +39,8 @@ class InputSums:
 
     def __init__(self, kind: StatisticKind, channels: int, device: torch.device):
         self.kind, self.tokens = kind, 0
-        self.hessian = Hessian.empty(channels, device) if kind == "hessian" else None
+        self.hessian = Hessian.empty(channels, device) if kind.startswith("hessian") else None
+        self.peaks = torch.zeros(channels, device=device) if kind.endswith("peak") else None
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
         self.cross: Tensor | None = None
         self.drift: Tensor | None = None
@@ -47,6 +49,10 @@ class InputSums:
         """Add (b, T, d) inputs; `mask` (b, T) is False at padding, None if there is none."""
         rows = _rows(x, mask)
         self.tokens += len(rows)
+        if self.peaks is not None and len(rows):
+            self.peaks = torch.maximum(self.peaks, rows.abs().amax(0).float())  # keeps a NaN
+        if self.hessian is None and self.peaks is not None:
+            return
         if self.hessian is None:
             # one read of the inputs, no float32 copy
             self.squares += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
@@ -63,6 +69,16 @@ class InputSums:
         if total is None:
             total = torch.zeros(left.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
         return add_product(total, left.to(rows.dtype), rows)
+
+    def peak(self, label: str) -> Tensor:
+        """(d,) float32.
+
+        Raises:
+            IntegrityError: an input was not finite.
+        """
+        if self.peaks is None or not bool(torch.isfinite(self.peaks).all()):
+            raise IntegrityError(f"{label}: activations are not finite; nothing can be decided by them")
+        return self.peaks
 
     def mean_square(self, label: str) -> Tensor:
         """(d,) float64.

@@ -44,6 +44,12 @@ _PRUNE = (
     *_WALK,
     "compression_dags.checkpoints.writer",
 )
+_ROUND = (
+    *(f"compression_dags.quantization.{name}" for name in ("schemes", "formats", "packing")),
+    "compression_dags.solvers.rounding",
+    "compression_dags.checkpoints.writer",
+)
+_ROUND_WALK = (*(f"compression_dags.quantization.{name}" for name in ("walk", "smoothing")), *_WALK)
 #: Stage → (module and attribute path of its version, modules that determine its bytes).
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "calibration_tokens": ("compression_dags.calibration.corpora:Calibration.version", ()),
@@ -141,25 +147,33 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "compression_dags.sparsity.admm:ADMM.version",
         (*_PRUNE, *(f"compression_dags.solvers.{name}" for name in ("admm", "refit", "factor"))),
     ),
-    "quantize: rtn": (
-        "compression_dags.quantization.rtn:RTN.version",
+    "quantize: rtn": ("compression_dags.quantization.rtn:RTN.version", _ROUND),
+    "quantize: awq": (
+        "compression_dags.quantization.awq:AWQ.version",
+        (*_ROUND, *_ROUND_WALK, "compression_dags.solvers.hessian"),
+    ),
+    "quantize: smoothquant": (
+        "compression_dags.quantization.smoothquant:SmoothQuant.version",
         (
-            "compression_dags.quantization.schemes",
-            "compression_dags.solvers.rounding",
-            "compression_dags.checkpoints.writer",
+            *_ROUND,
+            *_ROUND_WALK,
+            "compression_dags.quantization.gptq",
+            "compression_dags.quantization.awq",
+            *(
+                f"compression_dags.solvers.{name}"
+                for name in ("round_sweep", "round_triton", "sweep", "factor", "hessian", "refit")
+            ),
         ),
     ),
     "quantize: gptq": (
         "compression_dags.quantization.gptq:GPTQ.version",
         (
-            "compression_dags.quantization.schemes",
-            "compression_dags.quantization.walk",
+            *_ROUND,
+            *_ROUND_WALK,
             *(
                 f"compression_dags.solvers.{name}"
-                for name in ("round_sweep", "round_triton", "rounding", "sweep", "factor", "hessian", "refit")
+                for name in ("round_sweep", "round_triton", "sweep", "factor", "hessian", "refit")
             ),
-            *_WALK,
-            "compression_dags.checkpoints.writer",
         ),
     ),
     "evaluation: perplexity": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compression_dags.calibration.inputs import InputSums
-    from compression_dags.solvers.rounding import Rounded
+    from compression_dags.quantization.formats import Choice
+    from compression_dags.quantization.walk import RoundedGroup
 
 
 class GPTQ(QuantizeStage):
@@ -40,37 +41,49 @@ class GPTQ(QuantizeStage):
     def follows(self) -> Follows:
         return self.target
 
-    def round_group(
-        self, weights: dict[str, Tensor], seen: InputSums, label: str
-    ) -> dict[str, tuple[Rounded, dict[str, Any]]]:
-        import torch
+    def round_group(self, weights: dict[str, Tensor], seen: InputSums, choice: Choice, label: str) -> RoundedGroup:
+        return sweep_group(self, weights, seen, choice, label)
 
-        from compression_dags.quantization.walk import as_bytes
-        from compression_dags.solvers.factor import inverse_factor
-        from compression_dags.solvers.hessian import energy
-        from compression_dags.solvers.refit import propagated_target
-        from compression_dags.solvers.round_sweep import round_sweep
-        from compression_dags.solvers.rounding import Rounded
-        from compression_dags.solvers.sweep import row_spans
 
-        assert seen.hessian is not None
-        seen.hessian.require_finite(label)
-        hessian = seen.hessian.matrix
-        stack = torch.cat([w.float() for w in weights.values()])
-        spans = row_spans(weights.values())
-        kept = stack != 0 if self.keep_zeros else None
-        target = stack
-        if seen.cross is not None:
-            target = propagated_target(stack, hessian, seen.cross, self.damping, seen.drift)
-        order = hessian.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-        ordered = hessian if order is None else hessian[order][:, order]
-        factor = inverse_factor(ordered, self.damping, label)
-        stored = next(iter(weights.values())).dtype
-        swept = round_sweep(target, factor, self.grid(), spans, stored=stored, order=order, kept=kept, name=label)
-        found = {}
-        for (a, b), name, part in zip(spans, weights, swept.parts, strict=True):
-            lost, whole = swept.error[a:b].double().sum(), energy(target[a:b], hessian)
-            error = float((lost / whole).sqrt()) if whole > 0 else 0.0
-            rounded = Rounded(as_bytes(part.codes, self.format.kind), part.scales)
-            found[name] = (rounded, {"output_error": error, **factor.evidence})
-        return found
+def sweep_group(
+    stage: GPTQ,
+    weights: dict[str, Tensor],
+    seen: InputSums,
+    choice: Choice,
+    label: str,
+    columns: Tensor | None = None,
+) -> RoundedGroup:
+    """GPTQ of matrices (out_i, in) that read one input. With `columns` s (in,) of W diag(s), whose input is x / s."""
+    import torch
+
+    from compression_dags.quantization.walk import RoundedGroup, as_bytes
+    from compression_dags.solvers.factor import inverse_factor
+    from compression_dags.solvers.hessian import energy
+    from compression_dags.solvers.refit import propagated_target
+    from compression_dags.solvers.round_sweep import round_sweep
+    from compression_dags.solvers.rounding import Rounded
+    from compression_dags.solvers.sweep import row_spans
+
+    assert seen.hessian is not None
+    seen.hessian.require_finite(label)
+    hessian = seen.hessian.matrix
+    stack = torch.cat([w.float() for w in weights.values()])
+    spans = row_spans(weights.values())
+    kept = stack != 0 if stage.keep_zeros else None
+    target = stack
+    if seen.cross is not None:
+        target = propagated_target(stack, hessian, seen.cross, stage.damping, seen.drift)
+    if columns is not None:
+        target, hessian = target * columns, hessian / torch.outer(columns, columns)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if stage.act_order else None
+    ordered = hessian if order is None else hessian[order][:, order]
+    factor = inverse_factor(ordered, stage.damping, label)
+    stored = next(iter(weights.values())).dtype
+    swept = round_sweep(target, factor, choice.grid(), spans, stored=stored, order=order, kept=kept, name=label)
+    found = {}
+    for (a, b), name, part in zip(spans, weights, swept.parts, strict=True):
+        lost, whole = swept.error[a:b].double().sum(), energy(target[a:b], hessian)
+        error = float((lost / whole).sqrt()) if whole > 0 else 0.0
+        rounded = Rounded(as_bytes(part.codes, choice.format.kind), part.scales)
+        found[name] = (rounded, {"output_error": error, **factor.evidence})
+    return RoundedGroup(found, columns)

@@ -11,10 +11,12 @@ stored scale, not against the ideal one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from compression_dags.errors import IntegrityError
 
@@ -29,15 +31,19 @@ class Grid:
     """Which values a weight may take.
 
     Attributes:
-        kind: int (two's complement), fp8 (E4M3), or fp4 (E2M1 with FP8 group scales and a float32 global
-            scale: NVFP4).
+        kind: int (two's complement), fp8 (E4M3), or fp4 (E2M1).
         group_size: inputs that share a scale; None is one scale for each output channel.
+        block_rows: output channels that share it too.
+        scaling: how scales are kept. `stored`: in the dtype of the weight; `nvfp4`: in FP8, with a float32 scale of
+            the whole matrix; `mx`: as powers of two (E8M0).
     """
 
     kind: Literal["int", "fp8", "fp4"]
     bits: int
     group_size: int | None
     symmetric: bool = True
+    block_rows: int = 1
+    scaling: Literal["stored", "nvfp4", "mx"] = "stored"
 
     @property
     def range(self) -> tuple[float, float]:
@@ -51,9 +57,10 @@ class Scales:
     """The quantization parameters of one matrix.
 
     Attributes:
-        scale: (out, groups), in the stored dtype: the source's, or float8_e4m3fn for fp4.
+        scale: (out, groups), in the stored dtype: the source's, float8_e4m3fn for nvfp4, float32 for mx; equal within
+            a block of rows.
         zero_point: (out, groups) int8, None if symmetric.
-        global_scale: (1,) float32, fp4 only; the step of a group is scale / global_scale.
+        global_scale: (1,) float32, nvfp4 only; the step of a group is scale / global_scale.
     """
 
     grid: Grid
@@ -111,9 +118,15 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid, name: str = "weight") -> 
     return Rounded(round_codes(weight, scales), scales)
 
 
-def find_scales(weight: torch.Tensor, grid: Grid, name: str = "weight", stored: torch.dtype | None = None) -> Scales:
+def find_scales(
+    weight: torch.Tensor,
+    grid: Grid,
+    name: str = "weight",
+    stored: torch.dtype | None = None,
+    share: torch.Tensor | float = 1.0,
+) -> Scales:
     """Scales from the range of every group (absmax if symmetric, min and max otherwise; zero is always inside), stored
-    in the dtype of the weight or in `stored`.
+    in the dtype of the weight or in `stored`. A `share` (out, groups) of the range is used: weights beyond are clipped.
 
     Raises:
         IntegrityError: the weight is not finite, or a scale overflows its stored dtype.
@@ -122,9 +135,12 @@ def find_scales(weight: torch.Tensor, grid: Grid, name: str = "weight", stored: 
     low, high = torch.aminmax(_groups(weight.float(), groups), dim=-1)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise IntegrityError(f"{name} holds values that are not finite; it cannot be quantized")
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if grid.kind == "fp4":
+    low, high = low.clamp(max=0) * share, high.clamp(min=0) * share
+    low, high = _shared(low, grid, torch.amin), _shared(high, grid, torch.amax)
+    if grid.scaling == "nvfp4":
         return _fp4_scales(torch.maximum(-low, high), grid)
+    if grid.scaling == "mx":
+        return _power_scales(weight, torch.maximum(-low, high), grid)
     q_min, q_max = grid.range
     half = (q_max - q_min) / 2
     ideal = torch.maximum(-low, high) / half if grid.symmetric else (high - low) / (q_max - q_min)
@@ -171,6 +187,30 @@ def _fp4_scales(peak: torch.Tensor, grid: Grid) -> Scales:
     whole = torch.nan_to_num(Q_MAX["fp8"] * Q_MAX["fp4"] / peak.max(), posinf=1.0).reshape(1)
     scale = (peak / Q_MAX["fp4"] * whole).clamp(SMALLEST_FP8, Q_MAX["fp8"]).to(FP8)
     return Scales(grid, scale, global_scale=whole)
+
+
+def _power_scales(weight: torch.Tensor, peak: torch.Tensor, grid: Grid) -> Scales:
+    """Of the powers of two that hold the peak of a group and the next smaller one, the one with the least Σ(w − ŵ)².
+
+    (compressed-tensors rounds the exponent of the peak alone.)
+    """
+    exponent = torch.ceil(torch.log2(peak / Q_MAX[grid.kind])).nan_to_num(neginf=0.0).clamp(-126, 127)
+    found = [Scales(grid, torch.exp2(exponent - down)) for down in (0, 1)]
+    errors = []
+    for scales in found:
+        off = Rounded(round_codes(weight, scales), scales).dequantize() - weight.float()
+        errors.append(_groups(off, peak.shape[1]).square().sum(-1))
+    return Scales(grid, torch.where(errors[1] < errors[0], found[1].scale, found[0].scale))
+
+
+def _shared(extreme: torch.Tensor, grid: Grid, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """(out, groups): the extreme of every block of rows, at each of its rows."""
+    if grid.block_rows == 1:
+        return extreme
+    rows = extreme.shape[0]
+    padded = F.pad(extreme, (0, 0, 0, -rows % grid.block_rows))  # 0 is inside every range
+    blocks = reduce(padded.unflatten(0, (-1, grid.block_rows)), dim=1)
+    return blocks.repeat_interleave(grid.block_rows, dim=0)[:rows]
 
 
 def _store(ideal: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

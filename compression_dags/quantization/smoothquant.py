@@ -1,0 +1,67 @@
+"""SmoothQuant (Xiao et al., ICML 2023): outliers of the inputs are moved into the weights, which round them better."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from compression_dags.errors import InputError
+from compression_dags.quantization.gptq import GPTQ, sweep_group
+from compression_dags.stages import StatisticKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compression_dags.calibration.inputs import InputSums
+    from compression_dags.quantization.formats import Choice
+    from compression_dags.quantization.smoothing import Fold
+    from compression_dags.quantization.walk import RoundedGroup
+
+
+class SmoothQuant(GPTQ):
+    """Divide the inputs that a norm makes by s_j = max|x_j|^α / max|W_j|^(1 − α), and round to nearest (or by GPTQ).
+
+    For schemes that round inputs. Inputs of the output projections have no norm before them and stay, as in the paper.
+    """
+
+    version: ClassVar[str] = "1"
+    method: Literal["smoothquant"] = "smoothquant"
+    alpha: float = Field(0.5, ge=0, le=1, description="migration strength: 0 moves nothing but the weights' ranges")
+    rounding: Literal["rtn", "gptq"] = "rtn"
+
+    @model_validator(mode="after")
+    def _target_needs_gptq(self) -> SmoothQuant:
+        if self.rounding == "rtn" and self.target != "own":
+            raise InputError(f"smoothquant: target {self.target!r} needs rounding: gptq; to nearest follows own only")
+        return self
+
+    @property
+    def wanted(self) -> StatisticKind:
+        return "peak" if self.rounding == "rtn" else "hessian_peak"
+
+    def round_folded(
+        self, weights: dict[str, Tensor], seen: InputSums, choice: Choice, label: str, fold: Fold | None
+    ) -> RoundedGroup:
+        from compression_dags.quantization.awq import nearest_group
+
+        columns = None
+        if fold is not None and fold.norm and choice.format.activations < 16:
+            columns = fold.exact(migration(seen, list(weights.values()), self.alpha, label))
+        if self.rounding == "gptq":
+            return sweep_group(self, weights, seen, choice, label, columns)
+        return nearest_group(weights, choice, columns)
+
+
+def migration(seen: InputSums, weights: list[Tensor], alpha: float, label: str) -> Tensor:
+    """s (in,) float32 of matrices (out_i, in): the paper's equation 4. Inputs or weights that are 0 keep s = 1.
+
+    Raises:
+        IntegrityError: an input was not finite.
+    """
+    import torch
+
+    peak = seen.peak(label)
+    wide = torch.stack([w.float().abs().amax(0) for w in weights]).amax(0)
+    columns = peak.pow(alpha) / wide.pow(1 - alpha)
+    return torch.where((peak > 0) & (wide > 0), columns, torch.ones_like(columns))
