@@ -60,7 +60,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
                 model = quantizer.quantize(
                     source, work.out / CHECKPOINT, blocks=blocks, **on, progress=work.progress(), track=bar
                 )
-                reference = quantizer.reference_logits(source, rounded=model.rounded, **on)
+                reference = quantizer.reference_logits(source, rounding=model.rounding, **on)
                 gate = check_reload(model.checkpoint.path, reference, **on)
             write_decisions(model.decisions, work.out / DECISIONS)
             facts = weight_facts(model.checkpoint, parameters=weights.facts["parameters"])
