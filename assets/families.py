@@ -9,7 +9,7 @@ from assets.base_models import base_model
 from assets.calibration import SIMILARITIES, calibration_key
 from assets.evaluation import build_evaluations, build_scorecard, eval_key
 from assets.merging import build_merge_plan, build_merged_weights, build_recovered_weights, recipe_key, recovered_key
-from assets.quantization import build_quantized_weights
+from assets.quantization import build_quantization_plan, build_quantized_weights
 from assets.sparsity import build_sparse_weights, build_sparsity_plan
 from compression_dags.evaluation.tasks import Task
 from compression_dags.recipes import BASELINE, Recipe
@@ -74,8 +74,11 @@ def build_recipe_family(recipe: Recipe, tasks: Sequence[Task]) -> Family:
         weights = stages[-1]
         shared += _analysis(recipe)
     if recipe.quantize:
+        if recipe.quantize.bits:
+            assets.append(build_quantization_plan(recipe, weights))
+            stages.append(recipe_key(recipe, "quantization_plan"))
         assets.append(build_quantized_weights(recipe, weights))
-        if recipe.quantize.reads_tokens:
+        if recipe.quantize.reads_tokens or recipe.quantize.bits:
             shared.append(calibration_key(recipe.calibration, "calibration_tokens"))
         weights = recipe_key(recipe, "quantized_weights")
         stages.append(weights)

@@ -1,4 +1,4 @@
-"""`quantized_weights` of one recipe."""
+"""`quantization_plan` and `quantized_weights` of one recipe."""
 
 from typing import Any
 
@@ -8,10 +8,68 @@ from assets.base_models import base_models
 from assets.calibration import calibration_key
 from assets.merging import recipe_key
 from assets.publishing import GPU_POOL, publish
+from compression_dags.planning.bank import VERSION as BANK_VERSION
+from compression_dags.planning.mixed import VERSION as MIXED_VERSION
+from compression_dags.planning.mixed import bank_options
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore
+
+
+def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDefinition:
+    """Only of recipes that ask for an average of bits."""
+    quantizer = recipe.quantize
+    assert quantizer is not None and quantizer.bits
+    options = {"bits": quantizer.bits, "bank": bank_options(quantizer).model_dump(mode="json")}
+    options["ignore"] = list(quantizer.ignore)
+
+    @dg.asset(
+        key=recipe_key(recipe, "quantization_plan"),
+        partitions_def=base_models,
+        group_name=recipe.slug,
+        kinds={"parquet"},
+        tags={"recipe": recipe.name, "method": quantizer.method},
+        code_version=f"{MIXED_VERSION}.{BANK_VERSION}:{options_digest(options)}",
+        ins={
+            "weights": dg.AssetIn(weights_key),
+            "tokens": dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens")),
+        },
+        description=f"A scheme for every group of projections, {quantizer.bits:g} bits a weight on average: the least "
+        "sum of measured losses, exactly.",
+        pool=GPU_POOL,
+    )
+    def quantization_plan(
+        context: dg.AssetExecutionContext,
+        store: ArtifactStore,
+        accelerator: Accelerator,
+        weights: Artifact,
+        tokens: Artifact,
+    ) -> dg.Output[Artifact]:
+        inputs = {"weights": weights.digest, "calibration_tokens": tokens.digest}
+
+        def build(work):
+            from compression_dags.calibration.corpora import load_blocks
+            from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.planning.mixed import plan_schemes
+            from compression_dags.provenance.decisions import write_decisions
+            from compression_dags.stages import bar
+
+            source = Checkpoint(weights.checkpoint)
+            quantizer.check(source.facts)
+            blocks = load_blocks(tokens.path / "tokens.safetensors")
+            with accelerator.lease() as device:
+                on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
+                plan, decisions = plan_schemes(quantizer, source, blocks, **on, track=bar)
+            plan.save(work.out)
+            write_decisions(decisions, work.out / DECISIONS)
+            return {"bits_per_weight": plan.bits, "predicted_kl": plan.cost}
+
+        version = f"{MIXED_VERSION}.{BANK_VERSION}"
+        request = Request("quantization_plan", version, options, inputs, accelerator.numeric)
+        return publish(context, store, request, build)
+
+    return quantization_plan
 
 
 def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDefinition:
@@ -20,6 +78,8 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
     ins = {"weights": dg.AssetIn(weights_key)}
     if quantizer.reads_tokens:
         ins["tokens"] = dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens"))
+    if quantizer.bits:
+        ins["plan"] = dg.AssetIn(recipe_key(recipe, "quantization_plan"))
 
     @dg.asset(
         key=recipe_key(recipe, "quantized_weights"),
@@ -38,27 +98,35 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
         store: ArtifactStore,
         accelerator: Accelerator,
         weights: Artifact,
-        **tokens: Artifact,
+        **more: Artifact,
     ) -> dg.Output[Artifact]:
         inputs = {"weights": weights.digest}
-        if tokens:
-            inputs["calibration_tokens"] = tokens["tokens"].digest
+        roles = {"tokens": "calibration_tokens", "plan": "quantization_plan"}
+        inputs |= {roles[name]: artifact.digest for name, artifact in more.items()}
 
         def build(work):
             from compression_dags.calibration.corpora import load_blocks
             from compression_dags.checkpoints.facts import weight_facts
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.planning.mixed import SchemePlan
             from compression_dags.provenance.decisions import write_decisions
             from compression_dags.stages import bar
 
             source = Checkpoint(weights.checkpoint)
             quantizer.check(source.facts)
-            blocks = load_blocks(tokens["tokens"].path / "tokens.safetensors") if tokens else None
+            blocks = load_blocks(more["tokens"].path / "tokens.safetensors") if "tokens" in more else None
+            schemes = SchemePlan.load(more["plan"].path).choices if "plan" in more else None
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
                 model = quantizer.quantize(
-                    source, work.out / CHECKPOINT, blocks=blocks, **on, progress=work.progress(), track=bar
+                    source,
+                    work.out / CHECKPOINT,
+                    blocks=blocks,
+                    schemes=schemes,
+                    **on,
+                    progress=work.progress(),
+                    track=bar,
                 )
                 reference = quantizer.reference_logits(source, rounding=model.rounding, **on)
                 gate = check_reload(model.checkpoint.path, reference, **on)

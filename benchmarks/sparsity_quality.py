@@ -32,6 +32,7 @@ from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.evaluation.perplexity import cut_windows, perplexity_of
 from compression_dags.evaluation.tasks import PerplexityTask
+from compression_dags.planning.mixed import plan_schemes
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.sparsity.allocation import SparsityEvidence
@@ -181,7 +182,9 @@ class Study:
         assert isinstance(stage, QuantizeStage)
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
-            found = stage.quantize(self.base, Path(folder, "quantized"), blocks=self.blocks, **self.on)
+            schemes = plan_schemes(stage, self.base, self.blocks, **self.on)[0].choices if stage.bits else None
+            more = {"blocks": self.blocks, "schemes": schemes}
+            found = stage.quantize(self.base, Path(folder, "quantized"), **more, **self.on)
             size = sum(f.stat().st_size for f in found.checkpoint.path.glob("*.safetensors"))
             scored = self.score(found.checkpoint.path)
             self.record(quantize=options, seconds=round(time.monotonic() - start, 2), **scored, bytes=size)

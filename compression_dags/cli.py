@@ -126,6 +126,39 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
         click.echo(outcome.closing())
 
 
+@main.command()
+@model_option
+@click.option("--bytes", "sizes", multiple=True, metavar="SIZE", help="All weights in at most SIZE, e.g. 120MB.")
+@click.option("--params", "parameters", multiple=True, metavar="N", help="At most N parameters, e.g. 90M.")
+@click.option("--bits", "bits", multiple=True, metavar="B", help="Average stored bits a projection weight, e.g. 4.5.")
+@click.option("--schemes", default=None, metavar="A,B", help="Schemes to choose from; default W8A16,W4A16,W3A16.")
+@click.option("--group-size", type=click.IntRange(16), default=None, help="Inputs sharing a scale; default 64.")
+@click.option("--depth/--no-depth", default=True, help="Also drop and merge layers.")
+@click.option("--quantizer", default="gptq", show_default=True, help="Method of the quantize stage.")
+@click.option("--recover", default=None, metavar="METHOD", help="Recovery after layers went, e.g. least-squares.")
+@click.option("--name", default=None, help="Name of the recipe; with several budgets, its beginning.")
+@click.option("--to", "folder", default=None, metavar="DIR", help="Where the recipe goes; default: the recipes folder.")
+@click.option("--sequences", type=click.IntRange(2), default=None, help="Calibration sequences.")
+@click.option("--length", type=click.IntRange(8), default=None, help="Tokens in a calibration sequence.")
+@run_options
+def plan(model: str, home: Path, as_json: bool, **options: Any) -> None:
+    """Measure what every layer could become, choose the best for a budget, write it as a recipe."""
+    from compression_dags.cli_plan import budgets_of, plan_budgets, planning_options
+
+    settings = _settings(home, *(options.pop(key) for key in ("device", "dtype", "eval_data")))
+    budgets = budgets_of(**{key: options.pop(key) for key in ("sizes", "parameters", "bits")})
+    bank, calibration = planning_options(
+        **{key: options.pop(key) for key in ("schemes", "group_size", "depth", "sequences", "length")}
+    )
+    folder = options.pop("folder")
+    found = plan_budgets(
+        model, budgets, settings, options=bank, calibration=calibration, folder=folder and Path(folder), **options
+    )
+    emit([p.to_json() for p in found], as_json, "\n".join(p.line() for p in found))
+    if not as_json:
+        click.echo(f"run it: compression-dags run -m {model} " + " ".join(f"-r {p.name}" for p in found))
+
+
 @main.group(invoke_without_command=True)
 @home_option
 @json_option

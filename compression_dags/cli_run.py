@@ -102,15 +102,15 @@ def run_recipes(
         WorkFailed: a stage failed; what finished before is stored.
     """
     start = time.monotonic()
-    _speak()
+    speak()
     recipes = load_recipes(recipes_folder())
     chosen = pick_recipes(recipes, names)
     if calibration:
         changed = {r.name: replace(r, calibration=_changed(r, calibration)) for r in chosen}
         recipes |= changed
         chosen = list(changed.values())
-    source = _register(model, settings, name)
-    _check(source, chosen, settings)
+    source = register(model, settings, name)
+    check_model(source, chosen, settings)
 
     from compression_dags.definitions import added_tasks, build_graph, evaluation_book
 
@@ -118,24 +118,24 @@ def run_recipes(
     wanted = _wanted_tasks(book, source.slug, chosen, tasks, settings)
     extra = book.resolve(added_tasks(settings.home, tasks.split(",") if tasks else ()))
     graph = build_graph(recipes, book, settings, extra)
-    result = _execute(graph.definitions, source.slug, graph.keys([r.name for r in chosen], wanted), settings)
+    result = execute(graph.definitions, source.slug, graph.keys([r.name for r in chosen], wanted), settings)
     return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start)
 
 
 def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
     """Register and import one base model."""
-    _speak()
-    source = _register(model, settings, name)
-    _check(source, [], settings)
+    speak()
+    source = register(model, settings, name)
+    check_model(source, [], settings)
     from assets.base_models import base_model
     from compression_dags.definitions import build_graph, evaluation_book
 
     graph = build_graph({}, evaluation_book(recipes_folder()), settings)
-    _execute(graph.definitions, source.slug, [base_model.key], settings)
-    return _recall(settings, base_model.key, source.slug)
+    execute(graph.definitions, source.slug, [base_model.key], settings)
+    return recall(settings, base_model.key, source.slug)
 
 
-def _speak() -> None:
+def speak() -> None:
     """One line an asset on standard error; Dagster's own chatter and library warnings stay in its event log."""
     logging.getLogger().handlers.clear()
     warnings.filterwarnings("ignore", message=".*(beta|preview|superseded).*")
@@ -155,7 +155,7 @@ def _changed(recipe: Recipe, values: dict[str, int]):
     return recipe.calibration.model_copy(update=values)
 
 
-def _register(model: str, settings: Settings, name: str | None) -> ModelSource:
+def register(model: str, settings: Settings, name: str | None) -> ModelSource:
     from resources.artifact_store import ArtifactStore
     from resources.model_hub import ModelHub
 
@@ -166,7 +166,7 @@ def _register(model: str, settings: Settings, name: str | None) -> ModelSource:
     return source
 
 
-def _check(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
+def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
     """Architecture, recipes, device and disk, from the model's headers, before any compute."""
     from compression_dags.checkpoints.reader import Checkpoint
     from resources.accelerator import Accelerator
@@ -194,7 +194,7 @@ def _wanted_tasks(book, slug: str, recipes: list[Recipe], tasks: str | None, set
     return list(dict.fromkeys(task.name for task in book.resolve(names)))
 
 
-def _execute(
+def execute(
     definitions: dg.Definitions, slug: str, keys: list[dg.AssetKey], settings: Settings
 ) -> dg.ExecuteInProcessResult:
     import dagster as dg
@@ -237,7 +237,7 @@ def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
     raise WorkFailed(f"run {result.run_id} failed without a failed step")
 
 
-def _recall(settings: Settings, key: dg.AssetKey, slug: str) -> Artifact:
+def recall(settings: Settings, key: dg.AssetKey, slug: str) -> Artifact:
     from resources.artifact_store import ArtifactStore
 
     found = ArtifactStore(home=str(settings.home)).recall(key, slug)
@@ -255,17 +255,17 @@ def _outcome(graph: Graph, slug: str, recipes: list[Recipe], tasks: list[str], r
     names = [BASELINE, *(r.name for r in recipes)]
     families = {name: graph.families[name] for name in names}
     cards = {
-        name: json.loads((_recall(settings, f.scorecard, slug).path / "scorecard.json").read_text()) | {"family": name}
+        name: json.loads((recall(settings, f.scorecard, slug).path / "scorecard.json").read_text()) | {"family": name}
         for name, f in families.items()
     }
     assets = {
         name: {key.to_user_string(): events[key] for key in f.keys(tasks) if key in events}
         for name, f in families.items()
     }
-    board = _recall(settings, graph.SUMMARY[0], slug)
+    board = recall(settings, graph.SUMMARY[0], slug)
     report = settings.home / "reports" / f"{slug}.html"
     report.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(board.path / "report.html", report)
-    weights = {name: _recall(settings, f.weights, slug) for name, f in families.items()}
-    base = _recall(settings, graph.families[BASELINE].weights, slug)
+    weights = {name: recall(settings, f.weights, slug) for name, f in families.items()}
+    base = recall(settings, graph.families[BASELINE].weights, slug)
     return Outcome(slug, settings.home, base, weights, cards, assets, report, seconds)

@@ -11,9 +11,12 @@ import dagster as dg
 from assets.base_models import base_model, base_models
 from assets.calibration import SIMILARITIES, build_calibration_assets, calibration_key
 from assets.families import Family, build_baseline, build_recipe_family
+from assets.planning import NAME as ALTERNATIVES
+from assets.planning import build_alternatives
 from assets.summary import build_decision_ledger, build_leaderboard
 from compression_dags.calibration.corpora import PROJECT, Calibration
 from compression_dags.evaluation.tasks import TEXT_FILES, Task, TaskBook, load_tasks
+from compression_dags.planning.alternatives import BankOptions
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore, HandleIO
@@ -113,11 +116,13 @@ def build_graph(recipes: dict[str, Recipe], book: TaskBook, settings: Settings, 
     assets = [
         base_model,
         *(a for c in calibrations for a in build_calibration_assets(c)),
+        *(build_alternatives(c, BankOptions.model_validate({})) for c in calibrations),
         *(a for f in families.values() for a in f.assets),
         build_leaderboard({n: f.scorecard for n, f in families.items()}, _similarity_keys(calibrations)),
         build_decision_ledger({n: f.stages for n, f in families.items() if f.stages}),
     ]
-    compress, summarise, evaluate, everything_job = _jobs(families)
+    banks = [calibration_key(c, ALTERNATIVES) for c in calibrations]
+    compress, summarise, evaluate, everything_job = _jobs(families, banks)
     definitions = dg.Definitions(
         assets=assets,
         resources=settings.resources(),
@@ -138,7 +143,7 @@ def _similarity_keys(calibrations: Sequence[Calibration]) -> list[dg.AssetKey]:
     return [calibration_key(c, f"similarity_{metric}") for c in calibrations for metric in SIMILARITIES]
 
 
-def _jobs(families: dict[str, Family]):
+def _jobs(families: dict[str, Family], banks: Sequence[dg.AssetKey]):
     """`compress_<recipe>` with everything upstream, `summarise`, `evaluate_all`, and `compress_all`.
 
     The summary depends on every recipe, and Dagster copies all of a job's unselected parents into the job. With it in
@@ -161,7 +166,9 @@ def _jobs(families: dict[str, Family]):
         description="Score stored weights again: what is scored already is a hit.",
     )
     summarise = dg.define_asset_job("summarise", summary, description="Leaderboard and ledger of what was run so far.")
-    everything = dg.define_asset_job("compress_all", dg.AssetSelection.all(), description="Every recipe.")
+    # no recipe reads the planner's banks: they are made when somebody plans
+    recipes = dg.AssetSelection.all() - dg.AssetSelection.assets(*banks)
+    everything = dg.define_asset_job("compress_all", recipes, description="Every recipe.")
     return compress, summarise, evaluate, everything
 
 

@@ -90,7 +90,7 @@ class Recipe:
         """Whether any stage needs the calibration set."""
         merges = bool(self.merge and self.merge.analysis)
         prunes = bool(self.sparsify and (self.sparsify.reads_tokens or self.sparsity_reads))
-        rounds = bool(self.quantize and self.quantize.reads_tokens)
+        rounds = bool(self.quantize and (self.quantize.reads_tokens or self.quantize.bits))
         return merges or bool(self.recoveries) or prunes or rounds
 
     @property

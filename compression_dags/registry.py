@@ -13,6 +13,7 @@ from compression_dags.merging.linear_patch import LinearPatch
 from compression_dags.merging.mka import MKA
 from compression_dags.merging.mka_paper import MKAPaper
 from compression_dags.merging.mka_released import MKACodeFixedWrite, MKAReleased
+from compression_dags.merging.planned import Planned
 from compression_dags.merging.reverse import Reverse
 from compression_dags.merging.shortgpt import ShortGPT
 from compression_dags.merging.sleb import SLEB
@@ -43,6 +44,7 @@ METHODS: dict[str, dict[str, type[Stage]]] = {
         "come-p": ComeP,
         "come-released": ComeReleased,
         "concat": Concat,
+        "planned": Planned,
     },
     "recover": {
         "least-squares": LeastSquares,

@@ -45,6 +45,26 @@ def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float
     return float(total), int((targets >= 0).sum())
 
 
+def kl_by_row(stream: DecoderStream, batch: Batch, dense: Tensor, hidden: Tensor) -> list[float]:
+    """KL(base ‖ changed) of the next-token distributions, in nats, mean over the real tokens of each sequence.
+
+    Args:
+        dense, hidden: (b, T, d) final hidden states of the base model and of the changed one.
+    """
+    import torch
+
+    found = []
+    for row in range(len(hidden)):  # a row at a time: float32 logits are large
+        part = replace(batch, ids=batch.ids[row : row + 1], mask=batch.mask[row : row + 1])
+        base, changed = (
+            torch.log_softmax(stream.logits(part, states[row : row + 1])[0].float(), -1) for states in (dense, hidden)
+        )
+        each = (base.exp() * (base - changed)).sum(-1)
+        real = batch.mask[row].to(each.device)
+        found.append(float(each[real].double().mean()))
+    return found
+
+
 def stream_loss(stream: DecoderStream, blocks: TokenBlocks) -> float:
     """Mean next-token loss (nats) of a model on some sequences, layer by layer."""
     import torch

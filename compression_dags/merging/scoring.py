@@ -7,10 +7,10 @@ there. Removing layer j costs L − j layer-forwards instead of L, and each laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.scored_rows import loss_sum
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from compression_dags.calibration.streaming import DecoderStream
 
+V = TypeVar("V")
 #: Share of the device's free memory that the candidates of one walk may take.
 MEMORY_SHARE = {"cuda": 0.4, "cpu": 0.25}
 
@@ -44,7 +45,7 @@ class Edit:
 
     start: int
     stop: int
-    pieces: tuple[Piece, ...] = ()
+    pieces: Iterable[Piece] = ()
 
 
 def as_is(count: int) -> list[Piece]:
@@ -83,21 +84,19 @@ class LossBench:
         """Mean next-token loss (nats) of the student under each edit alone; ∞ where it is not finite."""
         return self.measured(pieces, edits, self._loss)
 
-    def states(self, pieces: Sequence[Piece]) -> list[Tensor]:
+    def states(self, pieces: Iterable[Piece]) -> list[Tensor]:
         """Hidden states after the student's last layer, before the final norm: (b, T, hidden) a batch."""
         import torch
 
         with torch.inference_mode():
             return self._through([b.hidden for b in self.batches], pieces)
 
-    def measured(
-        self, pieces: Sequence[Piece], edits: Sequence[Edit], measure: Callable[[list[Tensor]], float]
-    ) -> list[float]:
+    def measured(self, pieces: Sequence[Piece], edits: Sequence[Edit], measure: Callable[[list[Tensor]], V]) -> list[V]:
         """`measure` of the final hidden states (as `states` gives them) of the student under each edit alone."""
         for edit in edits:
             if not 0 <= edit.start <= edit.stop <= len(pieces):
                 raise ValueError(f"{edit} does not fit a student of {len(pieces)} layers")
-        found = [0.0] * len(edits)
+        found: dict[int, V] = {}
         order = sorted(range(len(edits)), key=lambda i: edits[i].start)
         step = self._at_once()
         for begin in range(0, len(order), step):
@@ -105,7 +104,7 @@ class LossBench:
             values = self._walk(pieces, [edits[i] for i in chosen], measure)
             for index, value in zip(chosen, values, strict=True):
                 found[index] = value
-        return found
+        return [found[index] for index in range(len(edits))]
 
     def _at_once(self) -> int:
         """Candidates that fit in memory together."""
@@ -117,9 +116,7 @@ class LossBench:
         each = sum(b.hidden.numel() * b.hidden.element_size() for b in self.batches)
         return max(1, int(MEMORY_SHARE[device.type] * free / max(1, each)))
 
-    def _walk(
-        self, pieces: Sequence[Piece], edits: Sequence[Edit], measure: Callable[[list[Tensor]], float]
-    ) -> list[float]:
+    def _walk(self, pieces: Sequence[Piece], edits: Sequence[Edit], measure: Callable[[list[Tensor]], V]) -> list[V]:
         """`edits` in order of their start. States of batch b: main[b] for the student, forks[e][b] for an edit."""
         import torch
 
@@ -139,7 +136,7 @@ class LossBench:
                     self._step(pieces[position], [main] * need_main + [forks[i] for i in walking])
             return [measure(forks.pop(index)) for index in range(len(edits))]
 
-    def _through(self, states: list[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
+    def _through(self, states: list[Tensor], pieces: Iterable[Piece]) -> list[Tensor]:
         states = list(states)
         for piece in pieces:
             self._step(piece, [states])

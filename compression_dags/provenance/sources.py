@@ -75,6 +75,22 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("compression_dags.merging.concatenation", *_WRITE),
     ),
     "merge: reverse": ("compression_dags.merging.reverse:Reverse.version", _merging("plan")),
+    "merge: planned": ("compression_dags.merging.planned:Planned.version", _merging("plan")),
+    "alternatives": (
+        "compression_dags.planning.bank:VERSION",
+        (
+            "compression_dags.planning.alternatives",
+            *_merging("scoring"),
+            "compression_dags.calibration.scored_rows",
+            "compression_dags.quantization.formats",
+            "compression_dags.solvers.rounding",
+            *_STREAM,
+        ),
+    ),
+    "quantization_plan": (
+        "compression_dags.planning.mixed:VERSION",
+        ("compression_dags.planning.solve", "compression_dags.planning.emit"),
+    ),
     "merge: shortgpt": ("compression_dags.merging.shortgpt:ShortGPT.version", _merging("plan")),
     "merge: angular": ("compression_dags.merging.angular:Angular.version", _merging("plan")),
     "merge: weighted-sum": (

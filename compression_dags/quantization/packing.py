@@ -156,7 +156,7 @@ class Packer:
         choice, asked = self.rounding.choices[module], self.stage.asked(module)
         named = {"scheme": choice.scheme, "bits": choice.format.bits, "group_size": choice.group_size}
         named["symmetric"] = choice.symmetric
-        if choice != asked:
+        if choice != asked and self.stage.bits is None:
             named["asked"] = f"{asked.scheme}, group size {asked.group_size}, which does not divide"
         own = self.rounding.evidence.get(module, {})
         return named | {k: v for k, v in own.items() if k != "weight_error"}

@@ -111,9 +111,18 @@ class QuantizeStage(Stage):
         description="where a group size does not divide a matrix: the largest that does (the ledger says so), or stop",
     )
 
+    bits: float | None = Field(
+        None, gt=1, lt=16, description="average stored bits a weight: schemes are then chosen by measured sensitivity"
+    )
+    candidates: tuple[Scheme, ...] = Field(("W3A16", "W8A16"), description="what `bits` may use beside `scheme`")
+
     @model_validator(mode="after")
     def _allowed_by_scheme(self) -> QuantizeStage:
         assert self.choice
+        if self.bits is not None and self.overrides:
+            raise InputError("bits and overrides: give one; bits chooses every scheme itself")
+        if self.bits is not None:
+            self._together({name: Choice.of(name) for name in (self.scheme, *self.candidates)})
         return self
 
     @property
@@ -224,6 +233,7 @@ class QuantizeStage(Stage):
         directory: Path,
         *,
         blocks: TokenBlocks | None = None,
+        schemes: Mapping[str, Choice] | None = None,
         device: str = "cpu",
         dtype: str = "float32",
         progress: Progress | None = None,
@@ -232,7 +242,8 @@ class QuantizeStage(Stage):
         """Write the quantized checkpoint. Equal inputs give equal bytes.
 
         Without data one matrix is in memory at a time; calibrated methods hold the codes of all. `dtype` is what the
-        model computes in on calibration tokens; rounding itself is always float32.
+        model computes in on calibration tokens; rounding itself is always float32. `schemes` are those that
+        `planning.mixed.plan_schemes` chose, where `bits` asks for them.
 
         Raises:
             InputError: see `check`; a projection is not a float matrix; the installed transformers cannot load it; no
@@ -242,22 +253,23 @@ class QuantizeStage(Stage):
         from compression_dags.quantization.packing import Packer
 
         self.check(source.facts)
-        choices = self.choices(source.facts)
         if self.reads_tokens and blocks is None:
             raise InputError(f"quantize: {self.method} needs calibration tokens; none were given")
+        if self.bits and schemes is None:
+            raise InputError(f"quantize: bits: {self.bits:g} needs a plan of schemes; none was given")
+        choices = dict(schemes) if schemes is not None else self.choices(source.facts)
         fp4 = next((c.scheme for c in choices.values() if c.format.kind == "fp4"), None)
         if fp4 and dtype != "bfloat16" and not rebuilds_while_loading():
             raise InputError(f"{fp4} in {dtype} needs transformers >= 5.23; older ones load it in bfloat16 only")
         if not self.reads_tokens:
-            return Packer(self, source, self._directly(source, device), device, track).write(directory)
+            return Packer(self, source, self._directly(source, choices, device), device, track).write(directory)
         from compression_dags.quantization.walk import RoundWalk
 
         walk = RoundWalk(self, source, choices, blocks, device, dtype)
         walk.run_layers(progress, track)
         return Packer(self, source, walk.rounding(device), device, track).write(directory)
 
-    def _directly(self, source: Checkpoint, device: str) -> Rounding:
-        choices = self.choices(source.facts)
+    def _directly(self, source: Checkpoint, choices: Mapping[str, Choice], device: str) -> Rounding:
         return Rounding(choices, lambda name: self.round_weight(source, f"{name}.weight", device, choices[name]))
 
     def reference_logits(
@@ -285,7 +297,7 @@ class QuantizeStage(Stage):
         model = load_stock(source.path, device=device, dtype=dtype)
         if ids is None:
             ids = probe_ids(model.config.vocab_size, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
-        rounding = rounding or self._directly(source, device)
+        rounding = rounding or self._directly(source, self.choices(source.facts), device)
         early = needs_rebuilding(rounding.choices) and rebuilds_while_loading()
         with torch.inference_mode():
             for name, tensor in rounding.changed.items():

@@ -1,0 +1,209 @@
+"""What every part of a model could become: the bank from which a budget is solved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from compression_dags.architectures import Architecture
+from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
+from compression_dags.quantization.formats import Choice, Scheme
+
+FILE = "alternatives.json"
+Cell = tuple[int, str]
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
+
+
+class BankOptions(BaseModel):
+    """Which alternatives are measured, and on how much text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schemes: tuple[Scheme, ...] = Field(("W8A16", "W4A16", "W3A16"), min_length=1)
+    group_size: int | None = Field(64, gt=0, description="of schemes that leave it free")
+    units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
+    depth: bool = Field(True, description="also drop layers, and merge neighbours")
+    most_removed: float = Field(0.35, gt=0, lt=1, description="largest share of the layers that may go")
+    rows: int = Field(12, ge=2, description="calibration sequences that survivors are measured on")
+    first_rows: int = Field(4, ge=2, description="sequences after which poor alternatives are given up")
+    length: int = Field(512, ge=8, description="tokens of a sequence that are used")
+
+    @model_validator(mode="after")
+    def _first_is_a_part(self) -> BankOptions:
+        if self.first_rows > self.rows:
+            raise ValueError(f"first_rows {self.first_rows} must not exceed rows {self.rows}")
+        return self
+
+    def choices(self) -> list[Choice]:
+        """The schemes, with the group size where it is free."""
+        return [Choice.of(s, self.group_size if Choice.of(s).format.free else None) for s in self.schemes]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One thing that could be done.
+
+    Attributes:
+        kind: `quantize` one group of projections of a layer, or all (`choice` None: leave them as they are), `drop` a
+            layer, or `merge` it with the next into their mean.
+        layer: the first layer concerned.
+        group: the group of projections; None for all of the layer's (and of the next one's, for `merge`).
+        bytes: stored afterwards, of what it covers.
+        parameters: left afterwards, likewise.
+        cost: KL(base ‖ changed) in nats a token, mean over `rows` sequences, everything else being as it was.
+        error: standard error of `cost` over the sequences; ∞ for one.
+        alive: whether the race went to its end; a poor alternative is given up and never chosen.
+    """
+
+    kind: Literal["quantize", "drop", "merge"]
+    layer: int
+    group: str | None
+    choice: Choice | None
+    bytes: int
+    parameters: int
+    cost: float = 0.0
+    error: float = 0.0
+    rows: int = 0
+    alive: bool = True
+
+    def cells(self, groups: tuple[str, ...]) -> list[Cell]:
+        """(layer, group) pairs that it decides."""
+        layers = (self.layer, self.layer + 1) if self.kind == "merge" else (self.layer,)
+        return [(layer, g) for layer in layers for g in groups if self.group in (None, g)]
+
+    @property
+    def label(self) -> str:
+        """What it does: `W4A16/64`, `as it is`, `drop`, `merge`, `merge W4A16/64`."""
+        scheme = "" if self.choice is None else f"{self.choice.scheme}/{self.choice.group_size or 'row'}"
+        if self.kind == "quantize":
+            return scheme or "as it is"
+        return f"{self.kind} {scheme}".strip()
+
+
+@dataclass(frozen=True)
+class Bank:
+    """All alternatives of a model, measured.
+
+    Attributes:
+        fixed_bytes, fixed_parameters: of what no alternative touches (embeddings, head, final norm).
+        projections: weights in all projections; budgets in bits are averages over them.
+        removed: KL after removing the 1, 2, … cheapest layers together; the sum of their own costs is less.
+        together: scheme label → (KL with every unit at that scheme, the sum of the units' own costs).
+    """
+
+    layers: int
+    groups: tuple[str, ...]
+    fixed_bytes: int
+    fixed_parameters: int
+    projections: int
+    alternatives: tuple[Alternative, ...]
+    removed: tuple[float, ...] = ()
+    together: dict[str, tuple[float, float]] | None = None
+    tokens: int = 0
+
+    def save(self, directory: Path) -> None:
+        (directory / FILE).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, directory: Path) -> Bank:
+        raw: dict[str, Any] = json.loads((directory / FILE).read_text())
+        found = tuple(
+            Alternative(**{**a, "choice": None if a["choice"] is None else Choice(**a["choice"])})
+            for a in raw.pop("alternatives")
+        )
+        together = {k: (v[0], v[1]) for k, v in (raw.pop("together") or {}).items()}
+        lists = {"groups": tuple(raw.pop("groups")), "removed": tuple(raw.pop("removed"))}
+        return cls(alternatives=found, together=together, **lists, **raw)
+
+    def scale(self, choice: Choice | None) -> float:
+        """By how much costs at a scheme add up to more (or less) than their sum."""
+        joint, alone = (self.together or {}).get(str(label_of(choice)), (0.0, 0.0))
+        return joint / alone if joint > 0 and alone > 0 and math.isfinite(joint) else 1.0
+
+    def surcharge(self, count: int) -> float:
+        """What removing `count` layers costs beyond the sum of the cheapest single removals."""
+        if count == 0:
+            return 0.0
+        alone = sorted(a.cost for a in self.alternatives if a.kind == "drop")[:count]
+        return max(0.0, self.removed[count - 1] - sum(alone))
+
+
+def label_of(choice: Choice | None) -> str:
+    return "as it is" if choice is None else f"{choice.scheme}/{choice.group_size or 'row'}"
+
+
+def candidates(source: Checkpoint, options: BankOptions) -> list[Alternative]:
+    """Every alternative, with exact bytes and parameters, not measured yet."""
+    groups = tuple(g.name for g in source.architecture.groups)
+    found: list[Alternative] = []
+    for layer in range(source.num_layers):
+        for group in groups if options.units == "group" else (None,):
+            for choice in (None, *options.choices()):
+                found.append(Alternative("quantize", layer, group, choice, *_size(source, layer, group, choice)))
+        if not options.depth:
+            continue
+        found.append(Alternative("drop", layer, None, None, 0, 0))
+        if layer + 1 < source.num_layers and source.facts.kind(layer) == source.facts.kind(layer + 1):
+            for choice in (None, *options.choices()):
+                found.append(Alternative("merge", layer, None, choice, *_size(source, layer, None, choice)))
+    return found
+
+
+def _size(source: Checkpoint, layer: int, group: str | None, choice: Choice | None) -> tuple[int, int]:
+    """Stored bytes and parameters of a layer's group, norms counted with the first one."""
+    architecture, names = source.architecture, source.layer(layer)
+    total = parameters = 0
+    for local, name in names.items():
+        own = _group_of(architecture, local)
+        if group is not None and group != (own or architecture.groups[0].name):
+            continue
+        info = source.tensors[name]
+        parameters += info.numel
+        matrix = own is not None and local.endswith(".weight")
+        total += stored_bytes(info, choice) if matrix else info.nbytes
+    return total, parameters
+
+
+def _group_of(architecture: Architecture, local: str) -> str | None:
+    module = local.rpartition(".")[0]
+    return next((g.name for g in architecture.groups if module in g.projections), None)
+
+
+def stored_bytes(info: TensorInfo, choice: Choice | None) -> int:
+    """Bytes of a matrix on disk, scales, zero points and shape included."""
+    if choice is None:
+        return info.nbytes
+    layout = choice.fitted(info.shape[1]).layout(info.shape, info.dtype)
+    return sum(math.prod(shape) * _BYTES[dtype] for dtype, shape in layout.values())
+
+
+def empty_bank(source: Checkpoint, alternatives: list[Alternative]) -> Bank:
+    outside = [source.tensors[name] for name in source.outside_layers()]
+    projections = sum(source.tensors[f"{name}.weight"].numel for name in _projections(source))
+    groups = tuple(g.name for g in source.architecture.groups)
+    return Bank(
+        source.num_layers,
+        groups,
+        sum(t.nbytes for t in outside),
+        sum(t.numel for t in outside),
+        projections,
+        tuple(alternatives),
+    )
+
+
+def _projections(source: Checkpoint) -> Iterator[str]:
+    for layer in range(source.num_layers):
+        yield from (source.architecture.layer_prefix(layer) + p for p in source.architecture.projections())
+
+
+def measured(alternative: Alternative, costs: list[float]) -> Alternative:
+    """With the mean and its standard error over sequences."""
+    mean = sum(costs) / len(costs)
+    spread = math.sqrt(sum((c - mean) ** 2 for c in costs) / max(1, len(costs) - 1) / len(costs))
+    return replace(alternative, cost=mean, error=spread if len(costs) > 1 else math.inf, rows=len(costs))

@@ -1,0 +1,233 @@
+"""Measures the bank: KL(base ‖ changed) of every alternative on calibration text.
+
+Alternatives of one walk share the states of the layers below them (`merging/scoring.py`), so a change at layer i costs
+the layers from i on. All run on a few sequences first; those that another one beats on bytes and, beyond both standard
+errors, on cost go no further. Matrices are rounded to nearest: a calibrated quantizer will do better, by about as much
+everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.scored_rows import chosen_rows, even_rows, kl_by_row
+from compression_dags.merging.scoring import Edit, LossBench, Piece, as_is
+from compression_dags.planning.alternatives import (
+    Alternative,
+    Bank,
+    BankOptions,
+    candidates,
+    empty_bank,
+    label_of,
+    measured,
+)
+from compression_dags.provenance.decisions import Decision
+from compression_dags.stages import Track, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.quantization.formats import Choice
+
+VERSION = "1"
+#: Standard errors by which a cost must be worse before an alternative is given up.
+SURE = 2.0
+
+
+def measure_bank(
+    source: Checkpoint,
+    blocks: TokenBlocks,
+    options: BankOptions,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    track: Track = silent,
+) -> Bank:
+    """The alternatives of a dense model, measured on `blocks` (cut to `options.length` tokens).
+
+    Raises:
+        InputError: no sequence has two tokens.
+    """
+    from compression_dags.calibration.streaming import DecoderStream
+
+    stream = DecoderStream(source, device=device, dtype=dtype)
+    rows = even_rows(blocks, options.rows)
+    first = rows[:: max(1, len(rows) // options.first_rows)][: options.first_rows]
+    rest = [r for r in rows if r not in first]
+    bank = empty_bank(source, candidates(source, options))
+    start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length))
+    costs = dict(enumerate(start.costs(bank.alternatives, track, "alternatives, first sequences")))
+    bank = _with(bank, costs, range(len(costs)))
+    alive = survivors(bank)
+    if rest:
+        more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length))
+        found = more.costs([bank.alternatives[i] for i in alive], track, "alternatives, all sequences")
+        costs |= {i: costs[i] + c for i, c in zip(alive, found, strict=True)}
+        bank = _with(bank, costs, alive)
+    bank = _merged_schemes(bank, options)
+    most = max(1, int(options.most_removed * bank.layers)) if options.depth else 0
+    order = [a.layer for a in sorted(bank.alternatives, key=lambda a: a.cost) if a.kind == "drop"][:most]
+    removed = tuple(start.together(p for p in as_is(bank.layers) if p.slot not in order[:k]) for k in _upto(order))
+    together = {label_of(c): (start.together(start.all_at(c)), _alone(bank, c)) for c in options.choices()}
+    stream.close()
+    return replace(bank, removed=removed, together=together, tokens=len(rows) * options.length)
+
+
+def _upto(order: list[int]) -> range:
+    return range(1, len(order) + 1)
+
+
+def _cut(blocks: TokenBlocks, length: int) -> TokenBlocks:
+    return TokenBlocks(blocks.ids[:, :length], blocks.lengths.clip(max=length), blocks.documents)
+
+
+def _with(bank: Bank, costs: dict[int, list[float]], alive: Iterable[int]) -> Bank:
+    keep = set(alive)
+    found = [replace(measured(a, costs[i]), alive=i in keep) for i, a in enumerate(bank.alternatives)]
+    return replace(bank, alternatives=tuple(found))
+
+
+def _alone(bank: Bank, choice: Choice) -> float:
+    return sum(a.cost for a in bank.alternatives if a.kind == "quantize" and a.choice == choice)
+
+
+def survivors(bank: Bank) -> list[int]:
+    """Indices of alternatives that some plan could still want.
+
+    Within what it covers, a scheme dies when another is no larger and surely cheaper. A removal dies when it is surely
+    worse than as many others as may be removed at all; a merge also when dropping either of its layers is surely no
+    worse: both leave one layer of two.
+    """
+    drops = {a.layer: a for a in bank.alternatives if a.kind == "drop"}
+
+    def dies(a: Alternative) -> bool:
+        if not math.isfinite(a.cost):
+            return True
+        if a.kind == "merge":
+            return any(_sure(drops[i], a) for i in (a.layer, a.layer + 1) if i in drops)
+        if a.kind == "drop":
+            return sum(_sure(other, a) for other in drops.values()) > bank.layers // 2
+        rivals = (b for b in bank.alternatives if (b.kind, b.layer, b.group) == (a.kind, a.layer, a.group))
+        return any(b.bytes <= a.bytes and _sure(b, a) for b in rivals)
+
+    return [i for i, a in enumerate(bank.alternatives) if not dies(a)]
+
+
+def _sure(better: Alternative, worse: Alternative) -> bool:
+    return better.cost + SURE * better.error < worse.cost - SURE * worse.error
+
+
+def _merged_schemes(bank: Bank, options: BankOptions) -> Bank:
+    """A merged layer at a scheme: what merging costs, and what the scheme costs where the first layer was."""
+    base = {a.layer: a for a in bank.alternatives if a.kind == "merge" and a.choice is None}
+
+    def of(a: Alternative) -> Alternative:
+        if a.kind != "merge" or a.choice is None:
+            return a
+        own = [q for q in bank.alternatives if (q.kind, q.layer, q.choice) == ("quantize", a.layer, a.choice)]
+        merged = base[a.layer]
+        cost, alive = merged.cost + sum(q.cost for q in own), merged.alive and all(q.alive for q in own)
+        return replace(a, cost=cost, error=merged.error, rows=merged.rows, alive=alive)
+
+    return replace(bank, alternatives=tuple(of(a) for a in bank.alternatives))
+
+
+class _Meter:
+    """KL of changed models on some sequences."""
+
+    def __init__(self, stream, blocks: TokenBlocks):
+        self.stream, self.bench = stream, LossBench(stream, blocks)
+        self.dense = self.bench.states(as_is(stream.num_layers))
+
+    def costs(self, alternatives: Iterable[Alternative], track: Track, says: str) -> list[list[float]]:
+        """KL by sequence of each; those that change nothing, and merged layers at a scheme, are not run."""
+        wanted = list(alternatives)
+        edits = {i: self._edit(a) for i, a in enumerate(wanted) if self._runs(a)}
+        by_layer: dict[int, list[int]] = {}
+        for i in edits:
+            by_layer.setdefault(wanted[i].layer, []).append(i)
+        found = {i: [0.0] * len(self.bench_rows) for i in range(len(wanted))}
+        for layer in track(sorted(by_layer), says):
+            chosen = by_layer[layer]
+            student = as_is(self.stream.num_layers)
+            values = self.bench.measured(student, [edits[i] for i in chosen], self._kl)
+            found |= dict(zip(chosen, values, strict=True))
+        return [found[i] for i in range(len(wanted))]
+
+    def together(self, pieces: Iterable[Piece]) -> float:
+        """Mean KL of a whole student, its pieces made as they are needed."""
+        values = self._kl(self.bench.states(pieces))
+        return sum(values) / len(values)
+
+    def all_at(self, choice: Choice) -> Iterator[Piece]:
+        for layer in range(self.stream.num_layers):
+            yield Piece(layer, self._rounded(layer, None, choice))
+
+    @property
+    def bench_rows(self) -> list[int]:
+        return [row for batch in self.bench.batches for row in batch.rows]
+
+    @staticmethod
+    def _runs(a: Alternative) -> bool:
+        return a.kind == "drop" or (a.kind == "merge") == (a.choice is None)
+
+    def _kl(self, states: list[Tensor]) -> list[float]:
+        pairs = zip(self.bench.batches, self.dense, states, strict=True)
+        return [kl for batch, dense, state in pairs for kl in kl_by_row(self.stream, batch, dense, state)]
+
+    def _edit(self, a: Alternative) -> Edit:
+        if a.kind == "drop":
+            return Edit(a.layer, a.layer + 1)
+        if a.kind == "merge":
+            return Edit(a.layer, a.layer + 2, _Made(lambda: Piece(a.layer, self._mean(a.layer))))
+        choice = a.choice
+        assert choice is not None
+        return Edit(a.layer, a.layer + 1, _Made(lambda: Piece(a.layer, self._rounded(a.layer, a.group, choice))))
+
+    def _rounded(self, layer: int, group: str | None, choice: Choice) -> dict[str, Tensor]:
+        from compression_dags.solvers.rounding import round_to_nearest
+
+        source, found = self.stream.checkpoint, {}
+        names = source.layer(layer)
+        for own in source.architecture.groups:
+            for projection in own.projections if group in (None, own.name) else ():
+                weight = source.tensor(names[f"{projection}.weight"]).to(self.stream.device)
+                grid = choice.fitted(weight.shape[1]).grid()
+                found[f"{projection}.weight"] = round_to_nearest(weight, grid).dequantize()
+        return found
+
+    def _mean(self, layer: int) -> dict[str, Tensor]:
+        source = self.stream.checkpoint
+        first, second = source.layer(layer), source.layer(layer + 1)
+        return {k: (source.tensor(first[k]).float() + source.tensor(second[k]).float()) / 2 for k in first}
+
+
+class _Made:
+    """Pieces made when they are walked through, and not kept."""
+
+    def __init__(self, make: Callable[[], Piece]):
+        self.make = make
+
+    def __iter__(self) -> Iterator[Piece]:
+        yield self.make()
+
+
+def bank_decisions(bank: Bank) -> list[Decision]:
+    """A row for every alternative: kept for the planner, or given up in the race."""
+    rows = []
+    for a in bank.alternatives:
+        action = "keep" if a.alive else "reject"
+        facts = {"what": a.label, "bytes": a.bytes, "parameters": a.parameters, "rows": a.rows}
+        facts["standard_error"] = a.error if math.isfinite(a.error) else None
+        target = f"layer {a.layer} {a.group or 'all'}"
+        cost = a.cost if math.isfinite(a.cost) else None
+        layers = [a.layer, a.layer + 1] if a.kind == "merge" else [a.layer]
+        rows.append(
+            Decision("plan", "alternatives", len(rows), target, action, layers, cost, "KL (nats a token)", facts)
+        )
+    return rows

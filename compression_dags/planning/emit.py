@@ -1,0 +1,111 @@
+"""A solution as a recipe file that runs like any other, its evidence in the comments above."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from compression_dags.architectures import Architecture
+from compression_dags.planning.alternatives import Alternative, Bank
+from compression_dags.planning.solve import Solution
+from compression_dags.quantization.formats import Choice
+
+
+def recipe_of(
+    solution: Solution,
+    bank: Bank,
+    architecture: Architecture,
+    *,
+    name: str,
+    description: str,
+    calibration: dict[str, Any],
+    quantizer: str = "gptq",
+    recover: str | None = None,
+) -> dict[str, Any]:
+    """The recipe's mapping. Layers are numbered as they are after depth was removed."""
+    stages: list[dict[str, Any]] = []
+    depth = [a for a in solution.taken if a.kind != "quantize"]
+    if depth:
+        drop = [a.layer for a in depth if a.kind == "drop"]
+        fuse = [[a.layer, a.layer + 1] for a in depth if a.kind == "merge"]
+        costs = {a.layer: round(a.cost, 6) for a in depth}
+        stages.append({"merge": {"method": "planned", "drop": drop, "fuse": fuse, "costs": costs}})
+        if recover:
+            stages.append({"recover": {"method": recover}})
+    if quantize := quantize_stage(solution, bank, architecture, quantizer):
+        stages.append({"quantize": quantize})
+    return {"name": name, "description": description, "calibration": calibration, "stages": stages}
+
+
+def quantize_stage(solution: Solution, bank: Bank, architecture: Architecture, method: str) -> dict[str, Any] | None:
+    """Options of the quantizer: the most frequent scheme for all, the others as overrides, what stays dense ignored."""
+    chosen = chosen_schemes(solution, bank)
+    schemes = Counter(c for c in chosen.values() if c is not None)
+    if not schemes:
+        return None
+    usual = min(schemes, key=lambda c: (-schemes[c], c.scheme))
+    found: dict[str, Any] = {"method": method, **_options(usual)}
+    kept = _patterns(architecture, [cell for cell, choice in chosen.items() if choice is None])
+    if kept:
+        found["ignore"] = ["lm_head", *kept]
+    others = sorted((c for c in schemes if c != usual), key=lambda c: (c.scheme, c.group_size or 0))
+    overrides = {
+        pattern: _options(choice)
+        for choice in others
+        for pattern in _patterns(architecture, [cell for cell, own in chosen.items() if own == choice])
+    }
+    return found | ({"overrides": overrides} if overrides else {})
+
+
+def chosen_schemes(solution: Solution, bank: Bank) -> dict[tuple[int, str], Choice | None]:
+    """(new layer, group) → scheme, None for what stays dense."""
+    found: dict[tuple[int, str], Choice | None] = {}
+    gone = sorted(a.layer + (a.kind == "merge") for a in solution.taken if a.kind != "quantize")
+    for a in solution.taken:
+        if a.kind == "drop":
+            continue
+        new = a.layer - sum(layer < a.layer for layer in gone)
+        found |= {(new, g): a.choice for g in bank.groups if a.group in (None, g)}
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], bank.groups.index(item[0][1]))))
+
+
+def _options(choice: Choice) -> dict[str, Any]:
+    found: dict[str, Any] = {"scheme": choice.scheme}
+    if choice.format.free and choice.group_size:
+        found["group_size"] = choice.group_size
+    return found
+
+
+def _patterns(architecture: Architecture, cells: list[tuple[int, str]]) -> list[str]:
+    """One pattern a group of projections, for all of its layers."""
+    found = []
+    for group in architecture.groups:
+        layers = [str(layer) for layer, name in cells if name == group.name]
+        if layers:
+            names = "|".join(re.escape(p) for p in group.projections)
+            found.append(rf"re:{re.escape(architecture.layers)}\.({'|'.join(layers)})\.({names})$")
+    return found
+
+
+def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
+    """The file: evidence as comments, then YAML that `load_recipe` reads."""
+    lines = [
+        f"# Made by `compression-dags plan`. Predicted KL {solution.cost:.4f} nats a token; "
+        f"{solution.bytes:,} bytes of {solution.dense_bytes:,}, {solution.parameters:,} parameters, "
+        f"{solution.bits:.2f} bits a weight.",
+        f"# Costs were measured on {bank.tokens:,} calibration tokens, rounded to nearest, one change at a time.",
+        "# layer  what, and the KL that it alone costs",
+    ]
+    for layer in range(bank.layers):
+        own = [a for a in solution.taken if a.layer == layer]
+        if own:
+            lines.append(f"# {layer:5d}  {', '.join(_said(a) for a in own)}")
+    body = yaml.safe_dump(recipe, sort_keys=False, width=110, default_flow_style=None)
+    return "\n".join(lines) + "\n" + body
+
+
+def _said(a: Alternative) -> str:
+    return f"{a.group or 'all'} {a.label} {a.cost:.4f}"

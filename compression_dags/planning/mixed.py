@@ -1,0 +1,108 @@
+"""Mixed bits: a scheme for every group of projections, so that the weights take a given number of bits on average.
+
+Sensitivity is KL(base ‖ changed) on calibration text with one group of one layer rounded to nearest; the allocation is
+the exact optimum of their sum (`planning/solve.py`). Matrices of one input share a scheme, as engines that fuse query,
+key and value, or gate and up, require.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compression_dags.errors import InputError
+from compression_dags.provenance.decisions import Decision
+from compression_dags.quantization.formats import Choice
+from compression_dags.stages import Track, silent
+
+if TYPE_CHECKING:
+    from compression_dags.calibration.corpora import TokenBlocks
+    from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.planning.alternatives import BankOptions
+    from compression_dags.quantization.schemes import QuantizeStage
+
+FILE = "schemes.json"
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class SchemePlan:
+    """Module → scheme, and what it comes to.
+
+    Attributes:
+        bits: stored bits over weights.
+        cost: predicted KL, nats a token.
+    """
+
+    choices: dict[str, Choice]
+    bits: float
+    cost: float
+
+    def save(self, directory: Path) -> None:
+        (directory / FILE).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, directory: Path) -> SchemePlan:
+        raw = json.loads((directory / FILE).read_text())
+        return cls({name: Choice(**choice) for name, choice in raw["choices"].items()}, raw["bits"], raw["cost"])
+
+
+def bank_options(stage: QuantizeStage) -> BankOptions:
+    from compression_dags.planning.alternatives import BankOptions
+
+    schemes = tuple(dict.fromkeys((stage.scheme, *stage.candidates)))
+    asked = {"schemes": schemes, "group_size": stage.choice.group_size, "units": "group", "depth": False}
+    return BankOptions.model_validate(asked)
+
+
+def plan_schemes(
+    stage: QuantizeStage,
+    source: Checkpoint,
+    blocks: TokenBlocks,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    track: Track = silent,
+) -> tuple[SchemePlan, list[Decision]]:
+    """The schemes that `stage.bits` asks for, and a row for every group.
+
+    Raises:
+        InputError: fewer bits than the smallest candidate takes.
+    """
+    from compression_dags.planning.bank import measure_bank
+    from compression_dags.planning.emit import chosen_schemes
+    from compression_dags.planning.solve import solve
+
+    if stage.bits is None:
+        raise InputError(f"quantize: {stage.method} asks for no average of bits")
+    bank = measure_bank(source, blocks, bank_options(stage), device=device, dtype=dtype, track=track)
+    solution = solve(bank, "bits", stage.bits)
+    allowed, architecture = stage.choices(source.facts), source.architecture
+    choices, rows = {}, []
+    tried = {(a.layer, a.group): [] for a in bank.alternatives}
+    for a in bank.alternatives:
+        tried[a.layer, a.group].append(a)
+    for (layer, group), choice in chosen_schemes(solution, bank).items():
+        names = [architecture.layer_prefix(layer) + p for p in architecture.group(group)]
+        columns = {source.tensors[f"{name}.weight"].shape[1] for name in names}.pop()
+        if choice is not None:
+            choices |= {name: choice.fitted(columns) for name in names if name in allowed}
+        costs = {a.label: a.cost for a in tried[layer, group]}
+        value = next(a.cost for a in tried[layer, group] if a.choice == choice)
+        action = "keep" if choice is None else "quantize"
+        rows.append(
+            Decision(
+                "quantize",
+                stage.method,
+                len(rows),
+                f"layer {layer} {group}",
+                action,
+                [layer],
+                value,
+                "KL with this alone (nats a token)",
+                {"scheme": None if choice is None else choice.scheme, "costs": costs},
+            )
+        )
+    return SchemePlan(choices, solution.bits, solution.cost), rows

@@ -1,0 +1,145 @@
+"""The best plan for a budget, exactly: a mixed integer program over the bank (scipy's HiGHS).
+
+    min  Σ cost_a x_a + Σ surcharge_k y_k
+    s.t. every part of the model is decided by exactly one alternative,
+         Σ size_a x_a ≤ budget,   Σ_k k y_k = layers removed,   Σ_k y_k = 1,   x, y ∈ {0, 1}
+
+Costs at a scheme are scaled by what all parts at that scheme cost together over the sum of their own; removing k layers
+costs `surcharge_k` beyond the sum of the single removals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from compression_dags.errors import InputError, IntegrityError
+from compression_dags.planning.alternatives import Alternative, Bank
+
+Measure = Literal["bytes", "parameters", "bits"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The alternatives to take, in the order of the layers.
+
+    Attributes:
+        cost: predicted KL(base ‖ compressed), nats a token.
+        bytes, parameters: of all tensors, exact; a file adds its header.
+        bits: stored bits of the projections left, over their weights.
+        dense_bytes: of the base model.
+    """
+
+    taken: tuple[Alternative, ...]
+    cost: float
+    bytes: int
+    parameters: int
+    bits: float
+    dense_bytes: int
+    removed: int
+
+
+def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
+    """The plan with the least predicted KL whose size is at most `budget`.
+
+    Args:
+        budget: bytes of all weights, parameters of the whole model, or average bits of the projections' weights.
+
+    Raises:
+        InputError: no plan of the bank is that small.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    alive = [a for a in bank.alternatives if a.alive]
+    if measure == "bits":
+        alive = [a for a in alive if a.kind == "quantize"]  # bits are of the weights; depth is another knob
+    sizes, limit = _sizes(bank, alive, measure, budget)
+    counts = range(len(bank.removed) + 1)
+    costs = [a.cost * _scale(bank, a) for a in alive] + [bank.surcharge(k) for k in counts]
+    cells = {cell: i for i, cell in enumerate((n, g) for n in range(bank.layers) for g in bank.groups)}
+    rows, columns = zip(*((cells[c], j) for j, a in enumerate(alive) for c in a.cells(bank.groups)), strict=True)
+    width = len(costs)
+    cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), width))
+    removes = np.array([a.kind != "quantize" for a in alive] + [-k for k in counts], dtype=float)
+    one = np.array([0.0] * len(alive) + [1.0] * len(counts))
+    scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
+    size = np.concatenate([sizes / scale, np.zeros(len(counts))])
+    found = milp(
+        np.array(costs),
+        integrality=np.ones(width),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(cover, 1, 1),
+            LinearConstraint(size[None], -np.inf, limit / scale),
+            LinearConstraint(removes[None], 0, 0),
+            LinearConstraint(one[None], 1, 1),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.status == 2 or found.x is None:
+        raise InputError(_too_small(bank, alive, measure, budget))
+    taken = tuple(a for a, x in zip(alive, found.x, strict=False) if x > 0.5)
+    solution = _solution(bank, taken, float(found.fun))
+    if float(sum(s for s, x in zip(sizes, found.x, strict=False) if x > 0.5)) > limit * (1 + 1e-9):
+        raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
+    return solution
+
+
+def _scale(bank: Bank, a: Alternative) -> float:
+    return bank.scale(a.choice) if a.kind == "quantize" and a.choice is not None else 1.0
+
+
+def _sizes(bank: Bank, alive: list[Alternative], measure: Measure, budget: float) -> tuple[np.ndarray, float]:
+    """Size of every alternative and the limit on their sum, in units of the measure."""
+    if measure == "parameters":
+        return np.array([float(a.parameters) for a in alive]), budget - bank.fixed_parameters
+    sizes = np.array([float(a.bytes) for a in alive])
+    if measure == "bytes":
+        return sizes, budget - bank.fixed_bytes
+    norms = sum(a.bytes for a in alive if a.choice is None) - bank.projections * dense_itemsize(bank)
+    return sizes, budget * bank.projections / 8 + norms
+
+
+def dense_itemsize(bank: Bank) -> int:
+    """Bytes a weight of the base model's projections."""
+    dense = sum(a.bytes for a in bank.alternatives if a.kind == "quantize" and a.choice is None)
+    return round(dense / bank.projections)
+
+
+def _solution(bank: Bank, taken: tuple[Alternative, ...], cost: float) -> Solution:
+    taken = tuple(sorted(taken, key=lambda a: (a.layer, bank.groups.index(a.group) if a.group else -1)))
+    dense = {(a.layer, a.group): a for a in bank.alternatives if a.kind == "quantize" and a.choice is None}
+    norms = sum(a.bytes for a in dense.values()) - bank.projections * dense_itemsize(bank)
+    total = bank.fixed_bytes + sum(a.bytes for a in taken)
+    parameters = bank.fixed_parameters + sum(a.parameters for a in taken)
+    removed = sum(a.kind != "quantize" for a in taken)
+    left = norms * (bank.layers - removed) / bank.layers
+    weights = bank.projections * (bank.layers - removed) / bank.layers
+    bits = 8 * (total - bank.fixed_bytes - left) / max(1.0, weights)
+    whole = bank.fixed_bytes + sum(a.bytes for a in dense.values())
+    return Solution(taken, cost, total, parameters, bits, whole, removed)
+
+
+def _too_small(bank: Bank, alive: list[Alternative], measure: Measure, budget: float) -> str:
+    """What the least budget is, by the same program with the cost replaced by the size."""
+    sizes, _ = _sizes(bank, alive, measure, budget)
+    least: dict[tuple[int, str], float] = {}
+    for a, size in zip(alive, sizes, strict=True):
+        if a.kind == "quantize":
+            for cell in a.cells(bank.groups):
+                share = size / len(a.cells(bank.groups))
+                least[cell] = min(least.get(cell, np.inf), float(share))
+    floor = sum(least.values())
+    if measure == "bits":
+        norms = sum(a.bytes for a in alive if a.choice is None) - bank.projections * dense_itemsize(bank)
+        return f"{budget:g} bits: the least that these schemes allow is {8 * (floor - norms) / bank.projections:.4g}"
+    fixed = bank.fixed_bytes if measure == "bytes" else bank.fixed_parameters
+    most = len(bank.removed)
+    at_least = fixed + floor * (bank.layers - most) / bank.layers
+    return (
+        f"{budget:,.0f} {measure}: no plan is that small. Embeddings, head and final norm take {fixed:,}, and with "
+        f"{most} of {bank.layers} layers removed and the smallest schemes about {at_least:,.0f} is the least"
+    )

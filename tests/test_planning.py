@@ -1,0 +1,280 @@
+"""The bank of alternatives, its exact solution, the recipe that comes out, and mixed bits on the same footing."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from concat_cases import random_blocks
+from pydantic import ValidationError
+
+from compression_dags.checkpoints.gate import check_reload
+from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.cli import main
+from compression_dags.cli_plan import budgets_of, parse_budget, planning_options
+from compression_dags.errors import InputError
+from compression_dags.merging.planned import Planned
+from compression_dags.planning.alternatives import Alternative, Bank, BankOptions
+from compression_dags.planning.bank import measure_bank, survivors
+from compression_dags.planning.emit import recipe_of, recipe_text
+from compression_dags.planning.mixed import plan_schemes
+from compression_dags.planning.solve import solve
+from compression_dags.quantization.formats import Choice
+from compression_dags.quantization.gptq import GPTQ
+from compression_dags.quantization.rtn import RTN
+from compression_dags.recipes import load_recipe
+
+SMALL = {"schemes": ["W8A16", "W4A16"], "group_size": 16, "rows": 4, "first_rows": 2, "length": 24}
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model):
+    return Checkpoint(tiny_model("llama", layers=4))
+
+
+@pytest.fixture(scope="module")
+def bank(source):
+    return measure_bank(source, random_blocks(), BankOptions.model_validate(SMALL | {"most_removed": 0.5}))
+
+
+def kl_of(source, other):
+    """Mean KL of the next-token distributions of two stock models on the bank's sequences, the long way."""
+    from compression_dags.checkpoints.gate import load_stock
+
+    blocks = random_blocks()
+    ids = torch.from_numpy(blocks.ids[:4]).long()
+    with torch.inference_mode():
+        base, changed = (torch.log_softmax(load_stock(p)(ids).logits, -1) for p in (source.path, other))
+    return float((base.exp() * (base - changed)).sum(-1).mean())
+
+
+def test_costs_are_what_the_changed_model_loses(source, bank, tmp_path):
+    from compression_dags.merging.apply import apply_plan
+    from compression_dags.merging.plan import keep_only
+
+    dropped = apply_plan(source, keep_only("x", 4, [0, 1, 3]), tmp_path / "dropped")
+    found = next(a for a in bank.alternatives if a.kind == "drop" and a.layer == 2)
+    blocks = random_blocks()
+    assert found.rows == 4 or not found.alive
+    if found.rows == 4 and len(blocks.lengths) == 4:
+        assert found.cost == pytest.approx(kl_of(source, dropped.path), rel=1e-4)
+    # one group at four bits, the rest ignored: the same by way of the quantizer
+    only = r"re:model\.layers\.(?!1\.mlp\.down)"
+    RTN(scheme="W4A16", group_size=16, ignore=("lm_head", only)).quantize(source, tmp_path / "rounded")
+    whole = measure_bank(
+        source, random_blocks(rows=4), BankOptions.model_validate(SMALL | {"depth": False, "first_rows": 4})
+    )
+    (own,) = (
+        a for a in whole.alternatives if (a.layer, a.group) == (1, "mlp_output") and a.choice == Choice.of("W4A16", 16)
+    )
+    ids = random_blocks(rows=4)
+    assert own.rows == 4 and ids.lengths.min() == ids.ids.shape[1]
+    from compression_dags.checkpoints.gate import load_stock
+
+    tokens = torch.from_numpy(ids.ids).long()
+    with torch.inference_mode():
+        models = (load_stock(path) for path in (source.path, tmp_path / "rounded"))
+        base, changed = (torch.log_softmax(m(tokens).logits, -1) for m in models)
+    assert own.cost == pytest.approx(float((base.exp() * (base - changed)).sum(-1).mean()), rel=1e-3, abs=1e-9)
+
+
+def weight_bytes(checkpoint):
+    """Without the headers of the files."""
+    return sum(t.nbytes for t in checkpoint.tensors.values())
+
+
+def test_bytes_are_exact(source, bank, tmp_path):
+    made = RTN(scheme="W4A16", group_size=16).quantize(source, tmp_path).checkpoint
+    four = [a for a in bank.alternatives if a.kind == "quantize" and a.choice == Choice.of("W4A16", 16)]
+    assert bank.fixed_bytes + sum(a.bytes for a in four) == weight_bytes(made)
+    dense = [a for a in bank.alternatives if a.kind == "quantize" and a.choice is None]
+    assert bank.fixed_bytes + sum(a.bytes for a in dense) == weight_bytes(source)
+    assert bank.fixed_parameters + sum(a.parameters for a in dense) == source.numel
+
+
+def small_bank(seed=0):
+    """Three layers of one group, costs at random: few enough to try all plans."""
+    generator = torch.Generator().manual_seed(seed)
+    cost = lambda: float(torch.rand((), generator=generator))  # noqa: E731
+    four, eight = Choice.of("W4A16", 64), Choice.of("W8A16", 64)
+    found = []
+    for layer in range(3):
+        for choice, size in ((None, 16000), (eight, 8250), (four, 4250)):
+            found.append(Alternative("quantize", layer, "g", choice, size, 8000, cost() if choice else 0.0, 0, 4))
+        found.append(Alternative("drop", layer, None, None, 0, 0, 0.5 + cost(), 0, 4))
+        if layer < 2:
+            found.append(Alternative("merge", layer, None, four, 4250, 8000, 0.4 + cost(), 0, 4))
+    together = {"W4A16/64": (2.0, 1.0), "W8A16/64": (1.0, 1.0)}
+    return Bank(3, ("g",), 1000, 500, 24000, tuple(found), (1.5, 4.0), together, 100)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("budget", [8000, 12000, 20000, 30000, 60000])
+def test_the_solution_is_the_best_of_all_plans(seed, budget):
+    bank = small_bank(seed)
+    best = math.inf
+    for count in range(1, 4):
+        for plan in itertools.combinations(bank.alternatives, count):
+            cells = [c for a in plan for c in a.cells(bank.groups)]
+            gone = sum(a.kind != "quantize" for a in plan)
+            size = bank.fixed_bytes + sum(a.bytes for a in plan)
+            if sorted(cells) == [(i, "g") for i in range(3)] and gone <= 2 and size <= budget:
+                own = sum(a.cost * (bank.scale(a.choice) if a.kind == "quantize" else 1) for a in plan)
+                best = min(best, own + bank.surcharge(gone))
+    found = solve(bank, "bytes", budget)
+    assert found.cost == pytest.approx(best) and found.bytes <= budget
+
+
+def test_removing_more_costs_more_than_the_sum():
+    bank = small_bank()
+    alone = sorted(a.cost for a in bank.alternatives if a.kind == "drop")
+    assert bank.surcharge(0) == 0 and bank.surcharge(2) == pytest.approx(4.0 - alone[0] - alone[1])
+
+
+def test_budgets_that_cannot_be_met():
+    with pytest.raises(InputError, match=r"900 bytes: no plan is that small\. Embeddings.* take 1,000"):
+        solve(small_bank(), "bytes", 900)
+    with pytest.raises(InputError, match=r"2 bits: the least that these schemes allow is 4\.25"):
+        solve(small_bank(), "bits", 2)
+    assert solve(small_bank(), "bits", 4.25).bits == pytest.approx(4.25)
+    assert solve(small_bank(), "parameters", 9000).parameters <= 9000
+
+
+def test_the_race_ends_what_is_surely_worse():
+    bank = small_bank()
+    a = replace(bank.alternatives[1], cost=0.5, error=0.01)  # W8A16
+    b = replace(bank.alternatives[2], cost=0.1, error=0.01)  # W4A16: smaller and surely cheaper
+    raced = replace(bank, alternatives=(bank.alternatives[0], a, b, *bank.alternatives[3:]))
+    assert 1 not in survivors(raced) and 2 in survivors(raced)
+    unsure = replace(bank, alternatives=(bank.alternatives[0], replace(a, error=0.3), b, *bank.alternatives[3:]))
+    assert 1 in survivors(unsure)
+
+
+def test_the_recipe_makes_what_was_promised(source, bank, tmp_path):
+    """Every budget: the file is read like any other, and the checkpoint has the promised bytes to the last one."""
+    least = bank.fixed_bytes + sum(
+        a.bytes for a in bank.alternatives if a.kind == "quantize" and a.choice == Choice.of("W4A16", 16)
+    )
+    for number, budget in enumerate((weight_bytes(source) * 0.7, least * 1.05, least * 0.93)):
+        solution = solve(bank, "bytes", budget)
+        recipe = recipe_of(
+            solution, bank, source.architecture, name=f"plan-{number}", description="d", calibration={"sequences": 5}
+        )
+        path = tmp_path / f"plan-{number}.yaml"
+        path.write_text(recipe_text(recipe, solution, bank))
+        read = load_recipe(path)
+        read.check(source.facts)
+        current = source
+        if read.merge:
+            from compression_dags.merging.apply import apply_plan
+
+            plan, rows = read.merge.plan(source.facts, None)  # pyright: ignore[reportArgumentType]
+            assert (
+                sum(r.action == "drop" for r in rows) + sum(r.action == "merge" for r in rows) / 2 == solution.removed
+            )
+            current = apply_plan(source, plan, tmp_path / f"merged-{number}")
+        assert (solution.removed > 0) == (read.merge is not None)
+        if read.quantize:
+            out = tmp_path / f"out-{number}"
+            made = read.quantize.quantize(current, out, blocks=random_blocks())
+            reference = read.quantize.reference_logits(current, rounding=made.rounding)
+            assert check_reload(out, reference)["relative_logit_error"] == 0.0
+            current = made.checkpoint
+            assert made.bits_per_weight == pytest.approx(solution.bits, rel=1e-6) or read.quantize.ignore != (
+                "lm_head",
+            )
+        assert weight_bytes(current) == solution.bytes <= budget
+    assert solution.removed > 0, "the smallest budget should need fewer layers"
+
+
+def test_mixed_bits(source, tmp_path):
+    stage = GPTQ.model_validate({"scheme": "W4A16", "group_size": 16, "bits": 7.5, "candidates": ["W8A16"]})
+    plan, rows = plan_schemes(stage, source, random_blocks())
+    assert plan.bits <= 7.5 and len({c.scheme for c in plan.choices.values()}) == 2
+    assert len(rows) == 4 * source.num_layers and all(r.value is not None for r in rows)
+    for layer in range(source.num_layers):  # what engines fuse is equal
+        p = f"model.layers.{layer}."
+        assert len({plan.choices[f"{p}self_attn.{m}_proj"] for m in "qkv"}) == 1
+        assert plan.choices[f"{p}mlp.gate_proj"] == plan.choices[f"{p}mlp.up_proj"]
+    made = stage.quantize(source, tmp_path, blocks=random_blocks(), schemes=plan.choices)
+    assert made.bits_per_weight == pytest.approx(plan.bits)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == 2 and config["format"] == "pack-quantized"
+    logits = stage.reference_logits(source, rounding=made.rounding)
+    assert check_reload(tmp_path, logits)["relative_logit_error"] == 0.0
+    plan.save(tmp_path)
+    assert type(plan).load(tmp_path) == plan
+    with pytest.raises(InputError, match=r"bits: 7\.5 needs a plan of schemes"):
+        stage.quantize(source, tmp_path / "none", blocks=random_blocks())
+
+
+def test_formats_may_mix(source, tmp_path):
+    stage = RTN.model_validate(
+        {"scheme": "W8A8", "overrides": {r"re:.*layers\.2\.": {"scheme": "FP8_DYNAMIC"}}, "ignore": ["lm_head"]}
+    )
+    made = stage.quantize(source, tmp_path)
+    assert made.checkpoint.raw_config["quantization_config"]["format"] == "mixed-precision"
+    assert check_reload(tmp_path, stage.reference_logits(source))["relative_logit_error"] == 0.0
+
+
+def test_refused_options():
+    with pytest.raises(ValidationError, match="bits and overrides: give one"):
+        RTN.model_validate({"scheme": "W4A16", "bits": 5, "overrides": {"lm_head": {"scheme": "W8A16"}}})
+    with pytest.raises(ValidationError, match="cannot share a checkpoint"):
+        RTN.model_validate({"scheme": "W8A8", "bits": 5, "candidates": ["NVFP4A16"]})
+    for bad, says in (("-3", "not a positive number"), ("12QB", "not a positive"), ("0", "not a positive")):
+        with pytest.raises(InputError, match=says):
+            parse_budget(bad)
+    assert [parse_budget(t) for t in ("120MB", "1.5GiB", "90M", "4.5", "2e6")] == [120e6, 1.5 * 2**30, 90e6, 4.5, 2e6]
+    with pytest.raises(InputError, match="give a budget"):
+        budgets_of((), (), ())
+    with pytest.raises(InputError, match=r"schemes.*'W9A9'"):
+        planning_options("W9A9", None, True, None, None)
+
+
+def test_planned_depth(source):
+    stage = Planned.model_validate({"drop": [1], "fuse": [[2, 3]]})
+    stage.check(source.facts)
+    plan, rows = stage.plan(source.facts, None)  # pyright: ignore[reportArgumentType]
+    assert [layer.sources for layer in plan.layers] == [(0,), (2, 3)]
+    assert [r.action for r in rows] == ["keep", "drop", "merge", "merge"]
+    for bad, says in (
+        ({}, "give layers to drop"),
+        ({"drop": [1], "layers": 1}, "cannot be given"),
+        ({"drop": [1, 2], "fuse": [[2, 3]]}, r"\[2\] are named twice"),
+        ({"fuse": [[0, 2]]}, "must be neighbours"),
+    ):
+        with pytest.raises(ValidationError, match=says):
+            Planned.model_validate(bad)
+    with pytest.raises(InputError, match="layer 9 is not among the unprotected layers 0 to 3"):
+        Planned.model_validate({"drop": [9]}).check(source.facts)
+
+
+def test_the_command(model, tmp_path, monkeypatch):
+    """Three budgets from one bank; the second call measures nothing; the emitted recipe runs."""
+    home = str(tmp_path / "home")
+    common = ["plan", "-m", str(model), "--home", home, "--to", str(tmp_path / "recipes"), "--json"]
+    common += ["--sequences", "4", "--length", "32", "--group-size", "16", "--schemes", "W8A16,W4A16"]
+    run = CliRunner()
+    first = run.invoke(main, [*common, "--bytes", "700KB", "--bits", "8"], catch_exceptions=False)
+    assert first.exit_code == 0, first.output
+    again = run.invoke(main, [*common, "--bits", "7"], catch_exceptions=False)
+    found = json.loads(first.stdout) + json.loads(again.stdout)
+    assert [f["bank"] for f in found] == ["computed", "computed", "hit"]
+    assert found[0]["bytes"] <= 700e3 and found[1]["bits_per_weight"] <= 8 and found[2]["bits_per_weight"] <= 7
+    assert found[1]["predicted_kl"] <= found[2]["predicted_kl"]
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path / "recipes"))
+    ran = run.invoke(
+        main,
+        ["run", "-m", str(model), "-r", found[2]["recipe"], "--tasks", "heldout_stories", "--home", home, "--json"],
+        catch_exceptions=False,
+    )
+    assert ran.exit_code == 0, ran.output
+    written = json.loads(ran.stdout)["recipes"][found[2]["recipe"]]["bytes"]
+    assert found[2]["bytes"] < written < found[2]["bytes"] + 20_000  # the file's header
+    (tmp_path / "recipes" / "mine.yaml").write_text("name: mine\n")
+    refused = run.invoke(main, [*common, "--bits", "7", "--name", "mine"])
+    assert refused.exit_code == 2 and "was not made by plan" in refused.output
