@@ -20,6 +20,10 @@ NAME = "alternatives"
 
 def build_alternatives(calibration: Calibration, options: BankOptions) -> dg.AssetsDefinition:
     chosen = options.model_dump(mode="json")
+    ins = {"base": dg.AssetIn(base_model.key)}
+    ins["tokens"] = dg.AssetIn(calibration_key(calibration, "calibration_tokens"))
+    if options.sparsities:
+        ins["activations"] = dg.AssetIn(calibration_key(calibration, "calibration_activations"))
 
     @dg.asset(
         key=calibration_key(calibration, NAME),
@@ -27,10 +31,7 @@ def build_alternatives(calibration: Calibration, options: BankOptions) -> dg.Ass
         group_name="planning",
         kinds={"json"},
         code_version=f"{VERSION}:{options_digest(chosen)}",
-        ins={
-            "base": dg.AssetIn(base_model.key),
-            "tokens": dg.AssetIn(calibration_key(calibration, "calibration_tokens")),
-        },
+        ins=ins,
         description="What every layer could become (a scheme for each group of projections, dropped, merged with the "
         "next), the bytes of each, and KL(base ‖ changed) on calibration text. `compression-dags plan` solves a budget "
         "from it in seconds.",
@@ -42,19 +43,23 @@ def build_alternatives(calibration: Calibration, options: BankOptions) -> dg.Ass
         accelerator: Accelerator,
         base: Artifact,
         tokens: Artifact,
+        **activations: Artifact,
     ) -> dg.Output[Artifact]:
         inputs = {"base_model": base.digest, "calibration_tokens": tokens.digest}
+        inputs |= {f"calibration_{name}": artifact.digest for name, artifact in activations.items()}
 
         def build(work):
             from compression_dags.calibration.corpora import load_blocks
+            from compression_dags.calibration.statistics import load_statistics
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.planning.bank import bank_decisions, measure_bank
             from compression_dags.provenance.decisions import write_decisions
             from compression_dags.stages import bar
 
             source, blocks = Checkpoint(base.checkpoint), load_blocks(tokens.path / "tokens.safetensors")
+            found = load_statistics(activations["activations"].path) if activations else None
             with accelerator.lease() as device:
-                on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
+                on: dict[str, Any] = {"device": device.name, "dtype": device.dtype, "statistics": found}
                 bank = measure_bank(source, blocks, options, **on, track=bar)
             bank.save(work.out)
             write_decisions(bank_decisions(bank), work.out / DECISIONS)

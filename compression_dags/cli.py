@@ -133,6 +133,7 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
 @click.option("--bits", "bits", multiple=True, metavar="B", help="Average stored bits a projection weight, e.g. 4.5.")
 @click.option("--schemes", default=None, metavar="A,B", help="Schemes to choose from; default W8A16,W4A16,W3A16.")
 @click.option("--group-size", type=click.IntRange(16), default=None, help="Inputs sharing a scale; default 64.")
+@click.option("--sparsities", default=None, metavar="A,B", help="Shares of zeros to choose from, for --params.")
 @click.option("--depth/--no-depth", default=True, help="Also drop and merge layers.")
 @click.option("--quantizer", default="gptq", show_default=True, help="Method of the quantize stage.")
 @click.option("--recover", default=None, metavar="METHOD", help="Recovery after layers went, e.g. least-squares.")
@@ -148,7 +149,7 @@ def plan(model: str, home: Path, as_json: bool, **options: Any) -> None:
     settings = _settings(home, *(options.pop(key) for key in ("device", "dtype", "eval_data")))
     budgets = budgets_of(**{key: options.pop(key) for key in ("sizes", "parameters", "bits")})
     bank, calibration = planning_options(
-        **{key: options.pop(key) for key in ("schemes", "group_size", "depth", "sequences", "length")}
+        **{key: options.pop(key) for key in ("schemes", "group_size", "sparsities", "depth", "sequences", "length")}
     )
     folder = options.pop("folder")
     found = plan_budgets(

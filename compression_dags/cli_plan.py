@@ -82,7 +82,12 @@ def budgets_of(
 
 
 def planning_options(
-    schemes: str | None, group_size: int | None, depth: bool, sequences: int | None, length: int | None
+    schemes: str | None,
+    group_size: int | None,
+    sparsities: str | None,
+    depth: bool,
+    sequences: int | None,
+    length: int | None,
 ) -> tuple[BankOptions, Calibration]:
     """Options of the bank and of its calibration set, defaults where nothing is given.
 
@@ -91,13 +96,15 @@ def planning_options(
     """
     asked: dict[str, Any] = {"depth": depth}
     asked |= {"group_size": group_size} if group_size else {}
+    asked |= {"sparsities": [s.strip() for s in sparsities.split(",")]} if sparsities else {}
     asked |= {"schemes": [s.strip() for s in schemes.split(",")]} if schemes else {}
     given = {k: v for k, v in (("sequences", sequences), ("length", length)) if v is not None}
     try:
         return BankOptions.model_validate(asked), Calibration.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"plan: {'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}") from None
+        where, value = ".".join(map(str, first["loc"])), "" if isinstance(first["input"], dict) else first["input"]
+        raise InputError(f"plan: {where}: {value!r}: {first['msg']}") from None
 
 
 def plan_budgets(
@@ -182,7 +189,8 @@ def _bank(
     check_model(source, [], settings)
     assets = [base_model, *build_calibration_assets(calibration), build_alternatives(calibration, options)]
     definitions = dg.Definitions(assets=assets, resources=settings.resources(), executor=dg.in_process_executor)
-    wanted = [base_model.key, *(calibration_key(calibration, n) for n in ("calibration_tokens", ALTERNATIVES))]
+    names = ["calibration_tokens", *["calibration_activations"] * bool(options.sparsities), ALTERNATIVES]
+    wanted = [base_model.key, *(calibration_key(calibration, name) for name in names)]
     result = execute(definitions, source.slug, wanted, settings)
     states = {
         e.asset_key: e.materialization.metadata["cache"].value

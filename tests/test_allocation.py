@@ -79,7 +79,7 @@ def test_smooth_is_between_uniform_and_greedy():
 # -- every allocator ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ALLOCATORS)
+@pytest.mark.parametrize("method", [name for name in ALLOCATORS if name != "given"])
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 def test_every_allocator_meets_the_target(case, method, target):
     source, evidence, bench, _, _ = case

@@ -119,10 +119,10 @@ def test_the_solution_is_the_best_of_all_plans(seed, budget):
     for count in range(1, 4):
         for plan in itertools.combinations(bank.alternatives, count):
             cells = [c for a in plan for c in a.cells(bank.groups)]
-            gone = sum(a.kind != "quantize" for a in plan)
+            gone = sum(a.removes for a in plan)
             size = bank.fixed_bytes + sum(a.bytes for a in plan)
             if sorted(cells) == [(i, "g") for i in range(3)] and gone <= 2 and size <= budget:
-                own = sum(a.cost * (bank.scale(a.choice) if a.kind == "quantize" else 1) for a in plan)
+                own = sum(a.cost * (1 if a.removes else bank.scale(a.label)) for a in plan)
                 best = min(best, own + bank.surcharge(gone))
     found = solve(bank, "bytes", budget)
     assert found.cost == pytest.approx(best) and found.bytes <= budget
@@ -232,7 +232,7 @@ def test_refused_options():
     with pytest.raises(InputError, match="give a budget"):
         budgets_of((), (), ())
     with pytest.raises(InputError, match=r"schemes.*'W9A9'"):
-        planning_options("W9A9", None, True, None, None)
+        planning_options("W9A9", None, None, True, None, None)
 
 
 def test_planned_depth(source):
@@ -278,3 +278,41 @@ def test_the_command(model, tmp_path, monkeypatch):
     (tmp_path / "recipes" / "mine.yaml").write_text("name: mine\n")
     refused = run.invoke(main, [*common, "--bits", "7", "--name", "mine"])
     assert refused.exit_code == 2 and "was not made by plan" in refused.output
+
+
+def test_parameters_may_also_go_by_zeros(source, tmp_path):
+    """With a budget in parameters: some layers are pruned; the recipe's checkpoint has as many non-zero weights."""
+    from compression_dags.calibration.activations import profile_activations
+    from compression_dags.calibration.statistics import load_statistics
+    from compression_dags.calibration.streaming import DecoderStream
+
+    options = BankOptions.model_validate(SMALL | {"sparsities": [0.5], "depth": False})
+    with pytest.raises(InputError, match=r"sparsities \[0\.5\] need the statistics"):
+        measure_bank(source, random_blocks(), options)
+    profile_activations(DecoderStream(source), random_blocks()).save(tmp_path)
+    bank = measure_bank(source, random_blocks(), options, statistics=load_statistics(tmp_path))
+    sparse = [a for a in bank.alternatives if a.kind == "sparsify"]
+    assert len(sparse) == source.num_layers and all(a.cost > 0 and a.label == "50 % zeros" for a in sparse)
+    budget = source.numel - 1.5 * (source.numel - bank.fixed_parameters) / source.num_layers / 2
+    solution = solve(bank, "parameters", budget)
+    recipe = recipe_of(solution, bank, source.architecture, name="half", description="d", calibration={})
+    (entry,) = recipe["stages"]
+    assert entry["sparsify"]["allocation"]["method"] == "given"
+    (tmp_path / "half.yaml").write_text(recipe_text(recipe, solution, bank))
+    stage = load_recipe(tmp_path / "half.yaml").sparsify
+    assert stage is not None
+    from compression_dags.sparsity.allocation import SparsityEvidence
+
+    plan, _ = stage.plan(source, SparsityEvidence(source.architecture))
+    pruned = stage.sparsify(source, plan, random_blocks(), tmp_path / "pruned").checkpoint
+    left = sum(int((pruned.tensor(name) != 0).sum()) for name in pruned.tensors)
+    assert abs(left - solution.parameters) <= 0.002 * source.numel and left <= budget * 1.001
+    from compression_dags.sparsity.allocate_given import Given
+    from compression_dags.sparsity.stage import all_matrices
+
+    with pytest.raises(InputError, match=r"come to 0\.1250 of the weights, not to 0\.5"):
+        Given(layers={0: 0.5}).allocate(
+            all_matrices(source),
+            0.5,
+            SparsityEvidence(source.architecture),
+        )

@@ -28,6 +28,7 @@ class BankOptions(BaseModel):
     schemes: tuple[Scheme, ...] = Field(("W8A16", "W4A16", "W3A16"), min_length=1)
     group_size: int | None = Field(64, gt=0, description="of schemes that leave it free")
     units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
+    sparsities: tuple[float, ...] = Field((), description="shares of zeros that a layer may get (Wanda's masks)")
     depth: bool = Field(True, description="also drop layers, and merge neighbours")
     most_removed: float = Field(0.35, gt=0, lt=1, description="largest share of the layers that may go")
     rows: int = Field(12, ge=2, description="calibration sequences that survivors are measured on")
@@ -36,6 +37,8 @@ class BankOptions(BaseModel):
 
     @model_validator(mode="after")
     def _first_is_a_part(self) -> BankOptions:
+        if bad := [s for s in self.sparsities if not 0 < s < 1]:
+            raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
         if self.first_rows > self.rows:
             raise ValueError(f"first_rows {self.first_rows} must not exceed rows {self.rows}")
         return self
@@ -50,18 +53,19 @@ class Alternative:
     """One thing that could be done.
 
     Attributes:
-        kind: `quantize` one group of projections of a layer, or all (`choice` None: leave them as they are), `drop` a
-            layer, or `merge` it with the next into their mean.
+        kind: `quantize` one group of projections of a layer, or all (`choice` None: leave them as they are), `sparsify`
+            a layer, `drop` it, or `merge` it with the next into their mean.
         layer: the first layer concerned.
         group: the group of projections; None for all of the layer's (and of the next one's, for `merge`).
         bytes: stored afterwards, of what it covers.
-        parameters: left afterwards, likewise.
+        parameters: left afterwards, likewise; of a sparse layer those that are not 0.
         cost: KL(base ‖ changed) in nats a token, mean over `rows` sequences, everything else being as it was.
         error: standard error of `cost` over the sequences; ∞ for one.
         alive: whether the race went to its end; a poor alternative is given up and never chosen.
+        share: of zeros, for `sparsify`.
     """
 
-    kind: Literal["quantize", "drop", "merge"]
+    kind: Literal["quantize", "sparsify", "drop", "merge"]
     layer: int
     group: str | None
     choice: Choice | None
@@ -71,6 +75,12 @@ class Alternative:
     error: float = 0.0
     rows: int = 0
     alive: bool = True
+    share: float = 0.0
+
+    @property
+    def removes(self) -> bool:
+        """Whether the model has a layer less afterwards."""
+        return self.kind in {"drop", "merge"}
 
     def cells(self, groups: tuple[str, ...]) -> list[Cell]:
         """(layer, group) pairs that it decides."""
@@ -80,10 +90,11 @@ class Alternative:
     @property
     def label(self) -> str:
         """What it does: `W4A16/64`, `as it is`, `drop`, `merge`, `merge W4A16/64`."""
-        scheme = "" if self.choice is None else f"{self.choice.scheme}/{self.choice.group_size or 'row'}"
+        if self.kind == "sparsify":
+            return f"{100 * self.share:g} % zeros"
         if self.kind == "quantize":
-            return scheme or "as it is"
-        return f"{self.kind} {scheme}".strip()
+            return label_of(self.choice)
+        return self.kind if self.choice is None else f"{self.kind} {label_of(self.choice)}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class Bank:
         fixed_bytes, fixed_parameters: of what no alternative touches (embeddings, head, final norm).
         projections: weights in all projections; budgets in bits are averages over them.
         removed: KL after removing the 1, 2, … cheapest layers together; the sum of their own costs is less.
-        together: scheme label → (KL with every unit at that scheme, the sum of the units' own costs).
+        together: label → (KL with every unit at that scheme or sparsity, the sum of the units' own costs).
     """
 
     layers: int
@@ -121,9 +132,9 @@ class Bank:
         lists = {"groups": tuple(raw.pop("groups")), "removed": tuple(raw.pop("removed"))}
         return cls(alternatives=found, together=together, **lists, **raw)
 
-    def scale(self, choice: Choice | None) -> float:
-        """By how much costs at a scheme add up to more (or less) than their sum."""
-        joint, alone = (self.together or {}).get(str(label_of(choice)), (0.0, 0.0))
+    def scale(self, label: str) -> float:
+        """By how much costs at a scheme or sparsity add up to more (or less) than their sum."""
+        joint, alone = (self.together or {}).get(label, (0.0, 0.0))
         return joint / alone if joint > 0 and alone > 0 and math.isfinite(joint) else 1.0
 
     def surcharge(self, count: int) -> float:
@@ -146,6 +157,8 @@ def candidates(source: Checkpoint, options: BankOptions) -> list[Alternative]:
         for group in groups if options.units == "group" else (None,):
             for choice in (None, *options.choices()):
                 found.append(Alternative("quantize", layer, group, choice, *_size(source, layer, group, choice)))
+        for share in options.sparsities:
+            found.append(Alternative("sparsify", layer, None, None, *_sparse(source, layer, share), share=share))
         if not options.depth:
             continue
         found.append(Alternative("drop", layer, None, None, 0, 0))
@@ -168,6 +181,14 @@ def _size(source: Checkpoint, layer: int, group: str | None, choice: Choice | No
         matrix = own is not None and local.endswith(".weight")
         total += stored_bytes(info, choice) if matrix else info.nbytes
     return total, parameters
+
+
+def _sparse(source: Checkpoint, layer: int, share: float) -> tuple[int, int]:
+    """Stored bytes (zeros are stored too) and parameters that are not 0."""
+    total, parameters = _size(source, layer, None, None)
+    prefix = source.architecture.layer_prefix(layer)
+    weights = sum(source.tensors[f"{prefix}{p}.weight"].numel for p in source.architecture.projections())
+    return total, parameters - round(share * weights)
 
 
 def _group_of(architecture: Architecture, local: str) -> str | None:

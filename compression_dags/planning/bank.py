@@ -9,12 +9,15 @@ everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.scored_rows import chosen_rows, even_rows, kl_by_row
+from compression_dags.errors import InputError
 from compression_dags.merging.scoring import Edit, LossBench, Piece, as_is
 from compression_dags.planning.alternatives import (
     Alternative,
@@ -22,7 +25,6 @@ from compression_dags.planning.alternatives import (
     BankOptions,
     candidates,
     empty_bank,
-    label_of,
     measured,
 )
 from compression_dags.provenance.decisions import Decision
@@ -31,6 +33,7 @@ from compression_dags.stages import Track, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compression_dags.calibration.streaming import DecoderStream
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.quantization.formats import Choice
 
@@ -44,28 +47,35 @@ def measure_bank(
     blocks: TokenBlocks,
     options: BankOptions,
     *,
+    statistics: Mapping[str, np.ndarray] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     track: Track = silent,
 ) -> Bank:
     """The alternatives of a dense model, measured on `blocks` (cut to `options.length` tokens).
 
+    Args:
+        statistics: of the calibration pass; needed for sparsities.
+
     Raises:
-        InputError: no sequence has two tokens.
+        InputError: no sequence has two tokens; sparsities without statistics.
     """
     from compression_dags.calibration.streaming import DecoderStream
 
+    if options.sparsities and statistics is None:
+        raise InputError(f"sparsities {list(options.sparsities)} need the statistics of the calibration pass")
+    norms = statistics or {}
     stream = DecoderStream(source, device=device, dtype=dtype)
     rows = even_rows(blocks, options.rows)
     first = rows[:: max(1, len(rows) // options.first_rows)][: options.first_rows]
     rest = [r for r in rows if r not in first]
     bank = empty_bank(source, candidates(source, options))
-    start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length))
+    start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length), norms)
     costs = dict(enumerate(start.costs(bank.alternatives, track, "alternatives, first sequences")))
     bank = _with(bank, costs, range(len(costs)))
     alive = survivors(bank)
     if rest:
-        more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length))
+        more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length), norms)
         found = more.costs([bank.alternatives[i] for i in alive], track, "alternatives, all sequences")
         costs |= {i: costs[i] + c for i, c in zip(alive, found, strict=True)}
         bank = _with(bank, costs, alive)
@@ -73,7 +83,9 @@ def measure_bank(
     most = max(1, int(options.most_removed * bank.layers)) if options.depth else 0
     order = [a.layer for a in sorted(bank.alternatives, key=lambda a: a.cost) if a.kind == "drop"][:most]
     removed = tuple(start.together(p for p in as_is(bank.layers) if p.slot not in order[:k]) for k in _upto(order))
-    together = {label_of(c): (start.together(start.all_at(c)), _alone(bank, c)) for c in options.choices()}
+    together = {
+        label: (start.together(start.all_of(same)), sum(a.cost for a in same)) for label, same in _uniform(bank).items()
+    }
     stream.close()
     return replace(bank, removed=removed, together=together, tokens=len(rows) * options.length)
 
@@ -92,8 +104,13 @@ def _with(bank: Bank, costs: dict[int, list[float]], alive: Iterable[int]) -> Ba
     return replace(bank, alternatives=tuple(found))
 
 
-def _alone(bank: Bank, choice: Choice) -> float:
-    return sum(a.cost for a in bank.alternatives if a.kind == "quantize" and a.choice == choice)
+def _uniform(bank: Bank) -> dict[str, list[Alternative]]:
+    """Label → the alternatives that, together, do the same to every layer."""
+    found: dict[str, list[Alternative]] = {}
+    for a in bank.alternatives:
+        if a.kind == "sparsify" or (a.kind == "quantize" and a.choice is not None):
+            found.setdefault(a.label, []).append(a)
+    return found
 
 
 def survivors(bank: Bank) -> list[int]:
@@ -113,7 +130,7 @@ def survivors(bank: Bank) -> list[int]:
         if a.kind == "drop":
             return sum(_sure(other, a) for other in drops.values()) > bank.layers // 2
         rivals = (b for b in bank.alternatives if (b.kind, b.layer, b.group) == (a.kind, a.layer, a.group))
-        return any(b.bytes <= a.bytes and _sure(b, a) for b in rivals)
+        return any(b.bytes <= a.bytes and b.parameters <= a.parameters and _sure(b, a) for b in rivals)
 
     return [i for i, a in enumerate(bank.alternatives) if not dies(a)]
 
@@ -140,8 +157,8 @@ def _merged_schemes(bank: Bank, options: BankOptions) -> Bank:
 class _Meter:
     """KL of changed models on some sequences."""
 
-    def __init__(self, stream, blocks: TokenBlocks):
-        self.stream, self.bench = stream, LossBench(stream, blocks)
+    def __init__(self, stream: DecoderStream, blocks: TokenBlocks, norms: Mapping[str, np.ndarray]):
+        self.stream, self.bench, self.norms = stream, LossBench(stream, blocks), norms
         self.dense = self.bench.states(as_is(stream.num_layers))
 
     def costs(self, alternatives: Iterable[Alternative], track: Track, says: str) -> list[list[float]]:
@@ -164,9 +181,13 @@ class _Meter:
         values = self._kl(self.bench.states(pieces))
         return sum(values) / len(values)
 
-    def all_at(self, choice: Choice) -> Iterator[Piece]:
-        for layer in range(self.stream.num_layers):
-            yield Piece(layer, self._rounded(layer, None, choice))
+    def all_of(self, alternatives: Iterable[Alternative]) -> Iterator[Piece]:
+        """Every layer with all of its alternatives at once."""
+        chosen: dict[int, list[Alternative]] = {}
+        for a in alternatives:
+            chosen.setdefault(a.layer, []).append(a)
+        for layer in sorted(chosen):
+            yield Piece(layer, {k: t for a in chosen[layer] for k, t in self._made(a).items()})
 
     @property
     def bench_rows(self) -> list[int]:
@@ -174,7 +195,7 @@ class _Meter:
 
     @staticmethod
     def _runs(a: Alternative) -> bool:
-        return a.kind == "drop" or (a.kind == "merge") == (a.choice is None)
+        return a.kind in {"drop", "sparsify"} or (a.kind == "merge") == (a.choice is None)
 
     def _kl(self, states: list[Tensor]) -> list[float]:
         pairs = zip(self.bench.batches, self.dense, states, strict=True)
@@ -185,9 +206,29 @@ class _Meter:
             return Edit(a.layer, a.layer + 1)
         if a.kind == "merge":
             return Edit(a.layer, a.layer + 2, _Made(lambda: Piece(a.layer, self._mean(a.layer))))
-        choice = a.choice
-        assert choice is not None
-        return Edit(a.layer, a.layer + 1, _Made(lambda: Piece(a.layer, self._rounded(a.layer, a.group, choice))))
+        return Edit(a.layer, a.layer + 1, _Made(lambda: Piece(a.layer, self._made(a))))
+
+    def _made(self, a: Alternative) -> dict[str, Tensor]:
+        if a.kind == "sparsify":
+            return self._pruned(a.layer, a.share)
+        assert a.choice is not None
+        return self._rounded(a.layer, a.group, a.choice)
+
+    def _pruned(self, layer: int, share: float) -> dict[str, Tensor]:
+        """Wanda's mask, by the norms of the inputs in the base model."""
+        import torch
+
+        from compression_dags.solvers.patterns import Pattern
+        from compression_dags.sparsity.masks import mask_of_rows
+
+        source, found = self.stream.checkpoint, {}
+        for group in source.architecture.groups:
+            norms = torch.from_numpy(np.sqrt(self.norms[f"norms.layers.{layer}.{group.name}.mean_square"])).float()
+            for projection in group.projections:
+                weight = source.tensor(source.layer(layer)[f"{projection}.weight"]).to(self.stream.device)
+                score = weight.float().abs() * norms.to(weight.device)
+                found[f"{projection}.weight"] = weight * mask_of_rows(score, Pattern.unstructured(share))
+        return found
 
     def _rounded(self, layer: int, group: str | None, choice: Choice) -> dict[str, Tensor]:
         from compression_dags.solvers.rounding import round_to_nearest

@@ -27,7 +27,7 @@ def recipe_of(
 ) -> dict[str, Any]:
     """The recipe's mapping. Layers are numbered as they are after depth was removed."""
     stages: list[dict[str, Any]] = []
-    depth = [a for a in solution.taken if a.kind != "quantize"]
+    depth = [a for a in solution.taken if a.removes]
     if depth:
         drop = [a.layer for a in depth if a.kind == "drop"]
         fuse = [[a.layer, a.layer + 1] for a in depth if a.kind == "merge"]
@@ -35,6 +35,8 @@ def recipe_of(
         stages.append({"merge": {"method": "planned", "drop": drop, "fuse": fuse, "costs": costs}})
         if recover:
             stages.append({"recover": {"method": recover}})
+    if sparsify := sparsify_stage(solution):
+        stages.append({"sparsify": sparsify})
     if quantize := quantize_stage(solution, bank, architecture, quantizer):
         stages.append({"quantize": quantize})
     return {"name": name, "description": description, "calibration": calibration, "stages": stages}
@@ -63,13 +65,26 @@ def quantize_stage(solution: Solution, bank: Bank, architecture: Architecture, m
 def chosen_schemes(solution: Solution, bank: Bank) -> dict[tuple[int, str], Choice | None]:
     """(new layer, group) → scheme, None for what stays dense."""
     found: dict[tuple[int, str], Choice | None] = {}
-    gone = sorted(a.layer + (a.kind == "merge") for a in solution.taken if a.kind != "quantize")
     for a in solution.taken:
-        if a.kind == "drop":
-            continue
-        new = a.layer - sum(layer < a.layer for layer in gone)
-        found |= {(new, g): a.choice for g in bank.groups if a.group in (None, g)}
+        if a.kind != "drop":
+            found |= {(_new(solution, a.layer), g): a.choice for g in bank.groups if a.group in (None, g)}
     return dict(sorted(found.items(), key=lambda item: (item[0][0], bank.groups.index(item[0][1]))))
+
+
+def _new(solution: Solution, layer: int) -> int:
+    """Number of a layer after others went."""
+    gone = (a.layer + (a.kind == "merge") for a in solution.taken if a.removes)
+    return layer - sum(other < layer for other in gone)
+
+
+def sparsify_stage(solution: Solution, method: str = "sparsegpt") -> dict[str, Any] | None:
+    """Options of the pruner: each layer's share of zeros as it was chosen."""
+    shares = {_new(solution, a.layer): a.share for a in solution.taken if a.kind == "sparsify"}
+    if not shares:
+        return None
+    kept = len({(a.layer) for a in solution.taken if a.kind != "drop"})
+    target = round(sum(shares.values()) / kept, 6)
+    return {"method": method, "sparsity": target, "allocation": {"method": "given", "layers": shares}}
 
 
 def _options(choice: Choice) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
     rows, columns = zip(*((cells[c], j) for j, a in enumerate(alive) for c in a.cells(bank.groups)), strict=True)
     width = len(costs)
     cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), width))
-    removes = np.array([a.kind != "quantize" for a in alive] + [-k for k in counts], dtype=float)
+    removes = np.array([a.removes for a in alive] + [-k for k in counts], dtype=float)
     one = np.array([0.0] * len(alive) + [1.0] * len(counts))
     scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
     size = np.concatenate([sizes / scale, np.zeros(len(counts))])
@@ -89,7 +89,7 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
 
 
 def _scale(bank: Bank, a: Alternative) -> float:
-    return bank.scale(a.choice) if a.kind == "quantize" and a.choice is not None else 1.0
+    return 1.0 if a.removes else bank.scale(a.label)
 
 
 def _sizes(bank: Bank, alive: list[Alternative], measure: Measure, budget: float) -> tuple[np.ndarray, float]:
@@ -115,7 +115,7 @@ def _solution(bank: Bank, taken: tuple[Alternative, ...], cost: float) -> Soluti
     norms = sum(a.bytes for a in dense.values()) - bank.projections * dense_itemsize(bank)
     total = bank.fixed_bytes + sum(a.bytes for a in taken)
     parameters = bank.fixed_parameters + sum(a.parameters for a in taken)
-    removed = sum(a.kind != "quantize" for a in taken)
+    removed = sum(a.removes for a in taken)
     left = norms * (bank.layers - removed) / bank.layers
     weights = bank.projections * (bank.layers - removed) / bank.layers
     bits = 8 * (total - bank.fixed_bytes - left) / max(1.0, weights)
@@ -128,7 +128,7 @@ def _too_small(bank: Bank, alive: list[Alternative], measure: Measure, budget: f
     sizes, _ = _sizes(bank, alive, measure, budget)
     least: dict[tuple[int, str], float] = {}
     for a, size in zip(alive, sizes, strict=True):
-        if a.kind == "quantize":
+        if not a.removes:
             for cell in a.cells(bank.groups):
                 share = size / len(a.cells(bank.groups))
                 least[cell] = min(least.get(cell, np.inf), float(share))

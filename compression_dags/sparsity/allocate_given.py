@@ -1,0 +1,51 @@
+"""Sparsities that were decided elsewhere: by the budget planner, or by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from compression_dags.errors import InputError
+from compression_dags.sparsity.allocation import (
+    UNSTRUCTURED,
+    Allocated,
+    AllocationBench,
+    GriddedAllocation,
+    Matrix,
+    SparsityEvidence,
+    check_target,
+    layer_units,
+    on_grid,
+    per_matrix,
+    sizes,
+)
+
+
+class Given(GriddedAllocation):
+    """Every layer gets the sparsity that is written down for it, and those that are not named get none."""
+
+    method: Literal["given"] = "given"
+    layers: dict[int, float] = Field(min_length=1, description="layer → sparsity; the others keep all weights")
+
+    def allocate(
+        self,
+        matrices: Sequence[Matrix],
+        target: float,
+        evidence: SparsityEvidence,
+        bench: AllocationBench | None = None,
+        pattern: str = UNSTRUCTURED,
+    ) -> Allocated:
+        units = layer_units(matrices)
+        for layer, share in self.layers.items():
+            check_target(share)
+            if layer not in {u.layer for u in units}:
+                raise InputError(f"given: there is no layer {layer}; the model has {len(units)}")
+        shares = np.array([self.layers.get(u.layer, 0.0) for u in units])
+        mean = float(shares @ sizes(units) / sizes(units).sum())
+        if abs(mean - target) > 0.005:
+            raise InputError(f"given: the layers' sparsities come to {mean:.4f} of the weights, not to {target:g}")
+        rows = per_matrix(units, [{"share": float(s)} for s in shares])
+        return Allocated(on_grid(units, shares, mean, self.granularity), rows, {"mean": mean})
