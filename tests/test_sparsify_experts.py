@@ -224,7 +224,7 @@ def case(request, tiny_model, tmp_path_factory):
     return source, stored_evidence(source, folder, out), bench
 
 
-@pytest.mark.parametrize("method", ALLOCATORS)
+@pytest.mark.parametrize("method", [name for name in ALLOCATORS if name != "given"])
 def test_every_allocator_meets_the_target(case, method):
     source, evidence, bench = case
     matrices = all_matrices(source)
