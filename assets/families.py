@@ -7,7 +7,7 @@ import dagster as dg
 
 from assets.base_models import base_model
 from assets.calibration import SIMILARITIES, calibration_key
-from assets.evaluation import build_evaluations, build_scorecard, eval_key
+from assets.evaluation import build_evaluations, build_scorecard, eval_key, samples_key
 from assets.merging import build_merge_plan, build_merged_weights, build_recovered_weights, recipe_key, recovered_key
 from assets.quantization import build_quantization_plan, build_quantized_weights
 from assets.sparsity import build_sparse_weights, build_sparsity_plan
@@ -40,9 +40,13 @@ class Family:
     def scorecard(self) -> dg.AssetKey:
         return dg.AssetKey([self.slug, "scorecard"])
 
+    @property
+    def samples(self) -> dg.AssetKey:
+        return samples_key(self.slug)
+
     def keys(self, tasks: Sequence[str]) -> list[dg.AssetKey]:
-        """Everything to materialize for a run that scores `tasks`."""
-        return [*self.shared, *self.stages, *(self.tasks[t] for t in tasks), self.scorecard]
+        """Everything to materialize for a run that scores `tasks`, and lets the model write."""
+        return [*self.shared, *self.stages, *(self.tasks[t] for t in tasks), self.samples, self.scorecard]
 
 
 def build_baseline(tasks: Sequence[Task]) -> Family:

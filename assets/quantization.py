@@ -109,6 +109,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             from compression_dags.checkpoints.facts import weight_facts
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
+            from compression_dags.checkpoints.serving_lint import serving_fact
             from compression_dags.planning.mixed import SchemePlan
             from compression_dags.provenance.decisions import write_decisions
             from compression_dags.stages import bar
@@ -130,6 +131,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
                 )
                 reference = quantizer.reference_logits(source, rounding=model.rounding, **on)
                 gate = check_reload(model.checkpoint.path, reference, **on)
+            gate["serving"] = serving_fact(model.checkpoint.path)
             write_decisions(model.decisions, work.out / DECISIONS)
             facts = weight_facts(model.checkpoint, parameters=weights.facts["parameters"])
             return {**facts, "bits_per_weight": model.bits_per_weight, "scheme": quantizer.scheme, **gate}

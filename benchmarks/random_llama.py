@@ -105,3 +105,8 @@ def layer_flops(args: argparse.Namespace) -> float:
     tokens = args.sequences * args.length
     parameters = sum(int(np.prod(s)) for s in shapes(args).values() if len(s) == 2)
     return 2.0 * parameters * tokens + 2.0 * tokens * args.length * args.hidden
+
+
+def hessian_flops(args: argparse.Namespace) -> float:
+    """Of one layer's Hessians over all calibration tokens: four inputs, three as wide as the model."""
+    return 2.0 * args.sequences * args.length * (3 * args.hidden**2 + args.inter**2)

@@ -6,8 +6,8 @@
 
 MODEL_DIR is a checkpoint directory. One calibration pass serves all allocations; every row says what was asked, the
 seconds of plan and pruning, the perplexity, and the bytes that its weights need when zeros are stored as a bitmask.
-`--checkpoints` scores folders that other tools wrote from the same tokens (saved by `--tokens FILE.npy`). No Dagster is
-needed, so this runs on a machine that has only torch and transformers.
+`--checkpoints` scores folders that other tools wrote from the same tokens (saved by `--tokens FILE.npy`), pruned ones
+or quantized ones. No Dagster is needed, so this runs on a machine that has only torch and transformers.
 """
 
 from __future__ import annotations
@@ -169,11 +169,13 @@ class Study:
 
     def zeros(self, checkpoint: Checkpoint) -> dict[str, float | int]:
         """Share of zeros over the projections, and the bytes of all weights with a bit a projection weight and only
-        non-zero values stored."""
+        non-zero values stored. A quantized checkpoint holds codes and no weights: only its bytes."""
+        whole = sum(t.nbytes for t in checkpoint.tensors.values())
+        if checkpoint.raw_config.get("quantization_config"):
+            return {"bytes": whole}
         matrices = all_matrices(checkpoint)
         tensors = [checkpoint.tensor(f"{m.name}.weight") for m in matrices]
         zeros, numel = sum(int((t == 0).sum()) for t in tensors), sum(t.numel() for t in tensors)
-        whole = sum(t.nbytes for t in checkpoint.tensors.values())
         packed = whole - zeros * tensors[0].element_size() + numel // 8
         return {"zeros": zeros / numel, "bytes": whole, "bitmask_bytes": packed}
 

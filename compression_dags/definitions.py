@@ -159,7 +159,7 @@ def _jobs(families: dict[str, Family], banks: Sequence[dg.AssetKey]):
         for family in families.values()
         if family.name != BASELINE
     ]
-    evaluations = [key for f in families.values() for key in (*f.tasks.values(), f.scorecard)]
+    evaluations = [key for f in families.values() for key in (*f.tasks.values(), f.samples, f.scorecard)]
     evaluate = dg.define_asset_job(
         "evaluate_all",
         dg.AssetSelection.assets(*evaluations) | summary,

@@ -32,9 +32,11 @@ class Evaluator(dg.ConfigurableResource):
         return data_digest(task, self.folders)
 
     @contextlib.contextmanager
-    def session(self, checkpoint: Path, missing: list[Task], accelerator: Accelerator) -> Iterator["Session"]:
-        """Hold the device while there is something to score; without it nothing is loaded."""
-        if not missing:
+    def session(
+        self, checkpoint: Path, missing: list[Task], accelerator: Accelerator, *, generate: bool = False
+    ) -> Iterator["Session"]:
+        """Hold the device while there is something to score or to generate; without it nothing is loaded."""
+        if not missing and not generate:
             yield Session(checkpoint, missing, self.folders, Device("cpu", "float32"))
             return
         with accelerator.lease() as device:
@@ -85,6 +87,12 @@ class Session:
             result.frame().to_parquet(directory / "windows.parquet", index=False)
             return result.metrics
         return self.harness_scores[task.name]
+
+    def samples(self) -> list[str] | None:
+        """Continuations of the fixed prompts; None of a model without a tokenizer."""
+        from compression_dags.evaluation.samples import continuations, has_tokenizer
+
+        return continuations(self.model, self.tokenizer) if has_tokenizer(self.checkpoint) else None
 
     def guard(self, slug: str, task: Task, metrics: dict[str, float]) -> None:
         """Stop the run when a known dense model scores far from its known value."""

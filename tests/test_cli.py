@@ -79,6 +79,10 @@ def test_run_json_has_the_promised_keys(ran):
     assert shared <= {key.split("/")[-1] for key in ran["recipes"]["cut-20"]["assets"]}
     scores = {n: e["scores"]["heldout_stories"]["perplexity@512"] for n, e in ran["recipes"].items()}
     assert scores["cut-20-ls"] < scores["cut-20"]
+    assert (
+        "baseline/samples" not in ran["recipes"]["cut-20"]["assets"]
+        and "cut_20/samples" in ran["recipes"]["cut-20"]["assets"]
+    )
     assert ran["recipes"]["cut-20-ls-w8"]["bytes"] < ran["recipes"]["cut-20-ls"]["bytes"] / 2
 
 
@@ -99,6 +103,7 @@ def test_human_output_has_table_report_and_ui_line(desk, ran):
     report = next(line.split(": ")[1] for line in out.splitlines() if line.startswith("report:"))
     html = Path(report).read_text()
     assert "cut-20" in html and "data:image/png" in html
+    assert "<h2>What they write</h2>" in html and "The capital of France is" in html
 
 
 @pytest.mark.parametrize("recipe", ["cut-20-ls", "cut-20-ls-w8"])
@@ -117,6 +122,7 @@ def test_export_loads_where_this_project_cannot_be_imported(desk, ran, tmp_path,
     assert record["recipe"]["name"] == recipe and record["lineage"]["base_model"]["digest"]
     card = (target / "README.md").read_text()
     assert card.startswith("---\nbase_model: stories260k") and "| recover | least-squares |" in card
+    assert "| Once upon a time | " in card and len(record["samples"]["texts"]) == 3
     assert str(desk) not in card and str(PROJECT) not in card
     refused = cli(desk, "export", "-m", "stories260k", "-r", recipe, "--to", str(target))
     assert refused.returncode == 2 and "new or empty" in refused.stderr

@@ -167,7 +167,9 @@ def test_another_ratio_computes_only_from_the_plan_on(home, first):
     recipes["shortgpt-30"] = replace(recipes["shortgpt-30"], stages=(merge,))
     found = run(home, recipes, names=["shortgpt-30"])
     computed = {k for k, (cache, _) in found.items() if cache == "computed"}
-    family = {f"shortgpt_30/{n}" for n in ("merge_plan", "merged_weights", "eval_heldout_stories", "scorecard")}
+    family = {
+        f"shortgpt_30/{n}" for n in ("merge_plan", "merged_weights", "eval_heldout_stories", "samples", "scorecard")
+    }
     assert computed == family | {"leaderboard", "decision_ledger"}
     assert found["c4_sample_24x128_n256/calibration_activations"][0] == "hit"
 

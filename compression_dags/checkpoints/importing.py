@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 #: Weights above this are not loaded whole; headers, values and tokenizer are checked at any size.
 STOCK_LOAD_LIMIT = 8 * 10**9
 _TINY = 64 * 10**6
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+#: One of them must lie beside the weights.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _COMPANIONS = {".json", ".jinja", ".model", ".txt"}
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)", re.IGNORECASE)
@@ -186,8 +187,8 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 
     path, vocab = checkpoint.path, int(checkpoint.config["vocab_size"])
     # Checked by file: without one, transformers may build an empty tokenizer for the model's family.
-    if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise InputError(f"{path} has no tokenizer: one of {', '.join(_TOKENIZERS)} must lie beside the weights")
+    if not any((path / name).is_file() for name in TOKENIZERS):
+        raise InputError(f"{path} has no tokenizer: one of {', '.join(TOKENIZERS)} must lie beside the weights")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception

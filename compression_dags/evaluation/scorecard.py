@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+
+from compression_dags.evaluation.samples import NO_TOKENIZER
 
 
 def make_scorecard(
@@ -13,12 +16,17 @@ def make_scorecard(
     base: dict[str, Any],
     scores: dict[str, dict[str, float]],
     baseline: dict[str, Any] | None,
+    samples: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Join the size of a family's weights and its scores with the base model's.
+    """Join the size of a family's weights, its scores and what it writes with the base model's.
+
+    Args:
+        samples: `prompts`, and `texts`, a continuation of each (None: the model has no tokenizer).
 
     Returns:
         `layers`, `parameters`, `bytes`; their ratios to the base; `scores` (task → metric → value); `change`
-        (task → metric → relative change for perplexities, difference otherwise); `flat`, one number a metric.
+        (task → metric → relative change for perplexities, difference otherwise); `flat`, one number a metric;
+        `samples` as given, with the base model's texts as `base`.
     """
     dense = (baseline or {}).get("scores", {})
     change = {
@@ -32,7 +40,34 @@ def make_scorecard(
     flat = {f"{t}/{m}": v for t, metrics in scores.items() for m, v in metrics.items() if is_headline(m)}
     size = {name: weights[name] for name in ("layers", "parameters", "bytes")}
     ratios = {f"{name}_ratio": size[name] / base[name] for name in size}
-    return {"family": family, **size, **ratios, "scores": scores, "change": change, "flat": flat}
+    card = {"family": family, **size, **ratios, "scores": scores, "change": change, "flat": flat}
+    if samples:
+        card["samples"] = {**samples, "base": ((baseline or {}).get("samples") or samples)["texts"]}
+    return card
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what the base model and the compressed one add to it."""
+
+    prompt: str
+    base: str
+    this: str
+
+
+def samples_of(card: dict[str, Any]) -> list[Sample]:
+    """What a scorecard says both models write; nothing where there is no tokenizer, or an older card."""
+    found = card.get("samples") or {}
+    if not found.get("texts") or not found.get("base"):
+        return []
+    return [Sample(*row) for row in zip(found["prompts"], found["base"], found["texts"], strict=True)]
+
+
+def samples_note(card: dict[str, Any]) -> str | None:
+    """Why there are no samples; None if there are."""
+    if "samples" not in card:
+        return "nothing was generated"
+    return None if samples_of(card) else NO_TOKENIZER
 
 
 def is_headline(metric: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from compression_dags.evaluation.scorecard import is_headline
+from compression_dags.evaluation.scorecard import is_headline, samples_note, samples_of
 from compression_dags.provenance.artifacts import Artifact, describe_files
 from compression_dags.sparsity.masks import MASKS
 
@@ -31,6 +33,7 @@ def write_card(
         "recipe": recipe,
         "weights": {"fingerprint": weights.fingerprint, "digest": weights.digest, "facts": weights.facts},
         "scores": card["scores"],
+        "samples": card.get("samples"),
         "change": card["change"],
         "lineage": lineage,
         "files": describe_files(directory),
@@ -94,6 +97,7 @@ def _readme(
             "| --- | --- | --- | --- |",
             *scores,
             "",
+            *_on_samples(card),
             "Decisions (every one with its evidence is in the ledger; lineage in `compression.json`):",
             "",
             "| stage | method | action | count |",
@@ -112,6 +116,20 @@ def _on_zeros(share: float | None) -> list[str]:
         f"neither smaller nor faster by itself; `{MASKS}` says where they are, one bit a weight.",
         "",
     ]
+
+
+def _on_samples(card: dict[str, Any]) -> list[str]:
+    """What both models write, side by side."""
+    if note := samples_note(card):
+        return [f"Samples: {note}.", ""]
+    rows = [f"| {' | '.join(map(_cell, (s.prompt, s.base, s.this)))} |" for s in samples_of(card)]
+    head = ["Greedy continuations of fixed prompts:", "", "| prompt | base | this |", "| --- | --- | --- |"]
+    return [*head, *rows, ""]
+
+
+def _cell(text: str) -> str:
+    """Text that no Markdown or HTML in it can turn into something else, on one line."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _change(card: dict[str, Any], task: str, metric: str) -> str:

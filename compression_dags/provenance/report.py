@@ -7,8 +7,9 @@ import html
 from pathlib import Path
 from typing import Any
 
-from compression_dags.evaluation.scorecard import is_headline, leaderboard_frame
+from compression_dags.evaluation.scorecard import Sample, is_headline, leaderboard_frame, samples_note, samples_of
 from compression_dags.provenance.plots import scatter_png
+from compression_dags.recipes import BASELINE
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:1100px;margin:2.5rem auto;padding:0 1.5rem}
@@ -17,6 +18,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem
 th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #e4e7eb;white-space:nowrap}
 th:first-child,td:first-child{text-align:left} th{background:#f5f7fa} tr.baseline td{background:#fff7e6}
 .worse{color:#b91c1c} .better{color:#047857} .soft{color:#616e7c} img{max-width:100%}
+td.text{white-space:pre-wrap;text-align:left;vertical-align:top;min-width:16rem} summary{cursor:pointer}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1rem}
 """
 
@@ -41,7 +43,10 @@ def write_report(
         _table(cards),
         "<h2>Scores against size</h2><div class=plots>",
         *(_image(name, png) for name, png in plots.items()),
-        "</div><h2>Similarity of layers</h2><div class=plots>",
+        "</div><h2>What they write</h2>",
+        "<p class=soft>Greedy continuations of fixed prompts; grey as far as both models agree.</p>",
+        *(_samples(card) for card in cards if card["family"] != BASELINE),
+        "<h2>Similarity of layers</h2><div class=plots>",
         *(_image(name, png) for name, png in similarity_plots.items()),
         "</div>",
     ]
@@ -63,6 +68,26 @@ def score_plots(cards: list[dict[str, Any]]) -> dict[str, bytes]:
             points, "weights, ratio to the base model's bytes", f"{task} {metric}", baseline="baseline"
         )
     return plots
+
+
+def _samples(card: dict[str, Any]) -> str:
+    """One recipe's continuations beside the base model's."""
+    title = f"<summary>{html.escape(card['family'])}</summary>"
+    if note := samples_note(card):
+        return f"<details>{title}<p class=soft>{html.escape(note)}</p></details>"
+    head = "<tr><th>prompt</th><th>base model</th><th>this recipe</th></tr>"
+    rows = "".join(_sample_row(sample) for sample in samples_of(card))
+    return f"<details open>{title}<table>{head}{rows}</table></details>"
+
+
+def _sample_row(sample: Sample) -> str:
+    pairs = enumerate(zip(sample.base, sample.this, strict=False))
+    agreed = next((i for i, (a, b) in pairs if a != b), min(len(sample.base), len(sample.this)))
+    cells = "".join(
+        f"<td class=text><span class=soft>{html.escape(text[:agreed])}</span>{html.escape(text[agreed:])}</td>"
+        for text in (sample.base, sample.this)
+    )
+    return f"<tr><td class=text>{html.escape(sample.prompt)}</td>{cells}</tr>"
 
 
 def _table(cards: list[dict[str, Any]]) -> str:

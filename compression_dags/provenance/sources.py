@@ -200,6 +200,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "compression_dags.evaluation.tasks:HarnessTask.version",
         ("compression_dags.evaluation.harness",),
     ),
+    "samples": ("compression_dags.evaluation.samples:VERSION", ()),
 }
 
 
