@@ -42,14 +42,7 @@ def main() -> None:
     args = _arguments()
     base = Checkpoint(args.model)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows: list[dict[str, Any]] = []
-
-    def record(**row: Any) -> None:
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if args.out:
-            args.out.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}))
-
+    record = recorder(args, [])
     study = Study(args, base, tokenizer, record)
     if not args.chains_only:
         record(method="dense", removed=0, **study.scores(base.path))
@@ -63,8 +56,20 @@ def main() -> None:
                 record(merge=options, removed=removed, failed=f"{type(error).__name__}: {error}")
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def recorder(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Callable[..., None]:
+    """Appends a row, prints it, and writes all of them to `--out`."""
+
+    def record(**row: Any) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}))
+
+    return record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, its device, the calibration set and how it is scored."""
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -73,17 +78,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--tasks", default="", help="lm-eval tasks, 0-shot, from --eval-data")
+    parser.add_argument("--eval-data", type=Path, default=None)
+    parser.add_argument("--limit", type=int, default=None, help="items of every lm-eval task")
+    parser.add_argument("--out", type=Path, default=None)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     parser.add_argument(
         "--merges", type=json.loads, default=[{"method": m} for m in ("reverse", "shortgpt", "angular")]
     )
     parser.add_argument("--removed", default="3,6,9", help="layers removed, for merges that do not say `layers`")
     parser.add_argument("--chains-only", action="store_true", help="score neither the base model nor the bare plans")
     parser.add_argument("--recoveries", type=json.loads, default=[[]], help="JSON list of lists of recover stages")
-    parser.add_argument("--tasks", default="", help="lm-eval tasks, 0-shot, from --eval-data")
-    parser.add_argument("--eval-data", type=Path, default=None)
     parser.add_argument("--tasks-at", type=int, default=None, help="only at this many layers removed (and dense)")
-    parser.add_argument("--limit", type=int, default=None, help="items of every lm-eval task")
-    parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()
 
 

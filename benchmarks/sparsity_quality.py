@@ -158,7 +158,7 @@ class Study:
                 plan_seconds=round(planned - start, 2),
                 seconds=round(pruned - planned, 2),
                 **self.score_in_place(found.tensors),
-                **self.zeros(found.checkpoint),
+                **sizes(found.checkpoint),
                 **self._notes(plan.evidence, found),
             )
 
@@ -166,18 +166,6 @@ class Study:
     def _notes(evidence: Any, found: Sparsified) -> dict[str, Any]:
         summary = {k: v for k, v in evidence["summary"].items() if k in {"rise", "at_lower", "at_upper", "forced"}}
         return {"mean_output_error": found.facts.get("mean_output_error"), "notes": evidence["notes"], **summary}
-
-    def zeros(self, checkpoint: Checkpoint) -> dict[str, float | int]:
-        """Share of zeros over the projections, and the bytes of all weights with a bit a projection weight and only
-        non-zero values stored. A quantized checkpoint holds codes and no weights: only its bytes."""
-        whole = sum(t.nbytes for t in checkpoint.tensors.values())
-        if checkpoint.raw_config.get("quantization_config"):
-            return {"bytes": whole}
-        matrices = all_matrices(checkpoint)
-        tensors = [checkpoint.tensor(f"{m.name}.weight") for m in matrices]
-        zeros, numel = sum(int((t == 0).sum()) for t in tensors), sum(t.numel() for t in tensors)
-        packed = whole - zeros * tensors[0].element_size() + numel // 8
-        return {"zeros": zeros / numel, "bytes": whole, "bitmask_bytes": packed}
 
     def quantize(self, options: dict[str, Any]) -> None:
         stage = METHODS["quantize"][options["method"]].model_validate(options)
@@ -190,6 +178,18 @@ class Study:
             size = sum(f.stat().st_size for f in found.checkpoint.path.glob("*.safetensors"))
             scored = self.score(found.checkpoint.path)
             self.record(quantize=options, seconds=round(time.monotonic() - start, 2), **scored, bytes=size)
+
+
+def sizes(checkpoint: Checkpoint) -> dict[str, float | int]:
+    """Bytes of all tensors; of a model that is not quantized also the share of zeros over its projections, and the
+    bytes with a bit a projection weight and only non-zero values stored."""
+    whole = sum(t.nbytes for t in checkpoint.tensors.values())
+    if checkpoint.raw_config.get("quantization_config"):
+        return {"bytes": whole}
+    tensors = [checkpoint.tensor(f"{m.name}.weight") for m in all_matrices(checkpoint)]
+    zeros, numel = sum(int((t == 0).sum()) for t in tensors), sum(t.numel() for t in tensors)
+    packed = whole - zeros * tensors[0].element_size() + numel // 8
+    return {"zeros": zeros / numel, "bytes": whole, "bitmask_bytes": packed}
 
 
 if __name__ == "__main__":
