@@ -54,13 +54,14 @@ def main() -> None:
             args.out.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}))
 
     study = Study(args, record)
-    for call in [study.dense, *(lambda s=s: study.prune(s) for s in args.stages)]:
+    calls: list[tuple[Callable[..., None], Any]] = [(study.prune, s) for s in args.stages]
+    calls += [(study.quantize, options) for options in args.quantize]
+    study.dense()
+    for call, options in calls:
         try:
-            call()
+            call(options)
         except Exception as error:  # one method's fault must not cost the others' figures
-            record(failed=f"{type(error).__name__}: {error}")
-    for options in args.quantize:
-        study.quantize(options)
+            record(asked=options, failed=f"{type(error).__name__}: {error}")
     for folder in args.checkpoints:
         record(checkpoint=folder.name, **study.score(folder), **study.zeros(Checkpoint(folder)))
 
