@@ -54,12 +54,14 @@ def test_folding_alone_changes_nothing(tiny_model, family, tmp_path):
     torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "smoothquant gptq"])
 @pytest.mark.parametrize("family", DENSE)
 def test_reloads_exactly(tiny_model, family, method, tmp_path):
     source = Checkpoint(tiny_model(family))
-    scheme = {"awq": {"scheme": "W8A16", "group_size": 8}, "smoothquant": {"scheme": "W8A8"}}[method]
-    stage = METHODS["quantize"][method].model_validate({"method": method, **scheme})
+    scheme = {"awq": {"scheme": "W8A16", "group_size": 8}, "smoothquant": {"scheme": "W8A8"}}
+    scheme["smoothquant gptq"] = {"scheme": "W8A8", "rounding": "gptq"}
+    name = method.split()[0]
+    stage = METHODS["quantize"][name].model_validate({"method": name, **scheme[method]})
     assert isinstance(stage, QuantizeStage)
     made = stage.quantize(source, tmp_path, blocks=random_blocks(padded=True))
     logits = stage.reference_logits(source, rounding=made.rounding)
@@ -148,6 +150,31 @@ def test_smoothing_helps_where_inputs_have_outliers(dense, tmp_path):
         logits = stage.reference_logits(source, ids, rounding=made.rounding)
         lost[name] = float((logits - wanted).norm() / wanted.norm())
     assert lost["smooth"] < 0.7 * lost["rtn"] and lost["smooth-gptq"] < 0.7 * lost["rtn"], lost
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_inputs_without_a_norm_are_smoothed_too(dense, tmp_path, rounding):
+    """One row of up is 600 times the rest, and the column that reads it a 600th: down's input has an outlier."""
+
+    def outlier(tensors):
+        for layer in range(2):
+            tensors[f"model.layers.{layer}.mlp.up_proj.weight"][3] *= 600
+            tensors[f"model.layers.{layer}.mlp.down_proj.weight"][:, 3] /= 600
+
+    import shutil
+
+    shutil.copytree(dense.path, tmp_path / "odd")
+    edit_weights(tmp_path / "odd", outlier)
+    source, ids = Checkpoint(tmp_path / "odd"), probe_ids(256, 64)
+    with torch.inference_mode():
+        wanted = load_stock(source.path)(ids).logits
+    lost = {}
+    for where in ("norms", "all"):
+        stage = SmoothQuant(scheme="W8A8", where=where, rounding=rounding)
+        made = stage.quantize(source, tmp_path / where, blocks=tokens())
+        logits = stage.reference_logits(source, ids, rounding=made.rounding)
+        lost[where] = float((logits - wanted).norm() / wanted.norm())
+    assert lost["all"] < 0.7 * lost["norms"], lost
 
 
 def test_a_killed_run_goes_on(dense, tmp_path, monkeypatch):

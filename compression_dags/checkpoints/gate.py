@@ -49,16 +49,18 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     """
     from transformers import AutoModelForCausalLM
 
+    # Straight to the device: weights that transformers 5.17 dequantizes while loading do not follow a later `.to`.
+    where = {} if device == "cpu" else {"device_map": {"": device}}
     with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, local_files_only=True
+            directory, dtype=dtype, output_loading_info=True, local_files_only=True, **where
         )
     model, info = loaded
     problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if problems:
         text = "; ".join(f"{kind}: {', '.join(names[:3])} ({len(names)})" for kind, names in problems.items())
         raise IntegrityError(f"{directory} does not load cleanly in stock transformers: {text}")
-    model = model.to(device).eval()
+    model = model.eval()
     if getattr(model.config, "quantization_config", None) is not None:
         with quiet():  # compressed-tensors unpacks all weights at the first forward
             model(probe_ids(model.config.vocab_size, 2).to(device))

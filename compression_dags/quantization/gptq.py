@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -80,10 +80,17 @@ def sweep_group(
     factor = inverse_factor(ordered, stage.damping, label)
     stored = next(iter(weights.values())).dtype
     swept = round_sweep(target, factor, choice.grid(), spans, stored=stored, order=order, kept=kept, name=label)
-    found = {}
+    found: dict[str, tuple[Rounded, dict[str, Any]]] = {}
     for (a, b), name, part in zip(spans, weights, swept.parts, strict=True):
         lost, whole = swept.error[a:b].double().sum(), energy(target[a:b], hessian)
         error = float((lost / whole).sqrt()) if whole > 0 else 0.0
         rounded = Rounded(as_bytes(part.codes, choice.format.kind), part.scales)
         found[name] = (rounded, {"output_error": error, **factor.evidence})
-    return RoundedGroup(found, columns)
+
+    def again(name: str, rows: Tensor | None) -> Rounded:
+        """Rows are rounded independently: one that is divided keeps its codes."""
+        rounded = found[name][0]
+        return rounded if rows is None else rounded.divided_rows(rows, name)
+
+    own = choice.grid().scaling == "stored" and choice.grid().block_rows == 1
+    return RoundedGroup(found, columns, again if own else None)

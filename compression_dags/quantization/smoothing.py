@@ -40,9 +40,15 @@ class Fold:
 
     def even(self, x: Tensor) -> Tensor:
         """A mean square (in,) made equal for channels that must share a factor."""
-        if self.shared is None:
-            return x
-        return x.reshape(self.shared).mean(1, keepdim=True).expand(self.shared).reshape(-1)
+        return x if self.shared is None else self._spread(x.reshape(self.shared).mean(1, keepdim=True))
+
+    def widest(self, x: Tensor) -> Tensor:
+        """A peak (in,) likewise."""
+        return x if self.shared is None else self._spread(x.reshape(self.shared).amax(1, keepdim=True))
+
+    def _spread(self, one: Tensor) -> Tensor:
+        assert self.shared is not None
+        return one.expand(self.shared).reshape(-1)
 
     def exact(self, columns: Tensor) -> Tensor:
         """The factors that γ, rounded to its stored dtype, really divides by: no error is left in the fold.

@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 
 
 class SmoothQuant(GPTQ):
-    """Divide the inputs that a norm makes by s_j = max|x_j|^α / max|W_j|^(1 − α), and round to nearest (or by GPTQ).
+    """Divide inputs by s_j = max|x_j|^α / max|W_j|^(1 − α), and round to nearest (or by GPTQ).
 
-    For schemes that round inputs. Inputs of the output projections have no norm before them and stay, as in the paper.
+    For schemes that round inputs. The paper's are those that a norm makes. Inputs of the output projections are made
+    by the rows of v and up, which have scales of their own, so that dividing them costs nothing: `where: all`.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     method: Literal["smoothquant"] = "smoothquant"
-    alpha: float = Field(0.5, ge=0, le=1, description="migration strength: 0 moves nothing but the weights' ranges")
+    alpha: float = Field(0.65, ge=0, le=1, description="migration strength; the paper takes 0.5")
+    where: Literal["all", "norms"] = Field(
+        "all", description="norms: inputs that a norm makes (the paper); all: also those that v and up make"
+    )
     rounding: Literal["rtn", "gptq"] = "rtn"
 
     @model_validator(mode="after")
@@ -46,15 +50,20 @@ class SmoothQuant(GPTQ):
         from compression_dags.quantization.awq import nearest_group
 
         columns = None
-        if fold is not None and fold.norm and choice.format.activations < 16:
-            columns = fold.exact(migration(seen, list(weights.values()), self.alpha, label))
+        if fold is not None and (fold.norm or self.where == "all") and choice.format.activations < 16:
+            columns = migration(seen, list(weights.values()), self.alpha, label, fold)
+            if fold.rows:  # stored scales of those rows are divided, maybe in float16: a common factor is free
+                columns = (columns / (columns.max() * columns.min()).sqrt()).clamp(1e-3, 1e3)
+            columns = fold.exact(columns)
         if self.rounding == "gptq":
             return sweep_group(self, weights, seen, choice, label, columns)
         return nearest_group(weights, choice, columns)
 
 
-def migration(seen: InputSums, weights: list[Tensor], alpha: float, label: str) -> Tensor:
+def migration(seen: InputSums, weights: list[Tensor], alpha: float, label: str, fold: Fold | None = None) -> Tensor:
     """s (in,) float32 of matrices (out_i, in): the paper's equation 4. Inputs or weights that are 0 keep s = 1.
+
+    Channels that share a factor (`fold`) take the largest of their peaks.
 
     Raises:
         IntegrityError: an input was not finite.
@@ -63,5 +72,7 @@ def migration(seen: InputSums, weights: list[Tensor], alpha: float, label: str) 
 
     peak = seen.peak(label)
     wide = torch.stack([w.float().abs().amax(0) for w in weights]).amax(0)
+    if fold is not None:
+        peak, wide = fold.widest(peak), fold.widest(wide)
     columns = peak.pow(alpha) / wide.pow(1 - alpha)
     return torch.where((peak > 0) & (wide > 0), columns, torch.ones_like(columns))

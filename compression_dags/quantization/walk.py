@@ -82,8 +82,8 @@ class RoundWalk(SequentialWalk):
             raise IntegrityError(f"{label}: no calibration tokens reached it")
         choice = self.choices[next(iter(chosen))]
         fold = fold_of(self.source, index, self._group(chosen)) if len(chosen) == len(held) else None
-        if fold and fold.rows and f"{fold.prefix}{fold.rows}" not in self._again:
-            fold = None  # what would take the factors is not quantized
+        if fold and fold.rows and self._again.get(f"{fold.prefix}{fold.rows}") is None:
+            fold = None  # what would take the factors is not quantized, or cannot
         group = self.stage.round_folded(chosen, seen, choice, label, fold)
         for name, (rounded, evidence) in group.found.items():
             self.rounded[name] = rounded.to("cpu")

@@ -97,6 +97,21 @@ class Rounded:
     def to(self, device: torch.device | str) -> Rounded:
         return Rounded(self.codes.to(device), self.scales.to(device))
 
+    def divided_rows(self, factors: torch.Tensor, name: str = "weight") -> Rounded:
+        """diag(1 / factors) Ŵ: the same codes, their scales divided. Rows must have scales of their own, as stored.
+
+        Args:
+            factors: (out,), above 0.
+
+        Raises:
+            IntegrityError: a scale leaves the range of its dtype.
+        """
+        scales = self.scales
+        divided = (scales.scale.float() / factors[:, None]).to(scales.scale.dtype)
+        if not bool((torch.isfinite(divided) & (divided > 0)).all()):
+            raise IntegrityError(f"{name}: a scale leaves {divided.dtype} when its row is divided")
+        return Rounded(self.codes, Scales(scales.grid, divided, scales.zero_point))
+
     def relative_error(self, weight: torch.Tensor) -> float:
         """‖W − Ŵ‖ / ‖W‖ with float64 sums; 0 for a matrix of zeros."""
         norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
