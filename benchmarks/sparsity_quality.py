@@ -63,7 +63,7 @@ def main() -> None:
         except Exception as error:  # one method's fault must not cost the others' figures
             record(asked=options, failed=f"{type(error).__name__}: {error}")
     for folder in args.checkpoints:
-        record(checkpoint=folder.name, **study.score(folder), **study.zeros(Checkpoint(folder)))
+        record(checkpoint=folder.name, **study.score(folder), **sizes(Checkpoint(folder)))
 
 
 def _arguments() -> argparse.Namespace:
