@@ -135,8 +135,8 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
 @click.option("--group-size", type=click.IntRange(16), default=None, help="Inputs sharing a scale; default 64.")
 @click.option("--sparsities", default=None, metavar="A,B", help="Shares of zeros to choose from, for --params.")
 @click.option("--depth/--no-depth", default=True, help="Also drop and merge layers.")
-@click.option("--quantizer", default="gptq", show_default=True, help="Method of the quantize stage.")
-@click.option("--recover", default=None, metavar="METHOD", help="Recovery after layers went, e.g. least-squares.")
+@click.option("--quantizer", default="gptq", show_default=True, help="Method, or {method: …, …}.")
+@click.option("--recover", default="auto", show_default=True, help="After layers went: none, a method, or {method: …}.")
 @click.option("--name", default=None, help="Name of the recipe; with several budgets, its beginning.")
 @click.option("--to", "folder", default=None, metavar="DIR", help="Where the recipe goes; default: the recipes folder.")
 @click.option("--sequences", type=click.IntRange(2), default=None, help="Calibration sequences.")
@@ -144,13 +144,13 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
 @run_options
 def plan(model: str, home: Path, as_json: bool, **options: Any) -> None:
     """Measure what every layer could become, choose the best for a budget, write it as a recipe."""
-    from compression_dags.cli_plan import budgets_of, plan_budgets, planning_options
+    from compression_dags.cli_plan import budgets_of, plan_budgets, planning_options, quantizer_of
 
     settings = _settings(home, *(options.pop(key) for key in ("device", "dtype", "eval_data")))
     budgets = budgets_of(**{key: options.pop(key) for key in ("sizes", "parameters", "bits")})
-    bank, calibration = planning_options(
-        **{key: options.pop(key) for key in ("schemes", "group_size", "sparsities", "depth", "sequences", "length")}
-    )
+    options["quantizer"] = quantizer_of(options["quantizer"])
+    asked = ("schemes", "group_size", "sparsities", "depth", "recover", "sequences", "length")
+    bank, calibration = planning_options(quantizer=options["quantizer"], **{key: options.pop(key) for key in asked})
     folder = options.pop("folder")
     found = plan_budgets(
         model, budgets, settings, options=bank, calibration=calibration, folder=folder and Path(folder), **options

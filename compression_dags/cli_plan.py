@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+import yaml
+from pydantic import BaseModel, ValidationError
 
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.planning.alternatives import Bank, BankOptions
-from compression_dags.planning.emit import recipe_of, recipe_text
+from compression_dags.planning.emit import QUANTIZER, recipe_of, recipe_text
 from compression_dags.planning.solve import Measure, Solution, solve
 from compression_dags.recipes import NAME, load_recipe, recipes_folder
 from compression_dags.registry import METHODS
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from compression_dags.definitions import Settings
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+#: Options of a quantizer that the plan chooses.
+PLANNED = {"scheme", "group_size", "bits", "candidates", "overrides"}
 MADE = "# Made by `compression-dags plan`."
 
 
@@ -66,6 +69,46 @@ def parse_budget(text: str) -> float:
     return float(found[1]) * _UNITS[unit]
 
 
+def method_of(text: str) -> dict[str, Any]:
+    """`gptq`, or `{method: gptq, act_order: false}` → options.
+
+    Raises:
+        InputError: neither a name nor a mapping with one.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    options = {"method": found} if isinstance(found, str) else found
+    if not isinstance(options, dict) or not isinstance(options.get("method"), str):
+        raise InputError(f"{text!r} is no method: give its name, or options as in a recipe: {{method: NAME, …}}")
+    return options
+
+
+def quantizer_of(text: str) -> dict[str, Any]:
+    """Options of the quantizer of planned recipes, which get their schemes from the plan.
+
+    Raises:
+        InputError: an unknown method or option, or a scheme.
+    """
+    options = method_of(text)
+    if options["method"] not in METHODS["quantize"]:
+        raise InputError(f"quantizer {options['method']!r} is unknown; allowed: {', '.join(METHODS['quantize'])}")
+    if given := sorted(PLANNED & options.keys()):
+        raise InputError(f"quantizer: {given[0]} is what plan decides; leave it out")
+    _validated(METHODS["quantize"][options["method"]], options | {"scheme": "W4A16"}, "quantizer")
+    return options
+
+
+def _validated(model: type[BaseModel], options: dict[str, Any], label: str) -> Any:
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, value = ".".join(map(str, first["loc"])), "" if isinstance(first["input"], dict) else first["input"]
+        raise InputError(f"{label}: {where}: {value!r}: {first['msg']}") from None
+
+
 def budgets_of(
     sizes: tuple[str, ...], parameters: tuple[str, ...], bits: tuple[str, ...]
 ) -> list[tuple[Measure, float]]:
@@ -86,25 +129,25 @@ def planning_options(
     group_size: int | None,
     sparsities: str | None,
     depth: bool,
+    quantizer: dict[str, Any],
+    recover: str,
     sequences: int | None,
     length: int | None,
 ) -> tuple[BankOptions, Calibration]:
     """Options of the bank and of its calibration set, defaults where nothing is given.
 
     Raises:
-        InputError: an unknown scheme.
+        InputError: an unknown scheme, recovery method or option.
     """
-    asked: dict[str, Any] = {"depth": depth}
+    asked: dict[str, Any] = {"depth": depth, "rounding": "rtn" if quantizer["method"] == "rtn" else "gptq"}
+    asked["recover"] = (
+        {"auto": "auto", "none": None}.get(recover) if recover in ("auto", "none") else method_of(recover)
+    )
     asked |= {"group_size": group_size} if group_size else {}
     asked |= {"sparsities": [s.strip() for s in sparsities.split(",")]} if sparsities else {}
     asked |= {"schemes": [s.strip() for s in schemes.split(",")]} if schemes else {}
     given = {k: v for k, v in (("sequences", sequences), ("length", length)) if v is not None}
-    try:
-        return BankOptions.model_validate(asked), Calibration.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, value = ".".join(map(str, first["loc"])), "" if isinstance(first["input"], dict) else first["input"]
-        raise InputError(f"plan: {where}: {value!r}: {first['msg']}") from None
+    return _validated(BankOptions, asked, "plan"), _validated(Calibration, given, "plan")
 
 
 def plan_budgets(
@@ -114,8 +157,7 @@ def plan_budgets(
     *,
     options: BankOptions,
     calibration: Calibration,
-    quantizer: str = "gptq",
-    recover: str | None = None,
+    quantizer: dict[str, Any] = QUANTIZER,
     name: str | None = None,
     folder: Path | None = None,
 ) -> list[Planned]:
@@ -126,10 +168,6 @@ def plan_budgets(
     """
     from compression_dags.architectures import architecture_of
 
-    if quantizer not in METHODS["quantize"]:
-        raise InputError(f"quantizer {quantizer!r} is unknown; allowed: {', '.join(METHODS['quantize'])}")
-    if recover is not None and recover not in METHODS["recover"]:
-        raise InputError(f"recover {recover!r} is unknown; allowed: {', '.join(METHODS['recover'])}")
     slug, bank, config, cached = _bank(model, settings, options, calibration)
     solved = [solve(bank, measure, budget) for measure, budget in budgets]
     found: list[Planned] = []
@@ -145,7 +183,6 @@ def plan_budgets(
             description=f"{slug} in {_spoken(measure, budget)}: predicted KL {solution.cost:.4f} nats a token",
             calibration=calibration.model_dump(mode="json", exclude_defaults=True),
             quantizer=quantizer,
-            recover=recover,
         )
         _write(path, own, recipe, recipe_text(recipe, solution, bank))
         found.append(Planned(own, path, solution, measure, budget, cached))

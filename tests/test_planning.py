@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from concat_cases import random_blocks
 from pydantic import ValidationError
 
+from compression_dags.calibration.scored_rows import chosen_rows
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli import main
-from compression_dags.cli_plan import budgets_of, parse_budget, planning_options
+from compression_dags.cli_plan import budgets_of, parse_budget, planning_options, quantizer_of
 from compression_dags.errors import InputError
 from compression_dags.merging.planned import Planned
 from compression_dags.planning.alternatives import Alternative, Bank, BankOptions
@@ -42,16 +43,21 @@ def bank(source):
 
 def kl_of(source, other):
     """Mean KL of the next-token distributions of two stock models on the bank's sequences, the long way."""
+    return kl_on(chosen_rows(random_blocks(), range(4)), source.path, other)
+
+
+def kl_on(blocks, *paths):
     from compression_dags.checkpoints.gate import load_stock
 
-    blocks = random_blocks()
-    ids = torch.from_numpy(blocks.ids[:4]).long()
+    ids = torch.from_numpy(blocks.ids).long()
+    assert blocks.lengths.min() == blocks.ids.shape[1]
     with torch.inference_mode():
-        base, changed = (torch.log_softmax(load_stock(p)(ids).logits, -1) for p in (source.path, other))
+        base, changed = (torch.log_softmax(load_stock(p)(ids).logits, -1) for p in paths)
     return float((base.exp() * (base - changed)).sum(-1).mean())
 
 
-def test_costs_are_what_the_changed_model_loses(source, bank, tmp_path):
+@pytest.mark.parametrize("quantizer", [RTN, GPTQ])
+def test_costs_are_what_the_changed_model_loses(quantizer, source, bank, tmp_path):
     from compression_dags.merging.apply import apply_plan
     from compression_dags.merging.plan import keep_only
 
@@ -63,22 +69,55 @@ def test_costs_are_what_the_changed_model_loses(source, bank, tmp_path):
         assert found.cost == pytest.approx(kl_of(source, dropped.path), rel=1e-4)
     # one group at four bits, the rest ignored: the same by way of the quantizer
     only = r"re:model\.layers\.(?!1\.mlp\.down)"
-    RTN(scheme="W4A16", group_size=16, ignore=("lm_head", only)).quantize(source, tmp_path / "rounded")
-    whole = measure_bank(
-        source, random_blocks(rows=4), BankOptions.model_validate(SMALL | {"depth": False, "first_rows": 4})
-    )
+    asked = {"scheme": "W4A16", "group_size": 16, "ignore": ["lm_head", only]}
+    asked |= {"target": "own"} if quantizer is GPTQ else {}
+    stage = quantizer.model_validate(asked)
+    stage.quantize(source, tmp_path / "rounded", blocks=random_blocks(rows=4))
+    options = SMALL | {"depth": False, "first_rows": 4, "rounding": stage.method}
+    whole = measure_bank(source, random_blocks(rows=4), BankOptions.model_validate(options))
     (own,) = (
         a for a in whole.alternatives if (a.layer, a.group) == (1, "mlp_output") and a.choice == Choice.of("W4A16", 16)
     )
-    ids = random_blocks(rows=4)
-    assert own.rows == 4 and ids.lengths.min() == ids.ids.shape[1]
-    from compression_dags.checkpoints.gate import load_stock
+    assert own.rows == 4
+    lost = kl_on(random_blocks(rows=4), source.path, tmp_path / "rounded")
+    assert own.cost == pytest.approx(lost, rel=1e-3, abs=1e-9)
 
-    tokens = torch.from_numpy(ids.ids).long()
-    with torch.inference_mode():
-        models = (load_stock(path) for path in (source.path, tmp_path / "rounded"))
-        base, changed = (torch.log_softmax(m(tokens).logits, -1) for m in models)
-    assert own.cost == pytest.approx(float((base.exp() * (base - changed)).sum(-1).mean()), rel=1e-3, abs=1e-9)
+
+def test_removals_are_measured_after_recovery(source, tmp_path):
+    """What the bank says of one layer fewer is what the cut and recovered checkpoint loses."""
+    from compression_dags.merging.apply import apply_plan
+    from compression_dags.merging.least_squares import LeastSquares
+    from compression_dags.merging.plan import keep_only
+
+    blocks, recover = random_blocks(rows=8, length=240), {"method": "least-squares", "scope": "sweep"}
+    options = SMALL | {"schemes": ["W8A16"], "recover": recover, "most_removed": 0.5, "first_rows": 4, "length": 240}
+    bank = measure_bank(source, blocks, BankOptions.model_validate(options))
+    assert bank.recovered == recover and len(bank.removed) == 2
+    first = min((a for a in bank.alternatives if a.kind == "drop"), key=lambda a: a.cost).layer
+    plan = keep_only("planned", 4, [i for i in range(4) if i != first])
+    cut = apply_plan(source, plan, tmp_path / "cut")
+    fitting, measured = (chosen_rows(blocks, range(start, 8, 2)) for start in (1, 0))
+    found = LeastSquares.model_validate(recover).recover(source, cut, plan, fitting, tmp_path / "recovered")
+    assert bank.removed[0] == pytest.approx(kl_on(measured, source.path, found.checkpoint.path), rel=1e-3)
+    assert bank.surcharge(1) == pytest.approx(bank.removed[0] - bank_cost(bank, first))
+    recipe = recipe_of(
+        solve(bank, "parameters", cut.numel), bank, source.architecture, name="n", description="", calibration={}
+    )
+    assert {"recover": recover} in recipe["stages"]
+
+
+def bank_cost(bank, layer):
+    return next(a.cost for a in bank.alternatives if a.kind == "drop" and a.layer == layer)
+
+
+def test_recovery_that_cannot_be_had(source):
+    """`auto` goes without; a stage that was asked for is an error."""
+    few = random_blocks(rows=4)
+    bank = measure_bank(source, few, BankOptions.model_validate(SMALL | {"first_rows": 4}))
+    assert bank.recovered is None and bank.surcharge(1) >= 0
+    asked = BankOptions.model_validate(SMALL | {"first_rows": 4, "recover": {"method": "least-squares"}})
+    with pytest.raises(InputError, match=r"least-squares .* has .* fitting tokens and needs"):
+        measure_bank(source, few, asked)
 
 
 def weight_bytes(checkpoint):
@@ -232,7 +271,20 @@ def test_refused_options():
     with pytest.raises(InputError, match="give a budget"):
         budgets_of((), (), ())
     with pytest.raises(InputError, match=r"schemes.*'W9A9'"):
-        planning_options("W9A9", None, None, True, None, None)
+        planning_options("W9A9", None, None, True, {"method": "gptq"}, "auto", None, None)
+    with pytest.raises(InputError, match=r"recover 'magic' is unknown; allowed: .*least-squares"):
+        planning_options(None, None, None, True, {"method": "gptq"}, "magic", None, None)
+    with pytest.raises(InputError, match="plan: scope: 'x'"):
+        planning_options(None, None, None, True, {"method": "gptq"}, "{method: least-squares, scope: x}", None, None)
+    for bad, says in (("[1]", "is no method"), ("{method: gptq, bits: 4}", "bits is what plan decides")):
+        with pytest.raises(InputError, match=says):
+            quantizer_of(bad)
+    with pytest.raises(InputError, match="quantizer 'magic' is unknown"):
+        quantizer_of("magic")
+    with pytest.raises(InputError, match="quantizer: damping: -1"):
+        quantizer_of("{method: gptq, damping: -1}")
+    assert quantizer_of("gptq") == {"method": "gptq"}
+    assert planning_options(None, None, None, True, quantizer_of("rtn"), "none", None, None)[0].recover is None
 
 
 def test_planned_depth(source):

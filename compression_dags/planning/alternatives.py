@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compression_dags.architectures import Architecture
 from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
+from compression_dags.errors import InputError
 from compression_dags.quantization.formats import Choice, Scheme
+
+if TYPE_CHECKING:
+    from compression_dags.merging.recovery import RecoverStage
 
 FILE = "alternatives.json"
 Cell = tuple[int, str]
+BankRounding = Literal["rtn", "gptq"]
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
+
+
+def recovery_of(options: Mapping[str, Any]) -> RecoverStage:
+    """The recovery stage that these options describe.
+
+    Raises:
+        InputError: an unknown method or option.
+    """
+    from compression_dags.registry import METHODS
+
+    method = options.get("method")
+    if method not in METHODS["recover"]:
+        raise InputError(f"recover {method!r} is unknown; allowed: {', '.join(METHODS['recover'])}")
+    return cast("RecoverStage", METHODS["recover"][method].model_validate(options))
 
 
 class BankOptions(BaseModel):
@@ -30,6 +49,12 @@ class BankOptions(BaseModel):
     units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
     sparsities: tuple[float, ...] = Field((), description="shares of zeros that a layer may get (Wanda's masks)")
     depth: bool = Field(True, description="also drop layers, and merge neighbours")
+    rounding: BankRounding = Field("gptq", description="of weights while measuring: to nearest, or by GPTQ (act-order)")
+    recover: Literal["auto"] | dict[str, Any] | None = Field(
+        "auto",
+        description="options of the recovery stage after which removals are measured; auto: least squares where the "
+        "model and the calibration set allow it; null: as they are",
+    )
     most_removed: float = Field(0.35, gt=0, lt=1, description="largest share of the layers that may go")
     rows: int = Field(12, ge=2, description="calibration sequences that survivors are measured on")
     first_rows: int = Field(4, ge=2, description="sequences after which poor alternatives are given up")
@@ -39,6 +64,8 @@ class BankOptions(BaseModel):
     def _first_is_a_part(self) -> BankOptions:
         if bad := [s for s in self.sparsities if not 0 < s < 1]:
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
+        if isinstance(self.recover, dict):
+            recovery_of(self.recover)
         if self.first_rows > self.rows:
             raise ValueError(f"first_rows {self.first_rows} must not exceed rows {self.rows}")
         return self
@@ -104,7 +131,9 @@ class Bank:
     Attributes:
         fixed_bytes, fixed_parameters: of what no alternative touches (embeddings, head, final norm).
         projections: weights in all projections; budgets in bits are averages over them.
-        removed: KL after removing the 1, 2, … cheapest layers together; the sum of their own costs is less.
+        removed: KL after removing the 1, 2, … cheapest layers together: more than the sum of their own costs, unless a
+            recovery stage was run.
+        recovered: its options; None if there was none.
         together: label → (KL with every unit at that scheme or sparsity, the sum of the units' own costs).
     """
 
@@ -117,6 +146,8 @@ class Bank:
     removed: tuple[float, ...] = ()
     together: dict[str, tuple[float, float]] | None = None
     tokens: int = 0
+    rounding: BankRounding = "rtn"
+    recovered: dict[str, Any] | None = None
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(json.dumps(asdict(self), indent=1))
@@ -138,11 +169,13 @@ class Bank:
         return joint / alone if joint > 0 and alone > 0 and math.isfinite(joint) else 1.0
 
     def surcharge(self, count: int) -> float:
-        """What removing `count` layers costs beyond the sum of the cheapest single removals."""
+        """What removing `count` layers costs beyond the sum of the cheapest single removals; below 0 if it is less,
+        which only a recovery stage can bring about."""
         if count == 0:
             return 0.0
         alone = sorted(a.cost for a in self.alternatives if a.kind == "drop")[:count]
-        return max(0.0, self.removed[count - 1] - sum(alone))
+        beyond = self.removed[count - 1] - sum(alone)
+        return beyond if self.recovered else max(0.0, beyond)
 
 
 def label_of(choice: Choice | None) -> str:

@@ -2,8 +2,8 @@
 
 Alternatives of one walk share the states of the layers below them (`merging/scoring.py`), so a change at layer i costs
 the layers from i on. All run on a few sequences first; those that another one beats on bytes and, beyond both standard
-errors, on cost go no further. Matrices are rounded to nearest: a calibrated quantizer will do better, by about as much
-everywhere.
+errors, on cost go no further. Matrices are rounded by GPTQ or to nearest (`planning/rounded.py`); removals together are
+measured after recovery or as they are (`planning/cuts.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from compression_dags.calibration.streaming import DecoderStream
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.quantization.formats import Choice
+    from compression_dags.planning.rounded import RoundedLayers
 
-VERSION = "1"
+VERSION = "2"
 #: Standard errors by which a cost must be worse before an alternative is given up.
 SURE = 2.0
 
@@ -58,9 +58,11 @@ def measure_bank(
         statistics: of the calibration pass; needed for sparsities.
 
     Raises:
-        InputError: no sequence has two tokens; sparsities without statistics.
+        InputError: no sequence has two tokens; sparsities without statistics; a recovery stage that does not fit.
     """
     from compression_dags.calibration.streaming import DecoderStream
+    from compression_dags.planning.cuts import cut_costs, recovery_for
+    from compression_dags.planning.rounded import RoundedLayers
 
     if options.sparsities and statistics is None:
         raise InputError(f"sparsities {list(options.sparsities)} need the statistics of the calibration pass")
@@ -70,28 +72,36 @@ def measure_bank(
     first = rows[:: max(1, len(rows) // options.first_rows)][: options.first_rows]
     rest = [r for r in rows if r not in first]
     bank = empty_bank(source, candidates(source, options))
-    start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length), norms)
+    unseen = _unseen(blocks, rows)
+    rounded = RoundedLayers(stream, chosen_rows(unseen, even_rows(unseen, options.rows)), options.rounding)
+    start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length), norms, rounded)
     costs = dict(enumerate(start.costs(bank.alternatives, track, "alternatives, first sequences")))
     bank = _with(bank, costs, range(len(costs)))
     alive = survivors(bank)
     if rest:
-        more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length), norms)
+        more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length), norms, rounded)
         found = more.costs([bank.alternatives[i] for i in alive], track, "alternatives, all sequences")
         costs |= {i: costs[i] + c for i, c in zip(alive, found, strict=True)}
         bank = _with(bank, costs, alive)
     bank = _merged_schemes(bank, options)
     most = max(1, int(options.most_removed * bank.layers)) if options.depth else 0
     order = [a.layer for a in sorted(bank.alternatives, key=lambda a: a.cost) if a.kind == "drop"][:most]
-    removed = tuple(start.together(p for p in as_is(bank.layers) if p.slot not in order[:k]) for k in _upto(order))
+    recovery = recovery_for(source, options, unseen) if order else None
+    on: dict[str, Any] = {"device": device, "dtype": dtype, "track": track}
+    removed = cut_costs(source, order, start.together, recovery, **on)
     together = {
         label: (start.together(start.all_of(same)), sum(a.cost for a in same)) for label, same in _uniform(bank).items()
     }
     stream.close()
+    bank = replace(bank, rounding=options.rounding, recovered=recovery.options if recovery else None)
     return replace(bank, removed=removed, together=together, tokens=len(rows) * options.length)
 
 
-def _upto(order: list[int]) -> range:
-    return range(1, len(order) + 1)
+def _unseen(blocks: TokenBlocks, rows: list[int]) -> TokenBlocks:
+    """Sequences that fit what is then measured on `rows`: the others, so that no fit to the very text counts as a gain;
+    all of them where the others are fewer."""
+    others = sorted(set(range(len(blocks.lengths))) - set(rows))
+    return chosen_rows(blocks, others) if len(others) >= len(rows) else blocks
 
 
 def _cut(blocks: TokenBlocks, length: int) -> TokenBlocks:
@@ -157,8 +167,10 @@ def _merged_schemes(bank: Bank, options: BankOptions) -> Bank:
 class _Meter:
     """KL of changed models on some sequences."""
 
-    def __init__(self, stream: DecoderStream, blocks: TokenBlocks, norms: Mapping[str, np.ndarray]):
-        self.stream, self.bench, self.norms = stream, LossBench(stream, blocks), norms
+    def __init__(
+        self, stream: DecoderStream, blocks: TokenBlocks, norms: Mapping[str, np.ndarray], rounded: RoundedLayers
+    ):
+        self.stream, self.bench, self.norms, self.rounded = stream, LossBench(stream, blocks), norms, rounded
         self.dense = self.bench.states(as_is(stream.num_layers))
 
     def costs(self, alternatives: Iterable[Alternative], track: Track, says: str) -> list[list[float]]:
@@ -212,7 +224,7 @@ class _Meter:
         if a.kind == "sparsify":
             return self._pruned(a.layer, a.share)
         assert a.choice is not None
-        return self._rounded(a.layer, a.group, a.choice)
+        return self.rounded.group(a.layer, a.group, a.choice)
 
     def _pruned(self, layer: int, share: float) -> dict[str, Tensor]:
         """Wanda's mask, by the norms of the inputs in the base model."""
@@ -228,18 +240,6 @@ class _Meter:
                 weight = source.tensor(source.layer(layer)[f"{projection}.weight"]).to(self.stream.device)
                 score = weight.float().abs() * norms.to(weight.device)
                 found[f"{projection}.weight"] = weight * mask_of_rows(score, Pattern.unstructured(share))
-        return found
-
-    def _rounded(self, layer: int, group: str | None, choice: Choice) -> dict[str, Tensor]:
-        from compression_dags.solvers.rounding import round_to_nearest
-
-        source, found = self.stream.checkpoint, {}
-        names = source.layer(layer)
-        for own in source.architecture.groups:
-            for projection in own.projections if group in (None, own.name) else ():
-                weight = source.tensor(names[f"{projection}.weight"]).to(self.stream.device)
-                grid = choice.fitted(weight.shape[1]).grid()
-                found[f"{projection}.weight"] = round_to_nearest(weight, grid).dequantize()
         return found
 
     def _mean(self, layer: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,6 +13,8 @@ from compression_dags.architectures import Architecture
 from compression_dags.planning.alternatives import Alternative, Bank
 from compression_dags.planning.solve import Solution
 from compression_dags.quantization.formats import Choice
+
+QUANTIZER = {"method": "gptq"}
 
 
 def recipe_of(
@@ -22,10 +25,11 @@ def recipe_of(
     name: str,
     description: str,
     calibration: dict[str, Any],
-    quantizer: str = "gptq",
-    recover: str | None = None,
+    quantizer: Mapping[str, Any] = QUANTIZER,
 ) -> dict[str, Any]:
-    """The recipe's mapping. Layers are numbered as they are after depth was removed."""
+    """The recipe's mapping. Layers are numbered as they are after depth was removed, which is followed by the recovery
+    that the bank was measured with. `quantizer` has method and options of the quantizer, without schemes.
+    """
     stages: list[dict[str, Any]] = []
     depth = [a for a in solution.taken if a.removes]
     if depth:
@@ -33,8 +37,8 @@ def recipe_of(
         fuse = [[a.layer, a.layer + 1] for a in depth if a.kind == "merge"]
         costs = {a.layer: round(a.cost, 6) for a in depth}
         stages.append({"merge": {"method": "planned", "drop": drop, "fuse": fuse, "costs": costs}})
-        if recover:
-            stages.append({"recover": {"method": recover}})
+        if bank.recovered:
+            stages.append({"recover": bank.recovered})
     if sparsify := sparsify_stage(solution):
         stages.append({"sparsify": sparsify})
     if quantize := quantize_stage(solution, bank, architecture, quantizer):
@@ -42,14 +46,16 @@ def recipe_of(
     return {"name": name, "description": description, "calibration": calibration, "stages": stages}
 
 
-def quantize_stage(solution: Solution, bank: Bank, architecture: Architecture, method: str) -> dict[str, Any] | None:
+def quantize_stage(
+    solution: Solution, bank: Bank, architecture: Architecture, quantizer: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Options of the quantizer: the most frequent scheme for all, the others as overrides, what stays dense ignored."""
     chosen = chosen_schemes(solution, bank)
     schemes = Counter(c for c in chosen.values() if c is not None)
     if not schemes:
         return None
     usual = min(schemes, key=lambda c: (-schemes[c], c.scheme))
-    found: dict[str, Any] = {"method": method, **_options(usual)}
+    found: dict[str, Any] = {**quantizer, **_options(usual)}
     kept = _patterns(architecture, [cell for cell, choice in chosen.items() if choice is None])
     if kept:
         found["ignore"] = ["lm_head", *kept]
@@ -111,7 +117,9 @@ def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
         f"# Made by `compression-dags plan`. Predicted KL {solution.cost:.4f} nats a token; "
         f"{solution.bytes:,} bytes of {solution.dense_bytes:,}, {solution.parameters:,} parameters, "
         f"{solution.bits:.2f} bits a weight.",
-        f"# Costs were measured on {bank.tokens:,} calibration tokens, rounded to nearest, one change at a time.",
+        f"# Costs were measured on {bank.tokens:,} calibration tokens, one change at a time, weights rounded "
+        f"{'to nearest' if bank.rounding == 'rtn' else 'by GPTQ'}; removals together "
+        f"{'after recovery by ' + bank.recovered['method'] if bank.recovered else 'as they are'}.",
         "# layer  what, and the KL that it alone costs",
     ]
     for layer in range(bank.layers):

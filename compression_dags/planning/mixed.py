@@ -1,8 +1,8 @@
 """Mixed bits: a scheme for every group of projections, so that the weights take a given number of bits on average.
 
-Sensitivity is KL(base ‖ changed) on calibration text with one group of one layer rounded to nearest; the allocation is
-the exact optimum of their sum (`planning/solve.py`). Matrices of one input share a scheme, as engines that fuse query,
-key and value, or gate and up, require.
+Sensitivity is KL(base ‖ changed) on calibration text with one group of one layer rounded (by GPTQ; to nearest for
+`rtn`); the allocation is the exact optimum of their sum (`planning/solve.py`). Matrices of one input share a scheme, as
+engines that fuse query, key and value, or gate and up, require.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "schemes.json"
-VERSION = "1"
+VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def bank_options(stage: QuantizeStage) -> BankOptions:
 
     schemes = tuple(dict.fromkeys((stage.scheme, *stage.candidates)))
     asked = {"schemes": schemes, "group_size": stage.choice.group_size, "units": "group", "depth": False}
+    asked["rounding"] = "rtn" if stage.method == "rtn" else "gptq"
     return BankOptions.model_validate(asked)
 
 

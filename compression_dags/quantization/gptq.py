@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 class GPTQ(QuantizeStage):
     """Round column by column; the columns to come make up for every error, by the Hessian of the inputs.
 
-    Inputs are those of the model rounded so far. Projections that read one input share its Hessian and its factor.
+    Inputs are those of the model rounded so far, and so far the paper goes. Here every matrix is rounded for outputs
+    that also make up for what the matrices before it lost (`target`): the column sweep is the paper's, of other
+    weights. Projections that read one input share its Hessian and its factor.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     statistic: ClassVar[StatisticKind] = "hessian"
     method: Literal["gptq"] = "gptq"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
@@ -31,9 +33,9 @@ class GPTQ(QuantizeStage):
         True, description="round the inputs with the largest mean square first; scales are then found before (static)"
     )
     target: Follows = Field(
-        "own",
-        description="own: W x of the rounded model's inputs; dense: of the dense model's (GPTAQ); residual: such that "
-        "the residual stream after it is the dense model's",
+        "residual",
+        description="own: W x of the rounded model's inputs (the paper); dense: of the dense model's (GPTAQ); "
+        "residual: such that the residual stream is the dense model's (dense where a norm stands before the stream)",
     )
     keep_zeros: bool = Field(True, description="weights that are 0 stay 0: a sparse model stays sparse")
 
@@ -70,8 +72,9 @@ def sweep_group(
     stack = torch.cat([w.float() for w in weights.values()])
     spans = row_spans(weights.values())
     kept = stack != 0 if stage.keep_zeros else None
-    target = stack
+    target, aim = stack, "own"
     if seen.cross is not None:
+        aim = "dense" if seen.drift is None else "residual"
         target = propagated_target(stack, hessian, seen.cross, stage.damping, seen.drift)
     if columns is not None:
         target, hessian = target * columns, hessian / torch.outer(columns, columns)
@@ -85,7 +88,7 @@ def sweep_group(
         lost, whole = swept.error[a:b].double().sum(), energy(target[a:b], hessian)
         error = float((lost / whole).sqrt()) if whole > 0 else 0.0
         rounded = Rounded(as_bytes(part.codes, choice.format.kind), part.scales)
-        found[name] = (rounded, {"output_error": error, **factor.evidence})
+        found[name] = (rounded, {"output_error": error, "target": aim, **factor.evidence})
 
     def again(name: str, rows: Tensor | None) -> Rounded:
         """Rows are rounded independently: one that is divided keeps its codes."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from compression_dags.errors import InputError
 from compression_dags.quantization.gptq import GPTQ, sweep_group
-from compression_dags.stages import StatisticKind
+from compression_dags.stages import Follows, StatisticKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ class SmoothQuant(GPTQ):
         "all", description="norms: inputs that a norm makes (the paper); all: also those that v and up make"
     )
     rounding: Literal["rtn", "gptq"] = "rtn"
+    target: Follows = Field("own", description="of `rounding: gptq`; as gptq's")
 
     @model_validator(mode="after")
     def _target_needs_gptq(self) -> SmoothQuant:
