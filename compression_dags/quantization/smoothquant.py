@@ -26,7 +26,8 @@ class SmoothQuant(GPTQ):
     by the rows of v and up, which have scales of their own, so that dividing them costs nothing: `where: all`.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
+    fits_rounded_inputs: ClassVar[bool] = False
     method: Literal["smoothquant"] = "smoothquant"
     alpha: float = Field(0.65, ge=0, le=1, description="migration strength; the paper takes 0.5")
     where: Literal["all", "norms"] = Field(
