@@ -73,7 +73,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="*", default=[], help="bytes of all tensors, for the planner: 120MB")
     parser.add_argument("--bits", nargs="*", default=[], help="bits a weight, for the planner")
     parser.add_argument("--bank", type=BankOptions.model_validate_json, default=BankOptions())
-    parser.add_argument("--quantizer", type=json.loads, default={"method": "gptq"}, help="JSON, of planned recipes")
     parser.add_argument("--gate", action="store_true", help="reload gate for every quantized checkpoint")
     return parser.parse_args()
 
@@ -175,9 +174,8 @@ class RecipeStudy(Study):
         start = time.monotonic()
         solution = solve(bank, measure, budget)
         name = f"planned-{budget / 1e6:g}mb" if measure == "bytes" else f"planned-{budget:g}-bits"
-        name, quantizer = name.replace(".", "-"), self.args.quantizer
-        more = {"name": name, "description": "", "calibration": {}, "quantizer": quantizer}
-        recipe = recipe_of(solution, bank, self.base.architecture, **more)
+        name = name.replace(".", "-")
+        recipe = recipe_of(solution, bank, self.base.architecture, name=name, description="", calibration={})
         path = self.work / f"{name}.yaml"
         path.write_text(recipe_text(recipe, solution, bank))
         facts = {"predicted_kl": round(solution.cost, 4), "removed": solution.removed}

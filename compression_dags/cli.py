@@ -144,13 +144,12 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
 @run_options
 def plan(model: str, home: Path, as_json: bool, **options: Any) -> None:
     """Measure what every layer could become, choose the best for a budget, write it as a recipe."""
-    from compression_dags.cli_plan import budgets_of, plan_budgets, planning_options, quantizer_of
+    from compression_dags.cli_plan import budgets_of, plan_budgets, planning_options
 
     settings = _settings(home, *(options.pop(key) for key in ("device", "dtype", "eval_data")))
     budgets = budgets_of(**{key: options.pop(key) for key in ("sizes", "parameters", "bits")})
-    options["quantizer"] = quantizer_of(options["quantizer"])
-    asked = ("schemes", "group_size", "sparsities", "depth", "recover", "sequences", "length")
-    bank, calibration = planning_options(quantizer=options["quantizer"], **{key: options.pop(key) for key in asked})
+    asked = ("schemes", "group_size", "sparsities", "depth", "quantizer", "recover", "sequences", "length")
+    bank, calibration = planning_options(**{key: options.pop(key) for key in asked})
     folder = options.pop("folder")
     found = plan_budgets(
         model, budgets, settings, options=bank, calibration=calibration, folder=folder and Path(folder), **options

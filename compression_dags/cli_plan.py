@@ -13,17 +13,14 @@ from pydantic import BaseModel, ValidationError
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.planning.alternatives import Bank, BankOptions
-from compression_dags.planning.emit import QUANTIZER, recipe_of, recipe_text
+from compression_dags.planning.emit import recipe_of, recipe_text
 from compression_dags.planning.solve import Measure, Solution, solve
 from compression_dags.recipes import NAME, load_recipe, recipes_folder
-from compression_dags.registry import METHODS
 
 if TYPE_CHECKING:
     from compression_dags.definitions import Settings
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-#: Options of a quantizer that the plan chooses.
-PLANNED = {"scheme", "group_size", "bits", "candidates", "overrides"}
 MADE = "# Made by `compression-dags plan`."
 
 
@@ -85,21 +82,6 @@ def method_of(text: str) -> dict[str, Any]:
     return options
 
 
-def quantizer_of(text: str) -> dict[str, Any]:
-    """Options of the quantizer of planned recipes, which get their schemes from the plan.
-
-    Raises:
-        InputError: an unknown method or option, or a scheme.
-    """
-    options = method_of(text)
-    if options["method"] not in METHODS["quantize"]:
-        raise InputError(f"quantizer {options['method']!r} is unknown; allowed: {', '.join(METHODS['quantize'])}")
-    if given := sorted(PLANNED & options.keys()):
-        raise InputError(f"quantizer: {given[0]} is what plan decides; leave it out")
-    _validated(METHODS["quantize"][options["method"]], options | {"scheme": "W4A16"}, "quantizer")
-    return options
-
-
 def _validated(model: type[BaseModel], options: dict[str, Any], label: str) -> Any:
     try:
         return model.model_validate(options)
@@ -129,7 +111,7 @@ def planning_options(
     group_size: int | None,
     sparsities: str | None,
     depth: bool,
-    quantizer: dict[str, Any],
+    quantizer: str,
     recover: str,
     sequences: int | None,
     length: int | None,
@@ -137,9 +119,9 @@ def planning_options(
     """Options of the bank and of its calibration set, defaults where nothing is given.
 
     Raises:
-        InputError: an unknown scheme, recovery method or option.
+        InputError: an unknown scheme, method or option.
     """
-    asked: dict[str, Any] = {"depth": depth, "rounding": "rtn" if quantizer["method"] == "rtn" else "gptq"}
+    asked: dict[str, Any] = {"depth": depth, "quantizer": method_of(quantizer)}
     asked["recover"] = (
         {"auto": "auto", "none": None}.get(recover) if recover in ("auto", "none") else method_of(recover)
     )
@@ -157,7 +139,6 @@ def plan_budgets(
     *,
     options: BankOptions,
     calibration: Calibration,
-    quantizer: dict[str, Any] = QUANTIZER,
     name: str | None = None,
     folder: Path | None = None,
 ) -> list[Planned]:
@@ -182,7 +163,6 @@ def plan_budgets(
             name=own,
             description=f"{slug} in {_spoken(measure, budget)}: predicted KL {solution.cost:.4f} nats a token",
             calibration=calibration.model_dump(mode="json", exclude_defaults=True),
-            quantizer=quantizer,
         )
         _write(path, own, recipe, recipe_text(recipe, solution, bank))
         found.append(Planned(own, path, solution, measure, budget, cached))

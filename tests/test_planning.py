@@ -15,7 +15,7 @@ from compression_dags.calibration.scored_rows import chosen_rows
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli import main
-from compression_dags.cli_plan import budgets_of, parse_budget, planning_options, quantizer_of
+from compression_dags.cli_plan import budgets_of, parse_budget, planning_options
 from compression_dags.errors import InputError
 from compression_dags.merging.planned import Planned
 from compression_dags.planning.alternatives import Alternative, Bank, BankOptions
@@ -23,10 +23,12 @@ from compression_dags.planning.bank import measure_bank, survivors
 from compression_dags.planning.emit import recipe_of, recipe_text
 from compression_dags.planning.mixed import plan_schemes
 from compression_dags.planning.solve import solve
+from compression_dags.planning.together import counts_of, cut_sets
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
 from compression_dags.recipes import load_recipe
+from compression_dags.registry import METHODS
 
 SMALL = {"schemes": ["W8A16", "W4A16"], "group_size": 16, "rows": 4, "first_rows": 2, "length": 24}
 
@@ -73,7 +75,7 @@ def test_costs_are_what_the_changed_model_loses(quantizer, source, bank, tmp_pat
     asked |= {"target": "own"} if quantizer is GPTQ else {}
     stage = quantizer.model_validate(asked)
     stage.quantize(source, tmp_path / "rounded", blocks=random_blocks(rows=4))
-    options = SMALL | {"depth": False, "first_rows": 4, "rounding": stage.method}
+    options = SMALL | {"depth": False, "first_rows": 4, "quantizer": {"method": stage.method}}
     whole = measure_bank(source, random_blocks(rows=4), BankOptions.model_validate(options))
     (own,) = (
         a for a in whole.alternatives if (a.layer, a.group) == (1, "mlp_output") and a.choice == Choice.of("W4A16", 16)
@@ -84,7 +86,7 @@ def test_costs_are_what_the_changed_model_loses(quantizer, source, bank, tmp_pat
 
 
 def test_removals_are_measured_after_recovery(source, tmp_path):
-    """What the bank says of one layer fewer is what the cut and recovered checkpoint loses."""
+    """What the bank says of layers that go together is what the cut and recovered checkpoint loses."""
     from compression_dags.merging.apply import apply_plan
     from compression_dags.merging.least_squares import LeastSquares
     from compression_dags.merging.plan import keep_only
@@ -92,29 +94,48 @@ def test_removals_are_measured_after_recovery(source, tmp_path):
     blocks, recover = random_blocks(rows=8, length=240), {"method": "least-squares", "scope": "sweep"}
     options = SMALL | {"schemes": ["W8A16"], "recover": recover, "most_removed": 0.5, "first_rows": 4, "length": 240}
     bank = measure_bank(source, blocks, BankOptions.model_validate(options))
-    assert bank.recovered == recover and len(bank.removed) == 2
-    first = min((a for a in bank.alternatives if a.kind == "drop"), key=lambda a: a.cost).layer
-    plan = keep_only("planned", 4, [i for i in range(4) if i != first])
+    drops = [a for a in bank.alternatives if a.kind == "drop"]
+    alone, made = [a for a in drops if not a.alive], [a for a in drops if a.alive]
+    assert bank.recovered == recover and sorted(a.layer for a in alone) == [0, 1, 2, 3] and bank.most_removed == 2
+    cheapest = tuple(sorted(a.layer for a in sorted(alone, key=lambda a: a.cost)[:2]))
+    (both,) = (a for a in made if a.layers == cheapest)
+    plan = keep_only("planned", 4, [i for i in range(4) if i not in cheapest])
     cut = apply_plan(source, plan, tmp_path / "cut")
     fitting, measured = (chosen_rows(blocks, range(start, 8, 2)) for start in (1, 0))
     found = LeastSquares.model_validate(recover).recover(source, cut, plan, fitting, tmp_path / "recovered")
-    assert bank.removed[0] == pytest.approx(kl_on(measured, source.path, found.checkpoint.path), rel=1e-3)
-    assert bank.surcharge(1) == pytest.approx(bank.removed[0] - bank_cost(bank, first))
-    recipe = recipe_of(
-        solve(bank, "parameters", cut.numel), bank, source.architecture, name="n", description="", calibration={}
-    )
-    assert {"recover": recover} in recipe["stages"]
+    assert both.cost == pytest.approx(kl_on(measured, source.path, found.checkpoint.path), rel=1e-3)
+    assert Bank.load(saved(bank, tmp_path)) == bank
+    solution = solve(bank, "parameters", cut.numel)
+    recipe = recipe_of(solution, bank, source.architecture, name="n", description="", calibration={})
+    assert {"recover": recover} in recipe["stages"] and solution.removed == 2
+    assert len(recipe["stages"][0]["merge"]["drop"]) == 2
 
 
-def bank_cost(bank, layer):
-    return next(a.cost for a in bank.alternatives if a.kind == "drop" and a.layer == layer)
+def saved(bank, directory):
+    bank.save(directory)
+    return directory
+
+
+@pytest.mark.parametrize("quantizer", [{"method": "rtn"}, {"method": "gptq", "act_order": False}, {"method": "awq"}])
+def test_a_scheme_everywhere_costs_what_the_quantizer_loses(quantizer, source, tmp_path):
+    blocks, options = random_blocks(rows=8), SMALL | {"depth": False, "first_rows": 4, "quantizer": quantizer}
+    bank = measure_bank(source, blocks, BankOptions.model_validate(options))
+    fitting, measured = (chosen_rows(blocks, range(start, 8, 2)) for start in (1, 0))
+    stage = METHODS["quantize"][quantizer["method"]].model_validate({**quantizer, "scheme": "W4A16", "group_size": 16})
+    stage.quantize(source, tmp_path / "all", blocks=fitting)
+    joint, alone = bank.together["W4A16/16"]
+    assert joint == pytest.approx(kl_on(measured, source.path, tmp_path / "all"), rel=1e-3)
+    assert alone == pytest.approx(sum(a.cost for a in bank.alternatives if a.label == "W4A16/16"))
+    solution = solve(bank, "bits", 6.5)
+    found = recipe_of(solution, bank, source.architecture, name="n", description="", calibration={})["stages"][-1]
+    assert quantizer.items() <= found["quantize"].items()
 
 
 def test_recovery_that_cannot_be_had(source):
     """`auto` goes without; a stage that was asked for is an error."""
     few = random_blocks(rows=4)
     bank = measure_bank(source, few, BankOptions.model_validate(SMALL | {"first_rows": 4}))
-    assert bank.recovered is None and bank.surcharge(1) >= 0
+    assert bank.recovered is None and all(a.alive for a in bank.alternatives if len(a.layers) > 1)
     asked = BankOptions.model_validate(SMALL | {"first_rows": 4, "recover": {"method": "least-squares"}})
     with pytest.raises(InputError, match=r"least-squares .* has .* fitting tokens and needs"):
         measure_bank(source, few, asked)
@@ -143,11 +164,12 @@ def small_bank(seed=0):
     for layer in range(3):
         for choice, size in ((None, 16000), (eight, 8250), (four, 4250)):
             found.append(Alternative("quantize", layer, "g", choice, size, 8000, cost() if choice else 0.0, 0, 4))
-        found.append(Alternative("drop", layer, None, None, 0, 0, 0.5 + cost(), 0, 4))
+        found.append(Alternative("drop", layer, None, None, 0, 0, 0.5 + cost(), 0, 4, layers=(layer,)))
         if layer < 2:
             found.append(Alternative("merge", layer, None, four, 4250, 8000, 0.4 + cost(), 0, 4))
+    found += [Alternative("drop", s[0], None, None, 0, 0, 1.0 + cost(), 0, 4, layers=s) for s in ((0, 1), (0, 2))]
     together = {"W4A16/64": (2.0, 1.0), "W8A16/64": (1.0, 1.0)}
-    return Bank(3, ("g",), 1000, 500, 24000, tuple(found), (1.5, 4.0), together, 100)
+    return Bank(3, ("g",), 1000, 500, 24000, tuple(found), together, 100)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -158,19 +180,19 @@ def test_the_solution_is_the_best_of_all_plans(seed, budget):
     for count in range(1, 4):
         for plan in itertools.combinations(bank.alternatives, count):
             cells = [c for a in plan for c in a.cells(bank.groups)]
-            gone = sum(a.removes for a in plan)
+            gone = sum(a.kind == "drop" for a in plan)
             size = bank.fixed_bytes + sum(a.bytes for a in plan)
-            if sorted(cells) == [(i, "g") for i in range(3)] and gone <= 2 and size <= budget:
-                own = sum(a.cost * (1 if a.removes else bank.scale(a.label)) for a in plan)
-                best = min(best, own + bank.surcharge(gone))
+            if sorted(cells) == [(i, "g") for i in range(3)] and gone <= 1 and size <= budget:
+                best = min(best, sum(a.cost * (1 if a.gone else bank.scale(a.label)) for a in plan))
     found = solve(bank, "bytes", budget)
     assert found.cost == pytest.approx(best) and found.bytes <= budget
 
 
-def test_removing_more_costs_more_than_the_sum():
-    bank = small_bank()
-    alone = sorted(a.cost for a in bank.alternatives if a.kind == "drop")
-    assert bank.surcharge(0) == 0 and bank.surcharge(2) == pytest.approx(4.0 - alone[0] - alone[1])
+def test_layers_to_cut_out_together():
+    """The cheapest alone, and the cheapest block, once each."""
+    blocks = {1: [3.0, 1.0, 2.0, 5.0], 2: [9.0, 4.0, 1.0]}
+    assert cut_sets(4, [1, 3, 0], [1, 2], blocks.__getitem__) == [(1,), (1, 3), (2, 3)]
+    assert counts_of(11, True) == [1, 2, 3, 4, 6, 8, 10, 11] and counts_of(3, False) == [1, 2, 3]
 
 
 def test_budgets_that_cannot_be_met():
@@ -271,20 +293,20 @@ def test_refused_options():
     with pytest.raises(InputError, match="give a budget"):
         budgets_of((), (), ())
     with pytest.raises(InputError, match=r"schemes.*'W9A9'"):
-        planning_options("W9A9", None, None, True, {"method": "gptq"}, "auto", None, None)
+        planning_options("W9A9", None, None, True, "gptq", "auto", None, None)
     with pytest.raises(InputError, match=r"recover 'magic' is unknown; allowed: .*least-squares"):
-        planning_options(None, None, None, True, {"method": "gptq"}, "magic", None, None)
+        planning_options(None, None, None, True, "gptq", "magic", None, None)
     with pytest.raises(InputError, match="plan: scope: 'x'"):
-        planning_options(None, None, None, True, {"method": "gptq"}, "{method: least-squares, scope: x}", None, None)
-    for bad, says in (("[1]", "is no method"), ("{method: gptq, bits: 4}", "bits is what plan decides")):
+        planning_options(None, None, None, True, "gptq", "{method: least-squares, scope: x}", None, None)
+    for bad, says in (
+        ("[1]", "is no method"),
+        ("{method: gptq, bits: 4}", "bits is what plan decides"),
+        ("magic", "quantizer 'magic' is unknown"),
+        ("{method: gptq, damping: -1}", "plan: damping: -1"),
+    ):
         with pytest.raises(InputError, match=says):
-            quantizer_of(bad)
-    with pytest.raises(InputError, match="quantizer 'magic' is unknown"):
-        quantizer_of("magic")
-    with pytest.raises(InputError, match="quantizer: damping: -1"):
-        quantizer_of("{method: gptq, damping: -1}")
-    assert quantizer_of("gptq") == {"method": "gptq"}
-    assert planning_options(None, None, None, True, quantizer_of("rtn"), "none", None, None)[0].recover is None
+            planning_options(None, None, None, True, bad, "auto", None, None)
+    assert planning_options(None, None, None, True, "rtn", "none", None, None)[0].recover is None
 
 
 def test_planned_depth(source):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,10 +18,13 @@ from compression_dags.quantization.formats import Choice, Scheme
 
 if TYPE_CHECKING:
     from compression_dags.merging.recovery import RecoverStage
+    from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "alternatives.json"
 Cell = tuple[int, str]
-BankRounding = Literal["rtn", "gptq"]
+QUANTIZER: dict[str, Any] = {"method": "gptq"}
+#: Options of a quantizer that the plan chooses.
+PLANNED = {"scheme", "group_size", "symmetric", "bits", "candidates", "overrides"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
 
 
@@ -39,6 +42,22 @@ def recovery_of(options: Mapping[str, Any]) -> RecoverStage:
     return cast("RecoverStage", METHODS["recover"][method].model_validate(options))
 
 
+def quantizer_stage(options: Mapping[str, Any], choice: Choice) -> QuantizeStage:
+    """The quantizer that these options describe, at one scheme.
+
+    Raises:
+        InputError: an unknown method, or an option that the plan decides.
+    """
+    from compression_dags.registry import METHODS
+
+    method = options.get("method")
+    if method not in METHODS["quantize"]:
+        raise InputError(f"quantizer {method!r} is unknown; allowed: {', '.join(METHODS['quantize'])}")
+    if given := sorted(PLANNED & options.keys()):
+        raise InputError(f"quantizer: {given[0]} is what plan decides; leave it out")
+    return cast("QuantizeStage", METHODS["quantize"][method].model_validate({**options, **choice.options()}))
+
+
 class BankOptions(BaseModel):
     """Which alternatives are measured, and on how much text."""
 
@@ -49,7 +68,11 @@ class BankOptions(BaseModel):
     units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
     sparsities: tuple[float, ...] = Field((), description="shares of zeros that a layer may get (Wanda's masks)")
     depth: bool = Field(True, description="also drop layers, and merge neighbours")
-    rounding: BankRounding = Field("gptq", description="of weights while measuring: to nearest, or by GPTQ (act-order)")
+    quantizer: dict[str, Any] = Field(
+        QUANTIZER,
+        description="method and options of the recipe's quantizer, without schemes: all projections at a "
+        "scheme are measured with it, single ones to nearest for rtn and by GPTQ for all others",
+    )
     recover: Literal["auto"] | dict[str, Any] | None = Field(
         "auto",
         description="options of the recovery stage after which removals are measured; auto: least squares where the "
@@ -64,11 +87,18 @@ class BankOptions(BaseModel):
     def _first_is_a_part(self) -> BankOptions:
         if bad := [s for s in self.sparsities if not 0 < s < 1]:
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
+        for choice in self.choices():
+            quantizer_stage(self.quantizer, choice)
         if isinstance(self.recover, dict):
             recovery_of(self.recover)
         if self.first_rows > self.rows:
             raise ValueError(f"first_rows {self.first_rows} must not exceed rows {self.rows}")
         return self
+
+    @property
+    def rounding(self) -> Literal["rtn", "gptq"]:
+        """How single groups are rounded while they are measured."""
+        return "rtn" if self.quantizer["method"] == "rtn" else "gptq"
 
     def choices(self) -> list[Choice]:
         """The schemes, with the group size where it is free."""
@@ -81,7 +111,7 @@ class Alternative:
 
     Attributes:
         kind: `quantize` one group of projections of a layer, or all (`choice` None: leave them as they are), `sparsify`
-            a layer, `drop` it, or `merge` it with the next into their mean.
+            a layer, `drop` it (or several, `layers`), or `merge` it with the next into their mean.
         layer: the first layer concerned.
         group: the group of projections; None for all of the layer's (and of the next one's, for `merge`).
         bytes: stored afterwards, of what it covers.
@@ -90,6 +120,7 @@ class Alternative:
         error: standard error of `cost` over the sequences; ∞ for one.
         alive: whether the race went to its end; a poor alternative is given up and never chosen.
         share: of zeros, for `sparsify`.
+        layers: for `drop`: all that go.
     """
 
     kind: Literal["quantize", "sparsify", "drop", "merge"]
@@ -103,15 +134,16 @@ class Alternative:
     rows: int = 0
     alive: bool = True
     share: float = 0.0
+    layers: tuple[int, ...] = ()
 
     @property
-    def removes(self) -> bool:
-        """Whether the model has a layer less afterwards."""
-        return self.kind in {"drop", "merge"}
+    def gone(self) -> tuple[int, ...]:
+        """Layers that the model has no more afterwards."""
+        return {"drop": self.layers, "merge": (self.layer + 1,)}.get(self.kind, ())
 
     def cells(self, groups: tuple[str, ...]) -> list[Cell]:
         """(layer, group) pairs that it decides."""
-        layers = (self.layer, self.layer + 1) if self.kind == "merge" else (self.layer,)
+        layers = (self.layer, self.layer + 1) if self.kind == "merge" else self.layers or (self.layer,)
         return [(layer, g) for layer in layers for g in groups if self.group in (None, g)]
 
     @property
@@ -131,10 +163,9 @@ class Bank:
     Attributes:
         fixed_bytes, fixed_parameters: of what no alternative touches (embeddings, head, final norm).
         projections: weights in all projections; budgets in bits are averages over them.
-        removed: KL after removing the 1, 2, … cheapest layers together: more than the sum of their own costs, unless a
-            recovery stage was run.
-        recovered: its options; None if there was none.
         together: label → (KL with every unit at that scheme or sparsity, the sum of the units' own costs).
+        quantizer: options of the one that `together` was measured with.
+        recovered: options of the recovery stage after which drops were measured; None if there was none.
     """
 
     layers: int
@@ -143,10 +174,9 @@ class Bank:
     fixed_parameters: int
     projections: int
     alternatives: tuple[Alternative, ...]
-    removed: tuple[float, ...] = ()
     together: dict[str, tuple[float, float]] | None = None
     tokens: int = 0
-    rounding: BankRounding = "rtn"
+    quantizer: dict[str, Any] = field(default_factory=lambda: QUANTIZER)
     recovered: dict[str, Any] | None = None
 
     def save(self, directory: Path) -> None:
@@ -155,27 +185,23 @@ class Bank:
     @classmethod
     def load(cls, directory: Path) -> Bank:
         raw: dict[str, Any] = json.loads((directory / FILE).read_text())
-        found = tuple(
-            Alternative(**{**a, "choice": None if a["choice"] is None else Choice(**a["choice"])})
-            for a in raw.pop("alternatives")
-        )
+        found = tuple(_read(a) for a in raw.pop("alternatives"))
         together = {k: (v[0], v[1]) for k, v in (raw.pop("together") or {}).items()}
-        lists = {"groups": tuple(raw.pop("groups")), "removed": tuple(raw.pop("removed"))}
-        return cls(alternatives=found, together=together, **lists, **raw)
+        return cls(alternatives=found, together=together, groups=tuple(raw.pop("groups")), **raw)
+
+    @property
+    def most_removed(self) -> int:
+        return max((len(a.gone) for a in self.alternatives if a.alive), default=0)
 
     def scale(self, label: str) -> float:
         """By how much costs at a scheme or sparsity add up to more (or less) than their sum."""
         joint, alone = (self.together or {}).get(label, (0.0, 0.0))
         return joint / alone if joint > 0 and alone > 0 and math.isfinite(joint) else 1.0
 
-    def surcharge(self, count: int) -> float:
-        """What removing `count` layers costs beyond the sum of the cheapest single removals; below 0 if it is less,
-        which only a recovery stage can bring about."""
-        if count == 0:
-            return 0.0
-        alone = sorted(a.cost for a in self.alternatives if a.kind == "drop")[:count]
-        beyond = self.removed[count - 1] - sum(alone)
-        return beyond if self.recovered else max(0.0, beyond)
+
+def _read(raw: dict[str, Any]) -> Alternative:
+    choice = None if raw["choice"] is None else Choice(**raw["choice"])
+    return Alternative(**{**raw, "choice": choice, "layers": tuple(raw["layers"])})
 
 
 def label_of(choice: Choice | None) -> str:
@@ -194,7 +220,7 @@ def candidates(source: Checkpoint, options: BankOptions) -> list[Alternative]:
             found.append(Alternative("sparsify", layer, None, None, *_sparse(source, layer, share), share=share))
         if not options.depth:
             continue
-        found.append(Alternative("drop", layer, None, None, 0, 0))
+        found.append(Alternative("drop", layer, None, None, 0, 0, layers=(layer,)))
         if layer + 1 < source.num_layers and source.facts.kind(layer) == source.facts.kind(layer + 1):
             for choice in (None, *options.choices()):
                 found.append(Alternative("merge", layer, None, choice, *_size(source, layer, None, choice)))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from compression_dags.calibration.streaming import DecoderStream
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.planning.rounded import RoundedLayers
+    from compression_dags.planning.together import Recovery
 
 VERSION = "2"
 #: Standard errors by which a cost must be worse before an alternative is given up.
@@ -61,8 +62,8 @@ def measure_bank(
         InputError: no sequence has two tokens; sparsities without statistics; a recovery stage that does not fit.
     """
     from compression_dags.calibration.streaming import DecoderStream
-    from compression_dags.planning.cuts import cut_costs, recovery_for
     from compression_dags.planning.rounded import RoundedLayers
+    from compression_dags.planning.together import quantized, recovery_for
 
     if options.sparsities and statistics is None:
         raise InputError(f"sparsities {list(options.sparsities)} need the statistics of the calibration pass")
@@ -74,27 +75,62 @@ def measure_bank(
     bank = empty_bank(source, candidates(source, options))
     unseen = _unseen(blocks, rows)
     rounded = RoundedLayers(stream, chosen_rows(unseen, even_rows(unseen, options.rows)), options.rounding)
+    on: dict[str, Any] = {"device": device, "dtype": dtype}
     start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length), norms, rounded)
     costs = dict(enumerate(start.costs(bank.alternatives, track, "alternatives, first sequences")))
     bank = _with(bank, costs, range(len(costs)))
-    alive = survivors(bank)
+    alive, meters = survivors(bank), [start]
     if rest:
         more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length), norms, rounded)
+        meters.append(more)
         found = more.costs([bank.alternatives[i] for i in alive], track, "alternatives, all sequences")
         costs |= {i: costs[i] + c for i, c in zip(alive, found, strict=True)}
         bank = _with(bank, costs, alive)
     bank = _merged_schemes(bank, options)
-    most = max(1, int(options.most_removed * bank.layers)) if options.depth else 0
-    order = [a.layer for a in sorted(bank.alternatives, key=lambda a: a.cost) if a.kind == "drop"][:most]
-    recovery = recovery_for(source, options, unseen) if order else None
-    on: dict[str, Any] = {"device": device, "dtype": dtype, "track": track}
-    removed = cut_costs(source, order, start.together, recovery, **on)
-    together = {
-        label: (start.together(start.all_of(same)), sum(a.cost for a in same)) for label, same in _uniform(bank).items()
-    }
+    recovery = recovery_for(source, options, unseen) if options.depth else None
+    bank = _with_cuts(bank, options, source, meters, recovery, on, track)
+    together = {}
+    for label, same in _uniform(bank).items():
+        choice, pieces = same[0].choice, lambda same=same: start.all_of(same)
+        if choice is not None:
+            pieces = quantized(source, choice, options, unseen, **on, track=track)
+        together[label] = (_kl_of(meters, pieces)[0], sum(a.cost for a in same))
     stream.close()
-    bank = replace(bank, rounding=options.rounding, recovered=recovery.options if recovery else None)
-    return replace(bank, removed=removed, together=together, tokens=len(rows) * options.length)
+    return replace(bank, together=together, tokens=len(rows) * options.length, quantizer=options.quantizer)
+
+
+def _kl_of(meters: list[_Meter], pieces: Callable[[], Iterable[Piece]]) -> list[float]:
+    """Mean KL of a whole student over all measured sequences, and by sequence."""
+    found = [kl for meter in meters for kl in meter.student(pieces())]
+    return [sum(found) / len(found), *found]
+
+
+def _with_cuts(
+    bank: Bank,
+    options: BankOptions,
+    source: Checkpoint,
+    meters: list[_Meter],
+    recovery: Recovery | None,
+    on: dict[str, Any],
+    track: Track,
+) -> Bank:
+    """Several layers dropped at once, as whole alternatives. After recovery a single layer is one of them, and what it
+    cost without is no alternative any more."""
+    from compression_dags.planning.together import counts_of, cut_pieces, cut_sets
+
+    drops = sorted((a for a in bank.alternatives if a.kind == "drop"), key=lambda a: a.cost)
+    if not drops:
+        return bank
+    most = max(1, int(options.most_removed * bank.layers))
+    counts = counts_of(most, recovery is not None)
+    sets = cut_sets(bank.layers, [a.layer for a in drops], counts, meters[0].blocks_of)
+    found = []
+    for gone in track([s for s in sets if recovery or len(s) > 1], "layers dropped together"):
+        pieces = cut_pieces(source, gone, recovery, **on)
+        costs = _kl_of(meters, lambda pieces=pieces: pieces)[1:]
+        found.append(measured(Alternative("drop", gone[0], None, None, 0, 0, layers=gone), costs))
+    kept = [replace(a, alive=a.alive and not (recovery and a.kind == "drop")) for a in bank.alternatives]
+    return replace(bank, alternatives=(*kept, *found), recovered=recovery.options if recovery else None)
 
 
 def _unseen(blocks: TokenBlocks, rows: list[int]) -> TokenBlocks:
@@ -188,10 +224,16 @@ class _Meter:
             found |= dict(zip(chosen, values, strict=True))
         return [found[i] for i in range(len(wanted))]
 
-    def together(self, pieces: Iterable[Piece]) -> float:
-        """Mean KL of a whole student, its pieces made as they are needed."""
-        values = self._kl(self.bench.states(pieces))
-        return sum(values) / len(values)
+    def student(self, pieces: Iterable[Piece]) -> list[float]:
+        """KL by sequence of a whole student, its pieces made as they are needed."""
+        return self._kl(self.bench.states(pieces))
+
+    def blocks_of(self, count: int) -> list[float]:
+        """Mean KL without the `count` layers from 0, from 1, … on."""
+        layers = self.stream.num_layers
+        edits = [Edit(first, first + count) for first in range(layers - count + 1)]
+        values = self.bench.measured(as_is(layers), edits, self._kl)
+        return [sum(own) / len(own) if all(map(math.isfinite, own)) else math.inf for own in values]
 
     def all_of(self, alternatives: Iterable[Alternative]) -> Iterator[Piece]:
         """Every layer with all of its alternatives at once."""
@@ -265,9 +307,9 @@ def bank_decisions(bank: Bank) -> list[Decision]:
         action = "keep" if a.alive else "reject"
         facts = {"what": a.label, "bytes": a.bytes, "parameters": a.parameters, "rows": a.rows}
         facts["standard_error"] = a.error if math.isfinite(a.error) else None
-        target = f"layer {a.layer} {a.group or 'all'}"
+        layers = [a.layer, a.layer + 1] if a.kind == "merge" else list(a.layers) or [a.layer]
+        target = f"layer {a.layer} {a.group or 'all'}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
         cost = a.cost if math.isfinite(a.cost) else None
-        layers = [a.layer, a.layer + 1] if a.kind == "merge" else [a.layer]
         rows.append(
             Decision("plan", "alternatives", len(rows), target, action, layers, cost, "KL (nats a token)", facts)
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -13,8 +12,6 @@ from compression_dags.architectures import Architecture
 from compression_dags.planning.alternatives import Alternative, Bank
 from compression_dags.planning.solve import Solution
 from compression_dags.quantization.formats import Choice
-
-QUANTIZER = {"method": "gptq"}
 
 
 def recipe_of(
@@ -25,43 +22,43 @@ def recipe_of(
     name: str,
     description: str,
     calibration: dict[str, Any],
-    quantizer: Mapping[str, Any] = QUANTIZER,
 ) -> dict[str, Any]:
-    """The recipe's mapping. Layers are numbered as they are after depth was removed, which is followed by the recovery
-    that the bank was measured with. `quantizer` has method and options of the quantizer, without schemes.
+    """The recipe's mapping, with the recovery and the quantizer that the bank was measured with.
+
+    Layers are numbered as they are after depth was removed.
     """
     stages: list[dict[str, Any]] = []
-    depth = [a for a in solution.taken if a.removes]
+    depth = [a for a in solution.taken if a.gone]
     if depth:
-        drop = [a.layer for a in depth if a.kind == "drop"]
+        drop = [layer for a in depth if a.kind == "drop" for layer in a.layers]
         fuse = [[a.layer, a.layer + 1] for a in depth if a.kind == "merge"]
-        costs = {a.layer: round(a.cost, 6) for a in depth}
+        alone = {a.layer: a for a in bank.alternatives if a.kind == "drop" and len(a.layers) == 1}
+        alone |= {a.layer: a for a in depth if a.kind == "merge"}
+        costs = {a.layer: round(a.cost, 6) for a in alone.values() if a.layer in drop or a in depth}
         stages.append({"merge": {"method": "planned", "drop": drop, "fuse": fuse, "costs": costs}})
         if bank.recovered:
             stages.append({"recover": bank.recovered})
     if sparsify := sparsify_stage(solution):
         stages.append({"sparsify": sparsify})
-    if quantize := quantize_stage(solution, bank, architecture, quantizer):
+    if quantize := quantize_stage(solution, bank, architecture):
         stages.append({"quantize": quantize})
     return {"name": name, "description": description, "calibration": calibration, "stages": stages}
 
 
-def quantize_stage(
-    solution: Solution, bank: Bank, architecture: Architecture, quantizer: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def quantize_stage(solution: Solution, bank: Bank, architecture: Architecture) -> dict[str, Any] | None:
     """Options of the quantizer: the most frequent scheme for all, the others as overrides, what stays dense ignored."""
     chosen = chosen_schemes(solution, bank)
     schemes = Counter(c for c in chosen.values() if c is not None)
     if not schemes:
         return None
     usual = min(schemes, key=lambda c: (-schemes[c], c.scheme))
-    found: dict[str, Any] = {**quantizer, **_options(usual)}
+    found: dict[str, Any] = {**bank.quantizer, **usual.options()}
     kept = _patterns(architecture, [cell for cell, choice in chosen.items() if choice is None])
     if kept:
         found["ignore"] = ["lm_head", *kept]
     others = sorted((c for c in schemes if c != usual), key=lambda c: (c.scheme, c.group_size or 0))
     overrides = {
-        pattern: _options(choice)
+        pattern: choice.options()
         for choice in others
         for pattern in _patterns(architecture, [cell for cell, own in chosen.items() if own == choice])
     }
@@ -79,8 +76,7 @@ def chosen_schemes(solution: Solution, bank: Bank) -> dict[tuple[int, str], Choi
 
 def _new(solution: Solution, layer: int) -> int:
     """Number of a layer after others went."""
-    gone = (a.layer + (a.kind == "merge") for a in solution.taken if a.removes)
-    return layer - sum(other < layer for other in gone)
+    return layer - sum(other < layer for a in solution.taken for other in a.gone)
 
 
 def sparsify_stage(solution: Solution, method: str = "sparsegpt") -> dict[str, Any] | None:
@@ -91,13 +87,6 @@ def sparsify_stage(solution: Solution, method: str = "sparsegpt") -> dict[str, A
     kept = len({(a.layer) for a in solution.taken if a.kind != "drop"})
     target = round(sum(shares.values()) / kept, 6)
     return {"method": method, "sparsity": target, "allocation": {"method": "given", "layers": shares}}
-
-
-def _options(choice: Choice) -> dict[str, Any]:
-    found: dict[str, Any] = {"scheme": choice.scheme}
-    if choice.format.free and choice.group_size:
-        found["group_size"] = choice.group_size
-    return found
 
 
 def _patterns(architecture: Architecture, cells: list[tuple[int, str]]) -> list[str]:
@@ -117,8 +106,8 @@ def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
         f"# Made by `compression-dags plan`. Predicted KL {solution.cost:.4f} nats a token; "
         f"{solution.bytes:,} bytes of {solution.dense_bytes:,}, {solution.parameters:,} parameters, "
         f"{solution.bits:.2f} bits a weight.",
-        f"# Costs were measured on {bank.tokens:,} calibration tokens, one change at a time, weights rounded "
-        f"{'to nearest' if bank.rounding == 'rtn' else 'by GPTQ'}; removals together "
+        f"# Costs were measured on {bank.tokens:,} calibration tokens: one change at a time, all projections at one "
+        f"scheme by {bank.quantizer['method']}, and dropped layers "
         f"{'after recovery by ' + bank.recovered['method'] if bank.recovered else 'as they are'}.",
         "# layer  what, and the KL that it alone costs",
     ]
@@ -131,4 +120,5 @@ def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
 
 
 def _said(a: Alternative) -> str:
-    return f"{a.group or 'all'} {a.label} {a.cost:.4f}"
+    where = f"layers {', '.join(map(str, a.layers))}" if a.kind == "drop" else a.group or "all"
+    return f"{where} {a.label} {a.cost:.4f}"

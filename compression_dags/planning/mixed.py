@@ -50,11 +50,12 @@ class SchemePlan:
 
 
 def bank_options(stage: QuantizeStage) -> BankOptions:
-    from compression_dags.planning.alternatives import BankOptions
+    from compression_dags.planning.alternatives import PLANNED, BankOptions
 
     schemes = tuple(dict.fromkeys((stage.scheme, *stage.candidates)))
     asked = {"schemes": schemes, "group_size": stage.choice.group_size, "units": "group", "depth": False}
-    asked["rounding"] = "rtn" if stage.method == "rtn" else "gptq"
+    given = stage.model_dump(mode="json", exclude=PLANNED, exclude_defaults=True)
+    asked["quantizer"] = given | {"method": stage.method}
     return BankOptions.model_validate(asked)
 
 

@@ -6,13 +6,12 @@ rank alternatives for the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compression_dags.calibration.inputs import InputSums
-from compression_dags.planning.alternatives import BankRounding
 from compression_dags.quantization.gptq import GPTQ, sweep_group
 from compression_dags.solvers.rounding import round_to_nearest
 
@@ -29,7 +28,7 @@ class RoundedLayers:
     a lower layer. It holds the states of `blocks` before one layer, and that layer's Hessians.
     """
 
-    def __init__(self, stream: DecoderStream, blocks: TokenBlocks, rounding: BankRounding):
+    def __init__(self, stream: DecoderStream, blocks: TokenBlocks, rounding: Literal["rtn", "gptq"]):
         self.stream, self.blocks, self.rounding = stream, blocks, rounding
         self._next, self._sums = 0, dict[str, InputSums]()
         self._batches = stream.batches(blocks) if rounding == "gptq" else []

@@ -1,11 +1,11 @@
 """The best plan for a budget, exactly: a mixed integer program over the bank (scipy's HiGHS).
 
-    min  Σ cost_a x_a + Σ surcharge_k y_k
-    s.t. every part of the model is decided by exactly one alternative,
-         Σ size_a x_a ≤ budget,   Σ_k k y_k = layers removed,   Σ_k y_k = 1,   x, y ∈ {0, 1}
+    min  Σ cost_a x_a
+    s.t. every part of the model is decided by exactly one alternative, at most one of them drops layers,
+         Σ size_a x_a ≤ budget,   x ∈ {0, 1}
 
-Costs at a scheme are scaled by what all parts at that scheme cost together over the sum of their own; removing k layers
-costs `surcharge_k` beyond the sum of the single removals.
+Costs at a scheme are scaled by what all parts at that scheme cost together over the sum of their own; layers that are
+dropped together were measured together.
 """
 
 from __future__ import annotations
@@ -57,39 +57,34 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
     if measure == "bits":
         alive = [a for a in alive if a.kind == "quantize"]  # bits are of the weights; depth is another knob
     sizes, limit = _sizes(bank, alive, measure, budget)
-    counts = range(len(bank.removed) + 1)
-    costs = [a.cost * _scale(bank, a) for a in alive] + [bank.surcharge(k) for k in counts]
+    costs = [a.cost * _scale(bank, a) for a in alive]
     cells = {cell: i for i, cell in enumerate((n, g) for n in range(bank.layers) for g in bank.groups)}
     rows, columns = zip(*((cells[c], j) for j, a in enumerate(alive) for c in a.cells(bank.groups)), strict=True)
-    width = len(costs)
-    cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), width))
-    removes = np.array([a.removes for a in alive] + [-k for k in counts], dtype=float)
-    one = np.array([0.0] * len(alive) + [1.0] * len(counts))
+    cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), len(alive)))
+    drops = np.array([a.kind == "drop" for a in alive], dtype=float)
     scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
-    size = np.concatenate([sizes / scale, np.zeros(len(counts))])
     found = milp(
         np.array(costs),
-        integrality=np.ones(width),
+        integrality=np.ones(len(alive)),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(cover, 1, 1),
-            LinearConstraint(size[None], -np.inf, limit / scale),
-            LinearConstraint(removes[None], 0, 0),
-            LinearConstraint(one[None], 1, 1),
+            LinearConstraint(sizes[None] / scale, -np.inf, limit / scale),
+            LinearConstraint(drops[None], 0, 1),
         ],
         options={"mip_rel_gap": 0.0},
     )
     if found.status == 2 or found.x is None:
         raise InputError(_too_small(bank, alive, measure, budget))
-    taken = tuple(a for a, x in zip(alive, found.x, strict=False) if x > 0.5)
+    taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
     solution = _solution(bank, taken, float(found.fun))
-    if float(sum(s for s, x in zip(sizes, found.x, strict=False) if x > 0.5)) > limit * (1 + 1e-9):
+    if float(sum(s for s, x in zip(sizes, found.x, strict=True) if x > 0.5)) > limit * (1 + 1e-9):
         raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
     return solution
 
 
 def _scale(bank: Bank, a: Alternative) -> float:
-    return 1.0 if a.removes else bank.scale(a.label)
+    return 1.0 if a.gone else bank.scale(a.label)
 
 
 def _sizes(bank: Bank, alive: list[Alternative], measure: Measure, budget: float) -> tuple[np.ndarray, float]:
@@ -115,7 +110,7 @@ def _solution(bank: Bank, taken: tuple[Alternative, ...], cost: float) -> Soluti
     norms = sum(a.bytes for a in dense.values()) - bank.projections * dense_itemsize(bank)
     total = bank.fixed_bytes + sum(a.bytes for a in taken)
     parameters = bank.fixed_parameters + sum(a.parameters for a in taken)
-    removed = sum(a.removes for a in taken)
+    removed = sum(len(a.gone) for a in taken)
     left = norms * (bank.layers - removed) / bank.layers
     weights = bank.projections * (bank.layers - removed) / bank.layers
     bits = 8 * (total - bank.fixed_bytes - left) / max(1.0, weights)
@@ -128,7 +123,7 @@ def _too_small(bank: Bank, alive: list[Alternative], measure: Measure, budget: f
     sizes, _ = _sizes(bank, alive, measure, budget)
     least: dict[tuple[int, str], float] = {}
     for a, size in zip(alive, sizes, strict=True):
-        if not a.removes:
+        if not a.gone:
             for cell in a.cells(bank.groups):
                 share = size / len(a.cells(bank.groups))
                 least[cell] = min(least.get(cell, np.inf), float(share))
@@ -137,7 +132,7 @@ def _too_small(bank: Bank, alive: list[Alternative], measure: Measure, budget: f
         norms = sum(a.bytes for a in alive if a.choice is None) - bank.projections * dense_itemsize(bank)
         return f"{budget:g} bits: the least that these schemes allow is {8 * (floor - norms) / bank.projections:.4g}"
     fixed = bank.fixed_bytes if measure == "bytes" else bank.fixed_parameters
-    most = len(bank.removed)
+    most = bank.most_removed
     at_least = fixed + floor * (bank.layers - most) / bank.layers
     return (
         f"{budget:,.0f} {measure}: no plan is that small. Embeddings, head and final norm take {fixed:,}, and with "

@@ -86,6 +86,11 @@ class Choice:
             raise InputError(f"symmetric false: {scheme} is always symmetric; zero points exist for {FREE}")
         return cls(scheme, group_size or format.group_size, symmetric)
 
+    def options(self) -> dict[str, str | int | bool]:
+        """As in a recipe: what `of` needs."""
+        group = {"group_size": self.group_size} if self.format.free and self.group_size else {}
+        return {"scheme": self.scheme, **group, **({} if self.symmetric else {"symmetric": False})}
+
     @property
     def format(self) -> Format:
         return FORMATS[self.scheme]
