@@ -17,6 +17,7 @@ from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.quantization.smoothing import fold_of
 from compression_dags.quantization.smoothquant import SmoothQuant, migration
+from compression_dags.quantization.walk import RoundWalk
 from compression_dags.registry import METHODS
 from compression_dags.solvers.hessian import energy
 from models import edit_weights
@@ -118,11 +119,58 @@ def test_migration_is_the_papers():
     seen = InputSums("peak", 3, torch.device("cpu"))
     seen.add(torch.tensor([[[1.0, -16.0, 0.0], [4.0, 2.0, 0.0]]]), None)
     weights = [torch.tensor([[1.0, -4.0, 2.0]]), torch.tensor([[-9.0, 1.0, 1.0]])]
-    assert migration(seen, weights, 0.5, "x").tolist() == pytest.approx([2 / 3, 2.0, 1.0])
-    assert migration(seen, weights, 1.0, "x").tolist() == pytest.approx([4.0, 16.0, 1.0])
+    peak = seen.peak("x")
+    assert migration(peak, weights, 0.5).tolist() == pytest.approx([2 / 3, 2.0, 1.0])
+    assert migration(peak, weights, 1.0).tolist() == pytest.approx([4.0, 16.0, 1.0])
+    seen.add(torch.tensor([[[2.0, 0.0, 0.0], [torch.nan, 9.0, 9.0]]]), torch.tensor([[True, False]]))
+    assert seen.peak("x").tolist() == [4, 16, 0] and seen.peak("x", "sequence").tolist() == [3, 8, 0]
+    seen.add(torch.tensor([[[9.0, 9.0, 9.0]]]), torch.tensor([[False]]))  # no token: not a sequence
+    assert seen.peak("x", "sequence").tolist() == [3, 8, 0]
     seen.add(torch.tensor([[[torch.nan, 0.0, 0.0]]]), None)
-    with pytest.raises(IntegrityError, match="x: activations are not finite"):
-        migration(seen, weights, 0.5, "x")
+    for over in ("all", "sequence"):
+        with pytest.raises(IntegrityError, match="x: activations are not finite"):
+            seen.peak("x", over)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "gptq", "scheme": "W8A8"},
+        {"method": "gptq", "scheme": "FP8_BLOCK", "target": "own"},
+        {"method": "smoothquant", "scheme": "W8A8", "rounding": "gptq", "target": "residual", "where": "norms"},
+        {"method": "awq", "scheme": "W4A8", "group_size": 16},
+    ],
+)
+def test_the_pass_computes_what_the_loaded_model_will(options, dense, tmp_path, monkeypatch):
+    """States after the last layer are those of the quantized checkpoint, its inputs rounded, in stock transformers."""
+    blocks, stage = tokens(), METHODS["quantize"][options["method"]].model_validate(options)
+    run, walks = RoundWalk.run_layers, []
+    monkeypatch.setattr(RoundWalk, "run_layers", lambda walk, *rest: (run(walk, *rest), walks.append(walk))[0])
+
+    def off(name):
+        """Relative distance of the pass's last states to those of the checkpoint that it made."""
+        stage.quantize(dense, tmp_path / name, blocks=blocks)
+        model = load_stock(tmp_path / name)
+        with torch.inference_mode():
+            states = model(torch.from_numpy(blocks.ids).long(), output_hidden_states=True).hidden_states[-1]
+            own = torch.cat([model.model.norm(b.hidden) for b in walks[-1].batches])
+        return float(torch.linalg.vector_norm(own - states) / torch.linalg.vector_norm(states))
+
+    rounded = off("rounded")
+    monkeypatch.setattr(RoundWalk, "rounds_inputs", False)
+    assert rounded < 0.5 * off("bare")  # not 0: a number on an edge may fall to the other side
+
+
+def test_gptq_takes_inputs_as_they_will_be_rounded(dense, monkeypatch, tmp_path):
+    seen = []
+    add = InputSums.add
+    monkeypatch.setattr(InputSums, "add", lambda sums, x, *rest: (seen.append(x.clone()), add(sums, x, *rest))[1])
+    for scheme in ("W8A8", "W8A16"):
+        stage = METHODS["quantize"]["gptq"].model_validate({"method": "gptq", "scheme": scheme})
+        stage.quantize(dense, tmp_path / scheme, blocks=tokens())
+    half = len(seen) // 2
+    rounded = Choice.of("W8A8").rounded_input(seen[half], torch.nn.Identity())
+    assert torch.equal(seen[0], rounded) and not torch.equal(seen[0], seen[half])
 
 
 def test_smoothing_helps_where_inputs_have_outliers(dense, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class InputSums:
     Attributes:
         hessian: Σ x̂ x̂ᵀ, for `kind` hessian.
         squares: (d,) float64 Σ x̂², for `kind` mean_square.
-        peaks: (d,) float32 max |x̂|, for kinds with a peak.
+        peaks: (2, d) float64 for kinds with a peak: max |x̂| over all tokens, and Σ over sequences of the max in each.
+        sequences: how many had a token.
         cross: (d, d) Σ x x̂ᵀ with the dense model's x; None without a reference.
         drift: (rows, d) Σ (r − r̂) x̂ᵀ for writers of the residual stream r; None elsewhere.
         tokens: how many were added.
@@ -40,7 +42,8 @@ class InputSums:
     def __init__(self, kind: StatisticKind, channels: int, device: torch.device):
         self.kind, self.tokens = kind, 0
         self.hessian = Hessian.empty(channels, device) if kind.startswith("hessian") else None
-        self.peaks = torch.zeros(channels, device=device) if kind.endswith("peak") else None
+        self.peaks = torch.zeros(2, channels, dtype=torch.float64, device=device) if kind.endswith("peak") else None
+        self.sequences = 0
         self.squares = torch.zeros(channels, dtype=torch.float64, device=device)
         self.cross: Tensor | None = None
         self.drift: Tensor | None = None
@@ -50,7 +53,10 @@ class InputSums:
         rows = _rows(x, mask)
         self.tokens += len(rows)
         if self.peaks is not None and len(rows):
-            self.peaks = torch.maximum(self.peaks, rows.abs().amax(0).float())  # keeps a NaN
+            own = x.abs() if mask is None else x.abs().masked_fill(~mask[..., None], 0)
+            own = own.amax(1).double()  # keeps a NaN
+            self.peaks = torch.stack([torch.maximum(self.peaks[0], own.amax(0)), self.peaks[1] + own.sum(0)])
+            self.sequences += len(x) if mask is None else int(mask.any(1).sum())
         if self.hessian is None and self.peaks is not None:
             return
         if self.hessian is None:
@@ -70,15 +76,15 @@ class InputSums:
             total = torch.zeros(left.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
         return add_product(total, left.to(rows.dtype), rows)
 
-    def peak(self, label: str) -> Tensor:
-        """(d,) float32.
+    def peak(self, label: str, over: Literal["all", "sequence"] = "all") -> Tensor:
+        """(d,) float32: max |x̂| over all tokens, or its mean over sequences of the largest in each.
 
         Raises:
             IntegrityError: an input was not finite.
         """
         if self.peaks is None or not bool(torch.isfinite(self.peaks).all()):
             raise IntegrityError(f"{label}: activations are not finite; nothing can be decided by them")
-        return self.peaks
+        return (self.peaks[0] if over == "all" else self.peaks[1] / max(1, self.sequences)).float()
 
     def mean_square(self, label: str) -> Tensor:
         """(d,) float64.

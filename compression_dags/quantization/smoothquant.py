@@ -33,6 +33,11 @@ class SmoothQuant(GPTQ):
     where: Literal["all", "norms"] = Field(
         "all", description="norms: inputs that a norm makes (the paper); all: also those that v and up make"
     )
+    peaks: Literal["sequence", "all"] = Field(
+        "sequence",
+        description="max|x| of a channel: the mean over sequences of the largest in each; all: the largest of all "
+        "tokens (the paper), which one token decides, the more so the more tokens there are",
+    )
     rounding: Literal["rtn", "gptq"] = "rtn"
     target: Follows = Field("own", description="of `rounding: gptq`; as gptq's")
 
@@ -53,7 +58,7 @@ class SmoothQuant(GPTQ):
 
         columns = None
         if fold is not None and (fold.norm or self.where == "all") and choice.format.activations < 16:
-            columns = migration(seen, list(weights.values()), self.alpha, label, fold)
+            columns = migration(seen.peak(label, self.peaks), list(weights.values()), self.alpha, fold)
             if fold.rows:  # stored scales of those rows are divided, maybe in float16: a common factor is free
                 columns = (columns / (columns.max() * columns.min()).sqrt()).clamp(1e-3, 1e3)
             columns = fold.exact(columns)
@@ -62,17 +67,13 @@ class SmoothQuant(GPTQ):
         return nearest_group(weights, choice, columns)
 
 
-def migration(seen: InputSums, weights: list[Tensor], alpha: float, label: str, fold: Fold | None = None) -> Tensor:
-    """s (in,) float32 of matrices (out_i, in): the paper's equation 4. Inputs or weights that are 0 keep s = 1.
+def migration(peak: Tensor, weights: list[Tensor], alpha: float, fold: Fold | None = None) -> Tensor:
+    """s (in,) float32 of matrices (out_i, in) whose inputs reach `peak` (in,): the paper's equation 4.
 
-    Channels that share a factor (`fold`) take the largest of their peaks.
-
-    Raises:
-        IntegrityError: an input was not finite.
+    Inputs or weights that are 0 keep s = 1. Channels that share a factor (`fold`) take the largest of their peaks.
     """
     import torch
 
-    peak = seen.peak(label)
     wide = torch.stack([w.float().abs().amax(0) for w in weights]).amax(0)
     if fold is not None:
         peak, wide = fold.widest(peak), fold.widest(wide)
