@@ -132,47 +132,6 @@ def test_migration_is_the_papers():
             seen.peak("x", over)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "gptq", "scheme": "W8A8"},
-        {"method": "gptq", "scheme": "FP8_BLOCK", "target": "own"},
-        {"method": "smoothquant", "scheme": "W8A8", "rounding": "gptq", "target": "residual", "where": "norms"},
-        {"method": "awq", "scheme": "W4A8", "group_size": 16},
-    ],
-)
-def test_the_pass_computes_what_the_loaded_model_will(options, dense, tmp_path, monkeypatch):
-    """States after the last layer are those of the quantized checkpoint, its inputs rounded, in stock transformers."""
-    blocks, stage = tokens(), METHODS["quantize"][options["method"]].model_validate(options)
-    run, walks = RoundWalk.run_layers, []
-    monkeypatch.setattr(RoundWalk, "run_layers", lambda walk, *rest: (run(walk, *rest), walks.append(walk))[0])
-
-    def off(name):
-        """Relative distance of the pass's last states to those of the checkpoint that it made."""
-        stage.quantize(dense, tmp_path / name, blocks=blocks)
-        model = load_stock(tmp_path / name)
-        with torch.inference_mode():
-            states = model(torch.from_numpy(blocks.ids).long(), output_hidden_states=True).hidden_states[-1]
-            own = torch.cat([model.model.norm(b.hidden) for b in walks[-1].batches])
-        return float(torch.linalg.vector_norm(own - states) / torch.linalg.vector_norm(states))
-
-    rounded = off("rounded")
-    monkeypatch.setattr(RoundWalk, "rounds_inputs", False)
-    assert rounded < 0.5 * off("bare")  # not 0: a number on an edge may fall to the other side
-
-
-def test_gptq_takes_inputs_as_they_will_be_rounded(dense, monkeypatch, tmp_path):
-    seen = []
-    add = InputSums.add
-    monkeypatch.setattr(InputSums, "add", lambda sums, x, *rest: (seen.append(x.clone()), add(sums, x, *rest))[1])
-    for scheme in ("W8A8", "W8A16"):
-        stage = METHODS["quantize"]["gptq"].model_validate({"method": "gptq", "scheme": scheme})
-        stage.quantize(dense, tmp_path / scheme, blocks=tokens())
-    half = len(seen) // 2
-    rounded = Choice.of("W8A8").rounded_input(seen[half], torch.nn.Identity())
-    assert torch.equal(seen[0], rounded) and not torch.equal(seen[0], seen[half])
-
-
 def test_smoothing_helps_where_inputs_have_outliers(dense, tmp_path):
     """γ of one channel is 60 times the rest: W8A8 rounds all other inputs to almost nothing unless it is moved."""
 
@@ -227,7 +186,6 @@ def test_inputs_without_a_norm_are_smoothed_too(dense, tmp_path, rounding):
 
 def test_a_killed_run_goes_on(dense, tmp_path, monkeypatch):
     from compression_dags.provenance.progress import Progress
-    from compression_dags.quantization.walk import RoundWalk
 
     stage, blocks = AWQ(scheme="W4A16", group_size=32), tokens()
     whole = stage.quantize(dense, tmp_path / "whole", blocks=blocks).checkpoint

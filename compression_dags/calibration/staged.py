@@ -29,7 +29,7 @@ class StagedForward:
     Args:
         forward: output of the layer for batch i; called in a thread under inference mode.
         stops: modules before which every batch waits, in the order the forward reaches them; each batch reaches one
-            of a stop's modules. Their own pre-hooks run when the batch goes on.
+            of a stop's modules.
         seen: called with (stop, batch, *args, **kwargs), the arguments being the module's, when a batch reaches a
             stop; in the batch's thread.
         ready: called with the stop when all batches wait there, in the caller's thread.
@@ -55,7 +55,7 @@ class StagedForward:
             IntegrityError: a batch ended or stopped elsewhere than the others.
         """
         hooks = [
-            m.register_forward_pre_hook(self._hook(s), with_kwargs=True, prepend=True)
+            m.register_forward_pre_hook(self._hook(s), with_kwargs=True)
             for s, alike in enumerate(self.stops)
             for m in alike
         ]

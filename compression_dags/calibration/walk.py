@@ -93,15 +93,6 @@ class SequentialWalk(ABC):
         """`Extra` stops of a layer, at most one."""
         return []
 
-    def reads(self, name: str, x: Tensor, module: nn.Module, changed: bool) -> Tensor:
-        """What matrix `name` makes of its input x (b, T, d) in the changed model: formats may round it. `changed` is
-        False while its statistics are taken. Asked only if `rounds_inputs`."""
-        return x
-
-    @property
-    def rounds_inputs(self) -> bool:
-        return False
-
     def stored(self, name: str, held: Tensor) -> Tensor:
         """The weight as it is stored, for kept ones must stay so bit for bit: what is held may be a converted copy."""
         if _STORED.get(held.dtype) == self.source.tensors[f"{name}.weight"].dtype:
@@ -121,7 +112,6 @@ class SequentialWalk(ABC):
 
     def _layer(self, index: int, layer: nn.Module) -> None:
         modules = dict(layer.named_modules())
-        hooks = self._read_by_format(index, modules) if self.rounds_inputs and not self.dense else []
         groups = [g for g in self.source.architecture.groups if g.projections[0] in modules]
         extras = self.extras(index, modules)
         if not self.batches:
@@ -133,24 +123,6 @@ class SequentialWalk(ABC):
             self._both(index, layer, modules, groups, extras)
         else:
             self._alone(index, layer, modules, groups, extras)
-        for hook in hooks:
-            hook.remove()
-
-    def _read_by_format(self, index: int, modules: Modules) -> list[Any]:
-        """Hooks that give every matrix of the changed layer what `reads` says."""
-        prefix = self.source.architecture.layer_prefix(index)
-
-        def hook(name: str):
-            return lambda module, args: (self.reads(name, args[0], module, True), *args[1:])
-
-        projections = [p for p in self.source.architecture.projections() if p in modules]
-        return [modules[p].register_forward_pre_hook(hook(prefix + p)) for p in projections]
-
-    def _arriving(self, index: int, group: ProjectionGroup, modules: Modules, x: Tensor) -> Tensor:
-        """A group's input as its statistics take it."""
-        first = group.projections[0]
-        prefix = self.source.architecture.layer_prefix(index)
-        return self.reads(prefix + first, x, modules[first], False) if self.rounds_inputs else x
 
     def _alone(
         self, index: int, layer: nn.Module, modules: Modules, groups: list[ProjectionGroup], extras: list[Any]
@@ -160,8 +132,7 @@ class SequentialWalk(ABC):
 
         def seen(stop: int, turn: int, *args: Tensor, **kwargs: Tensor) -> None:
             if stop < len(groups):
-                x = self._arriving(index, groups[stop], modules, args[0])
-                sums[stop].add(self._shaped(turn, x), self.masks[turn])
+                sums[stop].add(self._shaped(turn, args[0]), self.masks[turn])
             else:
                 extras[0].seen(self.masks[turn], *args, **kwargs)
 
@@ -190,7 +161,6 @@ class SequentialWalk(ABC):
         """Turn 2i is batch i in the dense model, 2i + 1 in the changed one, right after it."""
         before = copy.deepcopy(layer)
         dense = dict(before.named_modules())
-        hooks = self._read_by_format(index, modules) if self.rounds_inputs else []
         sums = [self._sums(group, modules) for group in groups]
         drifting = self.source.architecture.stream_writers if self.follows == "residual" else ()
         residual: dict[int, Tensor] = {}  # by turn: what the next writer's output will be added to
@@ -211,8 +181,7 @@ class SequentialWalk(ABC):
                 number = turn // 2
                 drift = residual[turn - 1] - residual[turn] if groups[stop].name in drifting else None
                 reference = Reference(self._shaped(number, waiting.pop()), drift)
-                x = self._arriving(index, groups[stop], modules, args[0])
-                sums[stop].add(self._shaped(number, x), self.masks[number], reference)
+                sums[stop].add(self._shaped(number, args[0]), self.masks[number], reference)
 
         def change(stop: int) -> None:
             if stop < len(groups):
@@ -229,7 +198,7 @@ class SequentialWalk(ABC):
             residual[staged.turn] = args[0].reshape(residual[staged.turn].shape)
 
         norm = dict(self.source.architecture.input_norms).get("mlp_input")
-        hooks += [m[norm].register_forward_pre_hook(enters) for m in (modules, dense) if norm in m]
+        hooks = [m[norm].register_forward_pre_hook(enters) for m in (modules, dense) if norm in m]
         outputs = staged.run()
         for hook in hooks:
             hook.remove()

@@ -31,7 +31,7 @@ class AWQ(QuantizeStage):
     calibration tokens is never larger.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "1"
     statistic: ClassVar[StatisticKind] = "hessian"
     method: Literal["awq"] = "awq"
     grid: int = Field(20, ge=1, le=200, description="values of α tried, from 0 to 1")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from compressed_tensors.quantization import QuantizationScheme
 
     from compression_dags.solvers.rounding import Grid
@@ -149,17 +148,6 @@ class Choice:
         if not self.symmetric:
             packed["weight_zero_point"] = ("I32", (-(-rows * format.bits // 32), groups))
         return packed
-
-    def rounded_input(self, x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-        """An input (…, T, in) of `module` as an engine rounds it, with dynamic scales, by compressed-tensors."""
-        from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-        from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-
-        args = _compression_scheme(self, ("Linear",)).input_activations
-        if args is None:
-            return x
-        scale, zero = compute_dynamic_scales_and_zp(x, args, module)
-        return fake_quantize(x, scale, zero, args)
 
     def compression_scheme(self, targets: tuple[str, ...] = ("Linear",)) -> QuantizationScheme:
         """compressed-tensors' own preset, with our group size and symmetry."""

@@ -27,7 +27,6 @@ class GPTQ(QuantizeStage):
 
     version: ClassVar[str] = "3"
     statistic: ClassVar[StatisticKind] = "hessian"
-    fits_rounded_inputs: ClassVar[bool] = True
     method: Literal["gptq"] = "gptq"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     act_order: bool = Field(

@@ -97,8 +97,6 @@ class QuantizeStage(Stage):
 
     stage: ClassVar[str] = "quantize"
     statistic: ClassVar[StatisticKind] = "none"
-    #: whether statistics are taken of inputs rounded as the format does it; not by what divides them first
-    fits_rounded_inputs: ClassVar[bool] = False
     method: str
 
     scheme: Scheme = Field(description="bits and kind of weights (W) and activations (A)")
@@ -307,8 +305,9 @@ class QuantizeStage(Stage):
             for name, choice in rounding.choices.items():
                 linear, rounded = model.get_submodule(name), rounding.rounded(name).to(device)
                 linear.weight.copy_(_as_loaded(rounded, choice, getattr(torch, dtype), early))
-                if choice.format.activations < 16:
-                    linear.register_forward_pre_hook(functools.partial(_round_input, choice))
+                inputs = choice.compression_scheme().input_activations
+                if inputs is not None:
+                    linear.register_forward_pre_hook(functools.partial(_round_input, inputs))
             return model(ids.to(device)).logits.float().cpu()
 
 
@@ -334,9 +333,13 @@ def _matches(entry: str, module: str) -> bool:
         raise InputError(f"{entry!r} is not a regular expression: {error}") from None
 
 
-def _round_input(choice: Choice, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Forward pre-hook."""
-    return choice.rounded_input(inputs[0], module), *inputs[1:]
+def _round_input(args: Any, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Forward pre-hook: the input (…, T, in) rounded with dynamic scales, by compressed-tensors."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    scale, zero = compute_dynamic_scales_and_zp(inputs[0], args, module)
+    return fake_quantize(inputs[0], scale, zero, args), *inputs[1:]
 
 
 def rebuilds_while_loading() -> bool:

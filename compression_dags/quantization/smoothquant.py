@@ -27,7 +27,6 @@ class SmoothQuant(GPTQ):
     """
 
     version: ClassVar[str] = "3"
-    fits_rounded_inputs: ClassVar[bool] = False
     method: Literal["smoothquant"] = "smoothquant"
     alpha: float = Field(0.65, ge=0, le=1, description="migration strength; the paper takes 0.5")
     where: Literal["all", "norms"] = Field(

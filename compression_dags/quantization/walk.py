@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compression_dags.architectures import ProjectionGroup
 from compression_dags.calibration.inputs import InputSums
@@ -66,28 +66,10 @@ class RoundWalk(SequentialWalk):
         self.rounded: dict[str, Rounded] = {}
         self.evidence: dict[str, dict[str, Any]] = {}
         self.changed: dict[str, Tensor] = {}
-        self._divisors: dict[str, Tensor] = {}
         self._again: dict[str, Callable[[str, Tensor | None], Rounded] | None] = {}  # of the group before
         super().__init__(
             source, blocks, device, dtype, name=stage.method, statistic=stage.wanted, follows=stage.follows
         )
-
-    @property
-    def rounds_inputs(self) -> bool:
-        """Weights that are fitted to inputs are fitted to those that they will get."""
-        return self.stage.wanted.startswith("hessian") and any(c.format.activations < 16 for c in self.choices.values())
-
-    def reads(self, name: str, x: Tensor, module: nn.Module, changed: bool) -> Tensor:
-        """x rounded as the format does it, divided before and multiplied after by the factors of its channels.
-
-        While statistics are taken no factors are known: methods that may divide the input see it as it is.
-        """
-        choice = self.choices.get(name)
-        if choice is None or choice.format.activations == 16 or not (changed or self.stage.fits_rounded_inputs):
-            return x
-        s = self._divisors.get(name)
-        rounded = choice.rounded_input(x if s is None else (x / s).to(x.dtype), module)
-        return rounded if s is None else (rounded * s).to(x.dtype)
 
     def rounding(self, device: str) -> Rounding:
         return Rounding(self.choices, lambda name: self.rounded[name].to(device), self.evidence, self.changed)
@@ -103,7 +85,6 @@ class RoundWalk(SequentialWalk):
         if fold and fold.rows and self._again.get(f"{fold.prefix}{fold.rows}") is None:
             fold = None  # what would take the factors is not quantized, or cannot
         group = self.stage.round_folded(chosen, seen, choice, label, fold)
-        self._divisors = dict.fromkeys(chosen, group.columns) if group.columns is not None else {}
         for name, (rounded, evidence) in group.found.items():
             self.rounded[name] = rounded.to("cpu")
             self.evidence[name] = {"tokens": seen.tokens, **evidence}
