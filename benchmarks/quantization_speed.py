@@ -4,6 +4,7 @@
     python benchmarks/quantization_speed.py --work FOLDER --their-batch 8             # llm-compressor batched too
     python benchmarks/quantization_speed.py --work FOLDER --full                      # 32 layers, ours alone
     python benchmarks/quantization_speed.py --work FOLDER --methods gptq-W8A8         # METHOD-SCHEME or -SCHEME-GROUP
+    python benchmarks/quantization_speed.py --work FOLDER --methods gptq-W4A16 --options '{"target": "own"}'   # of ours
     python benchmarks/quantization_speed.py --work FOLDER --tiny                      # seconds on a CPU: does it run
 
 The same random weights and tokens for both tools, in one process. FOLDER must not exist and is best in memory: ours
@@ -22,6 +23,7 @@ code out of range, a bad scale, or a layer without a changed code ends the run.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from pathlib import Path
@@ -79,20 +81,22 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = base_parser(__doc__, ASKED, "with other schemes or groups")
     shape_options(parser, "32 layers, ours alone")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON: more options of our stages")
     args = parsed(parser)
     args.methods = args.methods or (TINY_ASKED if args.tiny else ASKED)
     for asked in args.methods:
-        if not stage_of(asked).reads_tokens:
+        if not stage_of(asked, args).reads_tokens:
             parser.error(f"{asked} reads no tokens: nothing is left to time but rounding and writing")
     args.ours = args.ours or args.full
     find_theirs(args)
     return args
 
 
-def stage_of(asked: str) -> QuantizeStage:
+def stage_of(asked: str, args: argparse.Namespace) -> QuantizeStage:
     """`gptq-W4A16`, `awq-W4A16-64` → the pipeline's stage."""
     method, scheme, group = parts(asked)
-    found = METHODS["quantize"][method].model_validate({"method": method, "scheme": scheme, "group_size": group})
+    options = {"method": method, "scheme": scheme, "group_size": group, **args.options}
+    found = METHODS["quantize"][method].model_validate(options)
     assert isinstance(found, QuantizeStage)
     return found
 
@@ -110,14 +114,14 @@ def compared(source: Checkpoint, blocks: TokenBlocks, asked: str, args: argparse
         return run_ours(source, blocks, asked, args, write=write)
 
     def theirs(batch: int) -> Row:
-        grid = stage_of(asked).choice.grid()
+        grid = stage_of(asked, args).choice.grid()
         return run_theirs(source, blocks, lambda: modifiers(asked), batch, args, lambda m: found_in(m, source, grid))
 
     return compare(asked, ours, theirs if parts(asked)[0] in THEIRS else None, args)
 
 
 def run_ours(source: Checkpoint, blocks: TokenBlocks, asked: str, args: argparse.Namespace, *, write: bool) -> Row:
-    stage = stage_of(asked)
+    stage = stage_of(asked, args)
     walk, start, walked, end, held = timed_stage(stage, source, blocks, args, write=write)
     return {
         "seconds": round(walked - start, 3),

@@ -122,9 +122,7 @@ def planning_options(
         InputError: an unknown scheme, method or option.
     """
     asked: dict[str, Any] = {"depth": depth, "quantizer": method_of(quantizer)}
-    asked["recover"] = (
-        {"auto": "auto", "none": None}.get(recover) if recover in ("auto", "none") else method_of(recover)
-    )
+    asked["recover"] = {"auto": "auto", "none": None}[recover] if recover in {"auto", "none"} else method_of(recover)
     asked |= {"group_size": group_size} if group_size else {}
     asked |= {"sparsities": [s.strip() for s in sparsities.split(",")]} if sparsities else {}
     asked |= {"schemes": [s.strip() for s in schemes.split(",")]} if schemes else {}

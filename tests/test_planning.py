@@ -18,11 +18,12 @@ from compression_dags.cli import main
 from compression_dags.cli_plan import budgets_of, parse_budget, planning_options
 from compression_dags.errors import InputError
 from compression_dags.merging.planned import Planned
+from compression_dags.merging.scoring import LossBench
 from compression_dags.planning.alternatives import Alternative, Bank, BankOptions
 from compression_dags.planning.bank import measure_bank, survivors
 from compression_dags.planning.emit import recipe_of, recipe_text
 from compression_dags.planning.mixed import plan_schemes
-from compression_dags.planning.solve import MARGIN, solve
+from compression_dags.planning.solve import solve
 from compression_dags.planning.together import counts_of, cut_sets
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.gptq import GPTQ
@@ -131,14 +132,18 @@ def test_a_scheme_everywhere_costs_what_the_quantizer_loses(quantizer, source, t
     assert quantizer.items() <= found["quantize"].items()
 
 
-def test_recovery_that_cannot_be_had(source):
+def test_recovery_that_cannot_be_had(source, monkeypatch):
     """`auto` goes without; a stage that was asked for is an error."""
     few = random_blocks(rows=4)
     bank = measure_bank(source, few, BankOptions.model_validate(SMALL | {"first_rows": 4}))
     assert bank.recovered is None and all(a.alive for a in bank.alternatives if len(a.layers) > 1)
     asked = BankOptions.model_validate(SMALL | {"first_rows": 4, "recover": {"method": "least-squares"}})
+    monkeypatch.setattr(LossBench, "measured", lambda *_: pytest.fail("measured before the check"))
     with pytest.raises(InputError, match=r"least-squares .* has .* fitting tokens and needs"):
         measure_bank(source, few, asked)
+    unknown = BankOptions.model_validate(SMALL | {"quantizer": {"method": "rtn", "ignore": ["nothing"]}})
+    with pytest.raises(InputError, match="nothing"):
+        measure_bank(source, few, unknown)
 
 
 def weight_bytes(checkpoint):
@@ -185,23 +190,7 @@ def test_the_solution_is_the_best_of_all_plans(seed, budget):
             if sorted(cells) == [(i, "g") for i in range(3)] and gone <= 1 and size <= budget:
                 best = min(best, sum(a.cost * (1 if a.gone else bank.scale(a.label)) for a in plan))
     found = solve(bank, "bytes", budget)
-    assert found.bytes <= budget and best <= found.cost + 1e-9
-    if found.cost > best + 1e-9:  # one scheme everywhere was measured, a mixture must promise more than a little
-        assert len({a.label for a in found.taken}) == 1 and found.cost * (1 - MARGIN) <= best
-
-
-def test_a_mixture_must_promise_more_than_a_little():
-    """Eight bits everywhere cost 1.0 as measured; what mixtures promise decides."""
-    four, eight = Choice.of("W4A16", 64), Choice.of("W8A16", 64)
-
-    def taken(gain):
-        found = []
-        for layer in range(2):
-            found.append(Alternative("quantize", layer, "g", eight, 8250, 8000, 0.5, 0, 4))
-            found.append(Alternative("quantize", layer, "g", four, 4250, 8000, 0.5 - gain if layer else 0.9, 0, 4))
-        return {a.label for a in solve(Bank(2, ("g",), 0, 0, 16000, tuple(found)), "bytes", 1e6).taken}
-
-    assert taken(0.08) == {"W8A16/64"} and taken(0.15) == {"W8A16/64", "W4A16/64"}
+    assert found.cost == pytest.approx(best) and found.bytes <= budget
 
 
 def test_layers_to_cut_out_together():

@@ -2,8 +2,8 @@
 
 Alternatives of one walk share the states of the layers below them (`merging/scoring.py`), so a change at layer i costs
 the layers from i on. All run on a few sequences first; those that another one beats on bytes and, beyond both standard
-errors, on cost go no further. Matrices are rounded by GPTQ or to nearest (`planning/rounded.py`); removals together are
-measured after recovery or as they are (`planning/cuts.py`).
+errors, on cost go no further. Matrices are rounded by GPTQ or to nearest (`planning/rounded.py`); what many
+changes cost together is measured as the recipe will make them (`planning/together.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from compression_dags.planning.alternatives import (
     candidates,
     empty_bank,
     measured,
+    quantizer_stage,
 )
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stages import Track, silent
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from compression_dags.calibration.streaming import DecoderStream
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.planning.rounded import RoundedLayers
-    from compression_dags.planning.together import Recovery
+    from compression_dags.planning.together import FittedRecovery
 
 VERSION = "2"
 #: Standard errors by which a cost must be worse before an alternative is given up.
@@ -59,7 +60,8 @@ def measure_bank(
         statistics: of the calibration pass; needed for sparsities.
 
     Raises:
-        InputError: no sequence has two tokens; sparsities without statistics; a recovery stage that does not fit.
+        InputError: no sequence has two tokens; sparsities without statistics; a quantizer or a recovery stage that
+            does not fit the model, or has too few tokens. All before anything is measured.
     """
     from compression_dags.calibration.streaming import DecoderStream
     from compression_dags.planning.rounded import RoundedLayers
@@ -67,13 +69,16 @@ def measure_bank(
 
     if options.sparsities and statistics is None:
         raise InputError(f"sparsities {list(options.sparsities)} need the statistics of the calibration pass")
+    for choice in options.choices():
+        quantizer_stage(options.quantizer, choice).check(source.facts)
+    rows = even_rows(blocks, options.rows)
+    unseen = _unseen(blocks, rows)
+    recovery = recovery_for(source, options, unseen) if options.depth else None
     norms = statistics or {}
     stream = DecoderStream(source, device=device, dtype=dtype)
-    rows = even_rows(blocks, options.rows)
     first = rows[:: max(1, len(rows) // options.first_rows)][: options.first_rows]
     rest = [r for r in rows if r not in first]
     bank = empty_bank(source, candidates(source, options))
-    unseen = _unseen(blocks, rows)
     rounded = RoundedLayers(stream, chosen_rows(unseen, even_rows(unseen, options.rows)), options.rounding)
     on: dict[str, Any] = {"device": device, "dtype": dtype}
     start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length), norms, rounded)
@@ -87,22 +92,21 @@ def measure_bank(
         costs |= {i: costs[i] + c for i, c in zip(alive, found, strict=True)}
         bank = _with(bank, costs, alive)
     bank = _merged_schemes(bank, options)
-    recovery = recovery_for(source, options, unseen) if options.depth else None
     bank = _with_cuts(bank, options, source, meters, recovery, on, track)
     together = {}
     for label, same in _uniform(bank).items():
         choice, pieces = same[0].choice, lambda same=same: start.all_of(same)
         if choice is not None:
             pieces = quantized(source, choice, options, unseen, **on, track=track)
-        together[label] = (_kl_of(meters, pieces)[0], sum(a.cost for a in same))
+        joint = _kl_of(meters, pieces)
+        together[label] = (sum(joint) / len(joint), sum(a.cost for a in same))
     stream.close()
     return replace(bank, together=together, tokens=len(rows) * options.length, quantizer=options.quantizer)
 
 
 def _kl_of(meters: list[_Meter], pieces: Callable[[], Iterable[Piece]]) -> list[float]:
-    """Mean KL of a whole student over all measured sequences, and by sequence."""
-    found = [kl for meter in meters for kl in meter.student(pieces())]
-    return [sum(found) / len(found), *found]
+    """KL by sequence of a whole student, over all measured sequences."""
+    return [kl for meter in meters for kl in meter.student(pieces())]
 
 
 def _with_cuts(
@@ -110,7 +114,7 @@ def _with_cuts(
     options: BankOptions,
     source: Checkpoint,
     meters: list[_Meter],
-    recovery: Recovery | None,
+    recovery: FittedRecovery | None,
     on: dict[str, Any],
     track: Track,
 ) -> Bank:
@@ -127,7 +131,7 @@ def _with_cuts(
     found = []
     for gone in track([s for s in sets if recovery or len(s) > 1], "layers dropped together"):
         pieces = cut_pieces(source, gone, recovery, **on)
-        costs = _kl_of(meters, lambda pieces=pieces: pieces)[1:]
+        costs = _kl_of(meters, lambda pieces=pieces: pieces)
         found.append(measured(Alternative("drop", gone[0], None, None, 0, 0, layers=gone), costs))
     kept = [replace(a, alive=a.alive and not (recovery and a.kind == "drop")) for a in bank.alternatives]
     return replace(bank, alternatives=(*kept, *found), recovered=recovery.options if recovery else None)

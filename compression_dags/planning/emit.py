@@ -32,9 +32,9 @@ def recipe_of(
     if depth:
         drop = [layer for a in depth if a.kind == "drop" for layer in a.layers]
         fuse = [[a.layer, a.layer + 1] for a in depth if a.kind == "merge"]
-        alone = {a.layer: a for a in bank.alternatives if a.kind == "drop" and len(a.layers) == 1}
-        alone |= {a.layer: a for a in depth if a.kind == "merge"}
-        costs = {a.layer: round(a.cost, 6) for a in alone.values() if a.layer in drop or a in depth}
+        alone = {a.layer: a.cost for a in bank.alternatives if len(a.layers) == 1}
+        costs = {layer: round(alone[layer], 6) for layer in drop}
+        costs |= {a.layer: round(a.cost, 6) for a in depth if a.kind == "merge"}
         stages.append({"merge": {"method": "planned", "drop": drop, "fuse": fuse, "costs": costs}})
         if bank.recovered:
             stages.append({"recover": bank.recovered})

@@ -29,7 +29,7 @@ class RoundedLayers:
     """
 
     def __init__(self, stream: DecoderStream, blocks: TokenBlocks, rounding: Literal["rtn", "gptq"]):
-        self.stream, self.blocks, self.rounding = stream, blocks, rounding
+        self.stream, self.rounding = stream, rounding
         self._next, self._sums = 0, dict[str, InputSums]()
         self._batches = stream.batches(blocks) if rounding == "gptq" else []
         self._states: list[Tensor] = []

@@ -5,8 +5,7 @@
          Σ size_a x_a ≤ budget,   x ∈ {0, 1}
 
 Costs at a scheme are scaled by what all parts at that scheme cost together over the sum of their own; layers that are
-dropped together were measured together. What all parts at one scheme cost is measured, what a mixture costs is only
-predicted, and the best of many predictions is too good: a mixture must promise `MARGIN` less.
+dropped together were measured together.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ import numpy as np
 
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.planning.alternatives import Alternative, Bank
-
-#: Share of its cost by which a mixture of schemes must be predicted to be better than one scheme everywhere.
-MARGIN = 0.1
 
 Measure = Literal["bytes", "parameters", "bits"]
 
@@ -82,25 +78,9 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
         raise InputError(_too_small(bank, alive, measure, budget))
     taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
     solution = _solution(bank, taken, float(found.fun))
-    plain = _one_scheme(bank, alive, costs, sizes, limit)
-    if plain is not None and plain.cost * (1 - MARGIN) <= solution.cost:
-        return plain
     if float(sum(s for s, x in zip(sizes, found.x, strict=True) if x > 0.5)) > limit * (1 + 1e-9):
         raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
     return solution
-
-
-def _one_scheme(
-    bank: Bank, alive: list[Alternative], costs: list[float], sizes: np.ndarray, limit: float
-) -> Solution | None:
-    """The best plan with all projections at one scheme, or all as they are, that fits."""
-    found: list[Solution] = []
-    for label in sorted({a.label for a in alive if a.kind == "quantize"}):
-        same = [j for j, a in enumerate(alive) if a.kind == "quantize" and a.label == label]
-        whole = sum(len(alive[j].cells(bank.groups)) for j in same) == bank.layers * len(bank.groups)
-        if whole and float(sizes[same].sum()) <= limit:
-            found.append(_solution(bank, tuple(alive[j] for j in same), sum(costs[j] for j in same)))
-    return min(found, key=lambda s: s.cost, default=None)
 
 
 def _scale(bank: Bank, a: Alternative) -> float:

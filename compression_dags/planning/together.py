@@ -36,7 +36,7 @@ MORE_ROWS = 4
 
 
 @dataclass(frozen=True)
-class Recovery:
+class FittedRecovery:
     """A recovery stage, and the calibration tokens that it fits on."""
 
     options: dict[str, Any]
@@ -44,7 +44,7 @@ class Recovery:
     blocks: TokenBlocks
 
 
-def recovery_for(source: Checkpoint, options: BankOptions, blocks: TokenBlocks) -> Recovery | None:
+def recovery_for(source: Checkpoint, options: BankOptions, blocks: TokenBlocks) -> FittedRecovery | None:
     """What `options.recover` asks for, on as few calibration sequences as the stage accepts.
 
     Raises:
@@ -56,7 +56,7 @@ def recovery_for(source: Checkpoint, options: BankOptions, blocks: TokenBlocks) 
     stage = recovery_of(asked)
     try:
         stage.check(source.facts)
-        return Recovery(asked, stage, _enough(stage, source, blocks, options.rows))
+        return FittedRecovery(asked, stage, _enough(stage, source, blocks, options.rows))
     except InputError:
         if options.recover == "auto":
             return None
@@ -101,7 +101,12 @@ def cut_sets(
 
 
 def cut_pieces(
-    source: Checkpoint, gone: Sequence[int], recovery: Recovery | None, *, device: str = "cpu", dtype: str = "float32"
+    source: Checkpoint,
+    gone: Sequence[int],
+    recovery: FittedRecovery | None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> list[Piece]:
     """The model without some layers, recovered if asked for, as pieces of the base model.
 
