@@ -166,7 +166,7 @@ class RecipeStudy(Study):
         start = time.monotonic()
         bank = measure_bank(self.base, self.blocks, self.args.bank, **self.on)
         self.record(step="bank", alternatives=len(bank.alternatives), seconds=round(time.monotonic() - start, 2))
-        self.record(step="together", costs=bank.together)
+        self.record(step="together", costs=bank.together, mixtures=bank.mixtures)
         asked: list[tuple[Measure, float]] = [("bytes", parse_budget(text)) for text in self.args.budgets]
         asked += [("bits", float(text)) for text in self.args.bits]
         return [self._emitted(bank, *budget) for budget in asked]

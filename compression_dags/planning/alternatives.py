@@ -166,6 +166,7 @@ class Bank:
         together: label → (KL with every unit at that scheme or sparsity, the sum of the units' own costs).
         quantizer: options of the one that `together` was measured with.
         recovered: options of the recovery stage after which drops were measured; None if there was none.
+        mixtures: (stored bits a weight, KL promised, KL measured) of the best mixtures of schemes at some sizes.
     """
 
     layers: int
@@ -178,6 +179,7 @@ class Bank:
     tokens: int = 0
     quantizer: dict[str, Any] = field(default_factory=lambda: QUANTIZER)
     recovered: dict[str, Any] | None = None
+    mixtures: tuple[tuple[float, float, float], ...] = ()
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(json.dumps(asdict(self), indent=1))
@@ -187,7 +189,9 @@ class Bank:
         raw: dict[str, Any] = json.loads((directory / FILE).read_text())
         found = tuple(_read(a) for a in raw.pop("alternatives"))
         together = {k: (v[0], v[1]) for k, v in (raw.pop("together") or {}).items()}
-        return cls(alternatives=found, together=together, groups=tuple(raw.pop("groups")), **raw)
+        mixtures = tuple((m[0], m[1], m[2]) for m in raw.pop("mixtures"))
+        groups = tuple(raw.pop("groups"))
+        return cls(alternatives=found, together=together, mixtures=mixtures, groups=groups, **raw)
 
     @property
     def most_removed(self) -> int:
@@ -197,6 +201,14 @@ class Bank:
         """By how much costs at a scheme or sparsity add up to more (or less) than their sum."""
         joint, alone = (self.together or {}).get(label, (0.0, 0.0))
         return joint / alone if joint > 0 and alone > 0 and math.isfinite(joint) else 1.0
+
+    def uniform(self) -> dict[str, list[Alternative]]:
+        """Label → the alternatives that, together, do the same to every layer."""
+        found: dict[str, list[Alternative]] = {}
+        for a in self.alternatives:
+            if a.kind == "sparsify" or (a.kind == "quantize" and a.choice is not None):
+                found.setdefault(a.label, []).append(a)
+        return found
 
 
 def _read(raw: dict[str, Any]) -> Alternative:

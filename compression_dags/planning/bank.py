@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from compression_dags.planning.rounded import RoundedLayers
     from compression_dags.planning.together import FittedRecovery
 
-VERSION = "2"
+VERSION = "3"
 #: Standard errors by which a cost must be worse before an alternative is given up.
 SURE = 2.0
 
@@ -94,14 +94,16 @@ def measure_bank(
     bank = _merged_schemes(bank, options)
     bank = _with_cuts(bank, options, source, meters, recovery, on, track)
     together = {}
-    for label, same in _uniform(bank).items():
+    for label, same in bank.uniform().items():
         choice, pieces = same[0].choice, lambda same=same: start.all_of(same)
         if choice is not None:
-            pieces = quantized(source, choice, options, unseen, **on, track=track)
+            pieces = quantized(source, quantizer_stage(options.quantizer, choice), options, unseen, **on, track=track)
         joint = _kl_of(meters, pieces)
         together[label] = (sum(joint) / len(joint), sum(a.cost for a in same))
+    bank = replace(bank, together=together, tokens=len(rows) * options.length, quantizer=options.quantizer)
+    bank = _with_mixtures(bank, options, source, meters, unseen, on, track)
     stream.close()
-    return replace(bank, together=together, tokens=len(rows) * options.length, quantizer=options.quantizer)
+    return bank
 
 
 def _kl_of(meters: list[_Meter], pieces: Callable[[], Iterable[Piece]]) -> list[float]:
@@ -137,6 +139,37 @@ def _with_cuts(
     return replace(bank, alternatives=(*kept, *found), recovered=recovery.options if recovery else None)
 
 
+def _with_mixtures(
+    bank: Bank,
+    options: BankOptions,
+    source: Checkpoint,
+    meters: list[_Meter],
+    unseen: TokenBlocks,
+    on: dict[str, Any],
+    track: Track,
+) -> Bank:
+    """The best mixtures as the bank sees them now, at the sizes of the schemes and between, by the recipe's quantizer.
+
+    A mixture promises more than it keeps: it is what seemed cheapest, and a quantizer that lets later layers make up
+    for earlier ones helps one scheme everywhere as much.
+    """
+    from compression_dags.planning.emit import quantize_stage
+    from compression_dags.planning.solve import mixture_sizes, solve
+    from compression_dags.planning.together import quantized
+    from compression_dags.registry import METHODS
+
+    found = []
+    for bits in mixture_sizes(bank):
+        solution = solve(bank, "bits", bits)
+        asked = quantize_stage(solution, bank, source.architecture)
+        if asked is None or len(solution.labels) < 2:
+            continue
+        stage: Any = METHODS["quantize"][asked["method"]].model_validate(asked)
+        costs = _kl_of(meters, quantized(source, stage, options, unseen, **on, track=track))
+        found.append((solution.bits, solution.cost, sum(costs) / len(costs)))
+    return replace(bank, mixtures=tuple(found))
+
+
 def _unseen(blocks: TokenBlocks, rows: list[int]) -> TokenBlocks:
     """Sequences that fit what is then measured on `rows`: the others, so that no fit to the very text counts as a gain;
     all of them where the others are fewer."""
@@ -152,15 +185,6 @@ def _with(bank: Bank, costs: dict[int, list[float]], alive: Iterable[int]) -> Ba
     keep = set(alive)
     found = [replace(measured(a, costs[i]), alive=i in keep) for i, a in enumerate(bank.alternatives)]
     return replace(bank, alternatives=tuple(found))
-
-
-def _uniform(bank: Bank) -> dict[str, list[Alternative]]:
-    """Label → the alternatives that, together, do the same to every layer."""
-    found: dict[str, list[Alternative]] = {}
-    for a in bank.alternatives:
-        if a.kind == "sparsify" or (a.kind == "quantize" and a.choice is not None):
-            found.setdefault(a.label, []).append(a)
-    return found
 
 
 def survivors(bank: Bank) -> list[int]:

@@ -109,6 +109,7 @@ def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
         f"# Costs were measured on {bank.tokens:,} calibration tokens: one change at a time, all projections at one "
         f"scheme by {bank.quantizer['method']}, and dropped layers "
         f"{'after recovery by ' + bank.recovered['method'] if bank.recovered else 'as they are'}.",
+        *_mixing(bank),
         "# layer  what, and the KL that it alone costs",
     ]
     for layer in range(bank.layers):
@@ -117,6 +118,12 @@ def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
             lines.append(f"# {layer:5d}  {', '.join(_said(a) for a in own)}")
     body = yaml.safe_dump(recipe, sort_keys=False, width=110, default_flow_style=None)
     return "\n".join(lines) + "\n" + body
+
+
+def _mixing(bank: Bank) -> list[str]:
+    """What mixtures of schemes were measured to cost over what the sum of their parts promised."""
+    said = [f"{kl / cost:.2f} at {bits:.2f} bits" for bits, cost, kl in bank.mixtures if cost > 0]
+    return [f"# Mixtures of schemes cost this many times what their parts promise: {', '.join(said)}."] if said else []
 
 
 def _said(a: Alternative) -> str:

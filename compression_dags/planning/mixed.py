@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "schemes.json"
-VERSION = "2"
+VERSION = "3"
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@
          Σ size_a x_a ≤ budget,   x ∈ {0, 1}
 
 Costs at a scheme are scaled by what all parts at that scheme cost together over the sum of their own; layers that are
-dropped together were measured together.
+dropped together were measured together. A mixture of schemes is taken at what mixtures of about its size were measured
+to cost over what they promised, and only if it is still better than one scheme everywhere.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +42,11 @@ class Solution:
     dense_bytes: int
     removed: int
 
+    @property
+    def labels(self) -> set[str]:
+        """What is done to projections."""
+        return {a.label for a in self.taken if not a.gone}
+
 
 def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
     """The plan with the least predicted KL whose size is at most `budget`.
@@ -50,14 +57,54 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
     Raises:
         InputError: no plan of the bank is that small.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     alive = [a for a in bank.alternatives if a.alive]
     if measure == "bits":
         alive = [a for a in alive if a.kind == "quantize"]  # bits are of the weights; depth is another knob
+    mixed = _program(bank, alive, measure, budget)
+    if mixed is None:
+        raise InputError(_too_small(bank, alive, measure, budget))
+    if not bank.mixtures or len(mixed.labels) < 2:
+        return mixed
+    dearer = _program(bank, alive, measure, budget, _over_promised(bank, mixed.bits))
+    depth = [a for a in alive if a.kind == "drop"]
+    same = [[a for a in own if a.kind == "quantize" and np.isfinite(a.cost)] for own in bank.uniform().values()]
+    pure = [_program(bank, [*own, *depth], measure, budget) for own in same if own]
+    return min((s for s in (dearer, *pure) if s), key=lambda s: s.cost)
+
+
+def mixture_sizes(bank: Bank) -> list[float]:
+    """Bits a weight at which mixtures are worth measuring: those of the schemes between the smallest and the largest,
+    and between every two neighbours their geometric mean."""
+    bits = [_bits(bank, own) for own in bank.uniform().values() if own[0].kind == "quantize"]
+    bits = sorted(b for b in bits if b < 8 * dense_itemsize(bank))
+    between = [float(np.sqrt(a * b)) for a, b in itertools.pairwise(bits)]
+    return sorted([*bits[1:-1], *between])
+
+
+def _bits(bank: Bank, own: list[Alternative]) -> float:
+    """Stored bits a weight of one scheme everywhere."""
+    dense = [a for a in bank.alternatives if a.kind == "quantize" and a.choice is None]
+    norms = sum(a.bytes for a in dense) - bank.projections * dense_itemsize(bank)
+    return 8 * (sum(a.bytes for a in own) - norms) / bank.projections
+
+
+def _over_promised(bank: Bank, bits: float) -> float:
+    """Measured over promised cost of mixtures of about this size; 1 for a single scheme at either end."""
+    ends = [_bits(bank, own) for own in bank.uniform().values() if own[0].kind == "quantize"]
+    known = {min(ends): 1.0, max(ends): 1.0} | {b: kl / cost for b, cost, kl in bank.mixtures if cost > 0}
+    at = sorted(known)
+    return float(np.interp(bits, at, [known[b] for b in at]))
+
+
+def _program(
+    bank: Bank, alive: list[Alternative], measure: Measure, budget: float, mixing: float = 1.0
+) -> Solution | None:
+    """The cheapest of these alternatives, those of schemes at `mixing` times their cost; None if nothing fits."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     sizes, limit = _sizes(bank, alive, measure, budget)
-    costs = [a.cost * _scale(bank, a) for a in alive]
+    costs = [a.cost * _scale(bank, a) * (mixing if a.kind == "quantize" else 1) for a in alive]
     cells = {cell: i for i, cell in enumerate((n, g) for n in range(bank.layers) for g in bank.groups)}
     rows, columns = zip(*((cells[c], j) for j, a in enumerate(alive) for c in a.cells(bank.groups)), strict=True)
     cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), len(alive)))
@@ -75,7 +122,7 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
         options={"mip_rel_gap": 0.0},
     )
     if found.status == 2 or found.x is None:
-        raise InputError(_too_small(bank, alive, measure, budget))
+        return None
     taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
     solution = _solution(bank, taken, float(found.fun))
     if float(sum(s for s, x in zip(sizes, found.x, strict=True) if x > 0.5)) > limit * (1 + 1e-9):
@@ -94,7 +141,8 @@ def _sizes(bank: Bank, alive: list[Alternative], measure: Measure, budget: float
     sizes = np.array([float(a.bytes) for a in alive])
     if measure == "bytes":
         return sizes, budget - bank.fixed_bytes
-    norms = sum(a.bytes for a in alive if a.choice is None) - bank.projections * dense_itemsize(bank)
+    dense = [a for a in bank.alternatives if a.kind == "quantize" and a.choice is None]
+    norms = sum(a.bytes for a in dense) - bank.projections * dense_itemsize(bank)
     return sizes, budget * bank.projections / 8 + norms
 
 

@@ -1,4 +1,4 @@
-"""What many changes at once cost: one scheme everywhere, by the recipe's own quantizer; layers cut out, and recovered.
+"""What many changes at once cost: schemes everywhere, by the recipe's own quantizer; layers cut out, and recovered.
 
 Single costs do not add up, quantizers that follow the dense model make up for much of them, and a recovery stage gives
 back much of what a cut loses. A plan is no better than these figures, so they are measured, not modelled.
@@ -17,7 +17,7 @@ from compression_dags.errors import InputError
 from compression_dags.merging.apply import apply_plan
 from compression_dags.merging.plan import keep_only
 from compression_dags.merging.scoring import Piece
-from compression_dags.planning.alternatives import quantizer_stage, recovery_of
+from compression_dags.planning.alternatives import recovery_of
 from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.merging.recovery import RecoverStage
     from compression_dags.planning.alternatives import BankOptions
-    from compression_dags.quantization.formats import Choice
+    from compression_dags.quantization.schemes import QuantizeStage
 
 #: The recovery of `recover: auto`: of both writers of the stream, at every layer behind the first gap.
 AUTO = {"method": "least-squares", "projections": "attention+mlp", "scope": "sweep"}
@@ -128,7 +128,7 @@ def cut_pieces(
 
 def quantized(
     source: Checkpoint,
-    choice: Choice,
+    stage: QuantizeStage,
     options: BankOptions,
     blocks: TokenBlocks,
     *,
@@ -136,10 +136,9 @@ def quantized(
     dtype: str = "float32",
     track: Track = silent,
 ) -> Callable[[], Iterator[Piece]]:
-    """The model with all projections at one scheme, by the quantizer that the recipe will name: pieces of the base
-    model, each made when it is wanted.
+    """The model quantized as a recipe will, at one scheme or at a mixture: pieces of the base model, each made when it
+    is wanted.
     """
-    stage = quantizer_stage(options.quantizer, choice)
     rows = chosen_rows(blocks, even_rows(blocks, MORE_ROWS * options.rows))
     on: dict[str, Any] = {"device": device, "dtype": dtype, "track": track}
     with tempfile.TemporaryDirectory() as folder:

@@ -28,10 +28,11 @@ class AWQ(QuantizeStage):
     every group's range likewise; round to nearest.
 
     s folds into the norm before, or into the rows of the projection before. α = 0 is RTN: the output error on the
-    calibration tokens is never larger.
+    calibration tokens is never larger. Where rounding to nearest loses less than `least_error` nothing is searched:
+    what is left to gain at 8 bits is below what calibration text tells of other text.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     statistic: ClassVar[StatisticKind] = "hessian"
     method: Literal["awq"] = "awq"
     grid: int = Field(20, ge=1, le=200, description="values of α tried, from 0 to 1")
@@ -39,20 +40,30 @@ class AWQ(QuantizeStage):
     clip: bool = Field(True, description="search a smaller range for every group of weights; never for query and key")
     least_clip: float = Field(0.5, gt=0, le=1, description="smallest share of a range that is tried")
     clip_grid: int = Field(11, ge=2, le=200, description="shares tried, from 1 down")
+    least_error: float = Field(
+        0.02, ge=0, le=1, description="‖(W − Ŵ)X‖ / ‖WX‖ of rounding to nearest below which a group is left at that"
+    )
 
     def round_folded(
         self, weights: dict[str, Tensor], seen: InputSums, choice: Choice, label: str, fold: Fold | None
     ) -> RoundedGroup:
         import torch
 
+        from compression_dags.solvers.hessian import energy
+
         assert seen.hessian is not None
         seen.hessian.require_finite(label)
         hessian, stack = seen.hessian.matrix, torch.cat([w.float() for w in weights.values()])
         stored = next(iter(weights.values())).dtype
+        nearest = self._rounded(weights, hessian, choice, None, clip=False)
+        if nearest[1] <= self.least_error**2 * float(energy(stack, hessian)):
+            for _, evidence in nearest[0].found.values():
+                evidence |= {"alpha": 0.0, "search": f"no: rounding to nearest loses less than {self.least_error:g}"}
+            return nearest[0]
         columns, facts = self._search(stack, hessian, seen.tokens, choice, stored, fold)
-        best = self._rounded(weights, hessian, choice, columns)
+        best = self._rounded(weights, hessian, choice, columns, self.clip)
         if columns is not None and self.clip:  # clipping may make up for what scaling brings
-            plain = self._rounded(weights, hessian, choice, None)
+            plain = self._rounded(weights, hessian, choice, None, self.clip)
             if plain[1] < best[1]:
                 best, facts = plain, {"alpha": 0.0, "duo": False}
         for _, evidence in best[0].found.values():
@@ -60,9 +71,9 @@ class AWQ(QuantizeStage):
         return best[0]
 
     def _rounded(
-        self, weights: dict[str, Tensor], hessian: Tensor, choice: Choice, columns: Tensor | None
+        self, weights: dict[str, Tensor], hessian: Tensor, choice: Choice, columns: Tensor | None, clip: bool
     ) -> tuple[RoundedGroup, float]:
-        """The group with these factors, clipped, and its output error ‖ΔW X‖²."""
+        """The group with these factors, clipped or not, and its output error ‖ΔW X‖²."""
         import torch
 
         from compression_dags.solvers.hessian import energy
@@ -70,7 +81,7 @@ class AWQ(QuantizeStage):
         moved = hessian if columns is None else hessian / torch.outer(columns, columns)
         shares: dict[str, Tensor] = {}
         for name, weight in weights.items():
-            if self.clip and not name.endswith(("q_proj", "k_proj")):
+            if clip and not name.endswith(("q_proj", "k_proj")):
                 scaled = weight.float() if columns is None else weight.float() * columns
                 shares[name] = self._clipped(scaled, moved, choice, weight.dtype)
         group, total = nearest_group(weights, choice, columns, shares), 0.0
