@@ -21,9 +21,9 @@ from compression_dags.merging.planned import Planned
 from compression_dags.merging.scoring import LossBench
 from compression_dags.planning.alternatives import Alternative, Bank, BankOptions
 from compression_dags.planning.bank import measure_bank, survivors
-from compression_dags.planning.emit import recipe_of, recipe_text
+from compression_dags.planning.emit import quantize_stage, recipe_of, recipe_text
 from compression_dags.planning.mixed import plan_schemes
-from compression_dags.planning.solve import solve
+from compression_dags.planning.solve import mixture_sizes, solve
 from compression_dags.planning.together import counts_of, cut_sets
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.gptq import GPTQ
@@ -191,6 +191,38 @@ def test_the_solution_is_the_best_of_all_plans(seed, budget):
                 best = min(best, sum(a.cost * (1 if a.gone else bank.scale(a.label)) for a in plan))
     found = solve(bank, "bytes", budget)
     assert found.cost == pytest.approx(best) and found.bytes <= budget
+
+
+def test_a_mixture_is_taken_at_what_mixtures_keep():
+    """At 6.5 bits a mixture promises less than W4 everywhere. Where mixtures were measured to cost ten times what they
+    promise, one scheme everywhere is the plan; where they keep it, the mixture is."""
+    bank = small_bank(1)
+    kept = solve(bank, "bits", 6.5)
+    assert kept.labels == {"W4A16/64", "W8A16/64"}
+    same = replace(bank, mixtures=((6.25, 1.0, 1.0),))
+    assert solve(same, "bits", 6.5) == kept
+    dear = solve(replace(bank, mixtures=((6.25, 1.0, 10.0),)), "bits", 6.5)
+    assert dear.labels == {"W4A16/64"}
+    costs = [a.cost for a in bank.alternatives if a.label == "W4A16/64"]
+    assert dear.cost == pytest.approx(2 * sum(costs)) and dear.cost > kept.cost
+    assert mixture_sizes(bank) == [pytest.approx(math.sqrt(4.25 * 8.25))]
+
+
+def test_mixtures_are_measured_as_the_recipe_makes_them(source, tmp_path):
+    blocks, options = random_blocks(rows=8), SMALL | {"depth": False, "first_rows": 4, "quantizer": {"method": "gptq"}}
+    bank = measure_bank(source, blocks, BankOptions.model_validate(options))
+    assert bank.mixtures
+    fitting, measured = (chosen_rows(blocks, range(start, 8, 2)) for start in (1, 0))
+    bits, promised, kl = bank.mixtures[0]
+    solution = solve(replace(bank, mixtures=()), "bits", bits)
+    assert (solution.bits, solution.cost) == (pytest.approx(bits), pytest.approx(promised))
+    asked = quantize_stage(solution, bank, source.architecture)
+    GPTQ.model_validate(asked).quantize(source, tmp_path / "mixed", blocks=fitting)
+    assert kl == pytest.approx(kl_on(measured, source.path, tmp_path / "mixed"), rel=1e-3)
+    bank.save(tmp_path)
+    assert Bank.load(tmp_path) == bank
+    text = recipe_text({"name": "n"}, solution, bank)
+    assert f"{kl / promised:.2f} at {bits:.2f} bits" in text
 
 
 def test_layers_to_cut_out_together():

@@ -59,7 +59,7 @@ def test_folding_alone_changes_nothing(tiny_model, family, tmp_path):
 @pytest.mark.parametrize("family", DENSE)
 def test_reloads_exactly(tiny_model, family, method, tmp_path):
     source = Checkpoint(tiny_model(family))
-    scheme = {"awq": {"scheme": "W8A16", "group_size": 8}, "smoothquant": {"scheme": "W8A8"}}
+    scheme = {"awq": {"scheme": "W8A16", "group_size": 8, "least_error": 0}, "smoothquant": {"scheme": "W8A8"}}
     scheme["smoothquant gptq"] = {"scheme": "W8A8", "rounding": "gptq"}
     name = method.split()[0]
     stage = METHODS["quantize"][name].model_validate({"method": name, **scheme[method]})
@@ -91,6 +91,22 @@ def test_awq_never_loses_to_nearest_where_both_see_the_same_inputs(dense, tmp_pa
     assert errors[True][2]["output_error"] <= errors[False][2]["output_error"] * 1.0001  # v: clipped or as it was
     assert errors[True][0]["alpha"] == errors[False][0]["alpha"] and "mean_clip" not in errors[True][0]
     assert any(e["alpha"] > 0 for e in errors[True])
+
+
+def test_awq_leaves_alone_what_rounding_hardly_changes(dense, tmp_path):
+    """Below `least_error` codes and scales are those of nearest, and nothing is folded; above it there is a search."""
+    blocks = tokens()
+    nearest = RTN(scheme="W8A16", group_size=32).quantize(dense, tmp_path / "rtn").rounding
+    made = AWQ(scheme="W8A16", group_size=32, least_error=0.05).quantize(dense, tmp_path / "awq", blocks=blocks)
+    assert not made.rounding.changed
+    for name in nearest.choices:
+        assert torch.equal(made.rounding.rounded(name).codes.float(), nearest.rounded(name).codes.float())
+        assert torch.equal(made.rounding.rounded(name).scales.scale, nearest.rounded(name).scales.scale)
+    said = [d.evidence for d in made.decisions if d.action == "quantize"]
+    assert all(e["output_error"] <= 0.05 and "less than 0.05" in e["search"] for e in said)
+    searched = AWQ(scheme="W8A16", group_size=32, least_error=0).quantize(dense, tmp_path / "all", blocks=blocks)
+    assert searched.rounding.changed
+    assert not any("search" in d.evidence for d in searched.decisions if d.action == "quantize")
 
 
 def test_the_search_finds_a_channel_that_matters():
