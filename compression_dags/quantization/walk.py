@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from compression_dags.architectures import ProjectionGroup
+from compression_dags.calibration.host_copies import HostCopies
 from compression_dags.calibration.inputs import InputSums
 from compression_dags.calibration.walk import SequentialWalk
 from compression_dags.errors import IntegrityError
-from compression_dags.provenance.progress import as_note, from_note
+from compression_dags.provenance.progress import Progress, as_note, from_note
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.schemes import QuantizeStage, Rounding
 from compression_dags.quantization.smoothing import Fold, fold_of
-from compression_dags.solvers.rounding import Rounded, Scales
+from compression_dags.solvers.rounding import Grid, Rounded, Scales
+from compression_dags.stages import Track
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +50,7 @@ class RoundWalk(SequentialWalk):
     it will with s folded into a norm, or into the rows of the projection before.
 
     Attributes:
-        rounded: module name → its codes and scales, in host memory.
+        rounded: module name → its codes and scales, in host memory once the pass is over.
         evidence: module name → what the ledger says beside the common columns.
         changed: tensor name → what it becomes by folding.
     """
@@ -66,10 +68,15 @@ class RoundWalk(SequentialWalk):
         self.rounded: dict[str, Rounded] = {}
         self.evidence: dict[str, dict[str, Any]] = {}
         self.changed: dict[str, Tensor] = {}
+        self._copies = HostCopies()
         self._again: dict[str, Callable[[str, Tensor | None], Rounded] | None] = {}  # of the group before
         super().__init__(
             source, blocks, device, dtype, name=stage.method, statistic=stage.wanted, follows=stage.follows
         )
+
+    def run_layers(self, progress: Progress | None, track: Track) -> None:
+        super().run_layers(progress, track)
+        self._copies.close()
 
     def rounding(self, device: str) -> Rounding:
         return Rounding(self.choices, lambda name: self.rounded[name].to(device), self.evidence, self.changed)
@@ -86,7 +93,7 @@ class RoundWalk(SequentialWalk):
             fold = None  # what would take the factors is not quantized, or cannot
         group = self.stage.round_folded(chosen, seen, choice, label, fold)
         for name, (rounded, evidence) in group.found.items():
-            self.rounded[name] = rounded.to("cpu")
+            self._leave(name, rounded)
             self.evidence[name] = {"tokens": seen.tokens, **evidence}
         if group.columns is not None and fold is not None:
             self._fold(fold, group.columns)
@@ -110,29 +117,48 @@ class RoundWalk(SequentialWalk):
         name = f"{fold.prefix}{fold.rows}"
         again = self._again[name]
         assert again is not None
-        self.rounded[name] = again(name, fold.to_rows(columns)).to("cpu")
+        self._leave(name, again(name, fold.to_rows(columns)))
         self.changed |= fold.divided_bias(columns)
+
+    def _leave(self, name: str, rounded: Rounded) -> None:
+        parts = _parts(rounded)
+
+        def land(found: list[Tensor]) -> None:
+            self.rounded[name] = _whole(rounded.scales.grid, dict(zip(parts, found, strict=True)))
+
+        self._copies.take(list(parts.values()), land)
 
     def _group(self, chosen: Mapping[str, Tensor]) -> ProjectionGroup:
         local = self.source.architecture.split_name(next(iter(chosen)))[1]
         return next(g for g in self.source.architecture.groups if local in g.projections)
 
     def results_state(self) -> dict[str, Tensor]:
+        self._copies.settle()
         state = {"evidence": as_note(self.evidence)}
         for name, rounded in self.rounded.items():
-            scales = rounded.scales
-            parts = {"codes": rounded.codes, "scale": scales.scale, "zero": scales.zero_point}
-            parts["whole"] = scales.global_scale
-            state |= {f"{part}.{name}": tensor for part, tensor in parts.items() if tensor is not None}
+            state |= {f"{part}.{name}": tensor for part, tensor in _parts(rounded).items()}
         return state | {f"changed.{name}": tensor.cpu() for name, tensor in self.changed.items()}
 
     def restore_results(self, state: dict[str, Tensor]) -> None:
         self.evidence = from_note(state["evidence"])
         self.changed = {n.removeprefix("changed."): t for n, t in state.items() if n.startswith("changed.")}
         for name in self.evidence:
-            zero, whole = state.get(f"zero.{name}"), state.get(f"whole.{name}")
-            scales = Scales(self.choices[name].grid(), state[f"scale.{name}"], zero, whole)
-            self.rounded[name] = Rounded(state[f"codes.{name}"], scales)
+            parts = {part: state[f"{part}.{name}"] for part in PARTS if f"{part}.{name}" in state}
+            self.rounded[name] = _whole(self.choices[name].grid(), parts)
+
+
+#: Tensors of a rounded matrix, zero points and the scale of all scales where it has them.
+PARTS = ("codes", "scale", "zero", "whole")
+
+
+def _parts(rounded: Rounded) -> dict[str, Tensor]:
+    scales = rounded.scales
+    found = zip(PARTS, (rounded.codes, scales.scale, scales.zero_point, scales.global_scale), strict=True)
+    return {part: tensor for part, tensor in found if tensor is not None}
+
+
+def _whole(grid: Grid, parts: Mapping[str, Tensor]) -> Rounded:
+    return Rounded(parts["codes"], Scales(grid, parts["scale"], parts.get("zero"), parts.get("whole")))
 
 
 def as_bytes(codes: Tensor, kind: str) -> Tensor:

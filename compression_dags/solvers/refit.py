@@ -140,15 +140,24 @@ def propagated_target(
     Every method that prunes W* for H minimises ‖Ŵ X̂ − W X‖². Solved in float64; the damping grows where the
     factorisation needs it, as `inverse_factor` does it.
     """
+    upper = inverse_factor(hessian.double(), damping).upper
+    shift = propagation(weight.double(), hessian.double(), cross.double(), drift)
+    return (weight.double() + (shift @ upper.T) @ upper).to(weight.dtype)
+
+
+def propagation(weight: Tensor, hessian: Tensor, cross: Tensor, drift: Tensor | None = None) -> Tensor:
+    """(rows, d) W (C − H) + D of `propagated_target`, in the dtype of the weight.
+
+    Raises:
+        InputError: shapes that do not fit.
+        IntegrityError: the cross sums are not finite.
+    """
     if cross.shape != hessian.shape:
         raise InputError(f"cross sums of shape {tuple(cross.shape)} do not fit a Hessian of {tuple(hessian.shape)}")
     if not bool(torch.isfinite(cross).all()):
         raise IntegrityError("cross sums are not finite; the model's activations overflow here")
-    upper = inverse_factor(hessian.double(), damping).upper
-    shift = weight.double() @ (cross.double() - hessian.double())
-    if drift is not None:
-        shift += drift.double()
-    return (weight.double() + (shift @ upper.T) @ upper).to(weight.dtype)
+    shift = weight @ (cross - hessian)
+    return shift if drift is None else shift + drift.to(shift.dtype)
 
 
 def damped(hessian: Tensor, damping: float, name: str) -> Tensor:

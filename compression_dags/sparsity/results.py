@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compression_dags.calibration.host_copies import HostCopies
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
 from compression_dags.sparsity.allocation import SparsityPlan
@@ -30,8 +30,7 @@ class Results:
         self.tensors: dict[str, Tensor] = {}
         self.packed: dict[str, np.ndarray] = {}
         self.decisions: list[Decision] = []
-        self._carrier = ThreadPoolExecutor(1, thread_name_prefix="results")
-        self._leaving: list[Future[None]] = []
+        self._copies = HostCopies()
 
     def add(self, index: int, name: str, pruned: Pruned, tokens: int) -> None:
         """
@@ -52,36 +51,17 @@ class Results:
         step, share = len(self.decisions), zeros / numel
         row = Decision("sparsify", self.method, step, name, "prune", [index], share, "share of zeros", evidence)
         self.decisions.append(row)
-        self._leave(name, pruned.weight, pack_mask(pruned.mask), evidence)
-
-    def _leave(self, name: str, weight: Tensor, packed: Tensor, evidence: dict[str, Any]) -> None:
-        """Copy a matrix to host memory, on a GPU while it goes on with the next one."""
-        if not weight.is_cuda:
-            self._land(name, weight, packed, evidence)
-            return
-        done = torch.cuda.Event()
-        done.record()
-        self._leaving.append(self._carrier.submit(self._carry, done, name, weight, packed, evidence))
-
-    def _carry(self, done: torch.cuda.Event, name: str, weight: Tensor, packed: Tensor, evidence: Any) -> None:
-        with torch.cuda.stream(torch.cuda.Stream(weight.device)):
-            done.wait()
-            # through pinned memory, which the allocator keeps for the next: a pageable copy is ten times slower
-            near = torch.empty_like(weight, device="cpu", pin_memory=True).copy_(weight, non_blocking=True)
-            near_mask = torch.empty_like(packed, device="cpu", pin_memory=True).copy_(packed, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-            self._land(name, near.clone(), near_mask.clone(), evidence)
+        made = [pruned.weight, pack_mask(pruned.mask)]
+        self._copies.take(made, lambda found: self._land(name, found[0], found[1], evidence))
 
     def _land(self, name: str, weight: Tensor, packed: Tensor, evidence: dict[str, Any]) -> None:
-        self.tensors[f"{name}.weight"] = weight.cpu().contiguous()
-        self.packed[name] = packed.cpu().numpy()
+        self.tensors[f"{name}.weight"] = weight
+        self.packed[name] = packed.numpy()
         evidence["mask_sha256"] = mask_digest(self.packed[name])
 
     def settle(self) -> None:
         """Wait until everything is in host memory."""
-        for copy in self._leaving:
-            copy.result()
-        self._leaving.clear()
+        self._copies.settle()
 
     def write(self, directory: Path) -> Sparsified:
         """The checkpoint with `masks.safetensors` beside it."""
@@ -93,8 +73,7 @@ class Results:
             info = self.source.tensors[name]
             return PlannedTensor(info.dtype, info.shape, lambda: self.tensors[name])
 
-        self.settle()
-        self._carrier.shutdown()
+        self._copies.close()
         names = {name: planned(name) for name in self.source.tensors}
         written = write_checkpoint(directory, self.source, self.source.config, names)
         columns = {name: self.source.tensors[f"{name}.weight"].shape[1] for name in self.packed}
