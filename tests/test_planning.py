@@ -289,9 +289,9 @@ def test_the_recipe_makes_what_was_promised(source, bank, tmp_path):
 
 
 def test_mixed_bits(source, tmp_path):
-    stage = GPTQ.model_validate({"scheme": "W4A16", "group_size": 16, "bits": 7.5, "candidates": ["W8A16"]})
+    stage = GPTQ.model_validate({"scheme": "W4A16", "group_size": 16, "bits": 9.25, "candidates": ["W8A16"]})
     plan, rows = plan_schemes(stage, source, random_blocks())
-    assert plan.bits <= 7.5 and len({c.scheme for c in plan.choices.values()}) == 2
+    assert plan.bits <= 9.25 and len({c.scheme for c in plan.choices.values()}) == 2
     assert len(rows) == 4 * source.num_layers and all(r.value is not None for r in rows)
     for layer in range(source.num_layers):  # what engines fuse is equal
         p = f"model.layers.{layer}."
@@ -305,7 +305,7 @@ def test_mixed_bits(source, tmp_path):
     assert check_reload(tmp_path, logits)["relative_logit_error"] == 0.0
     plan.save(tmp_path)
     assert type(plan).load(tmp_path) == plan
-    with pytest.raises(InputError, match=r"bits: 7\.5 needs a plan of schemes"):
+    with pytest.raises(InputError, match=r"bits: 9\.25 needs a plan of schemes"):
         stage.quantize(source, tmp_path / "none", blocks=random_blocks())
 
 
