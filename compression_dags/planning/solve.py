@@ -23,7 +23,7 @@ from compression_dags.planning.alternatives import Alternative, Bank
 Measure = Literal["bytes", "parameters", "bits"]
 #: A mixture must cost less than this share of one scheme everywhere, all layers kept, which was measured as a whole
 #: (with a cut beside it, it is a sum like the mixture, and they are compared as they are). Two runs of one mixture on
-#: SmolLM2, whose targets differed in the last bits, cost 0.209 and 0.142 nats: less than a quarter is within that noise.
+#: SmolLM2, whose targets differed in the last bits, cost 0.209 and 0.142 nats: below a quarter is within that noise.
 CLEARLY = 0.75
 
 
