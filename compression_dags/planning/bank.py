@@ -166,7 +166,8 @@ def _with_mixtures(
             continue
         stage: Any = METHODS["quantize"][asked["method"]].model_validate(asked)
         costs = _kl_of(meters, quantized(source, stage, options, unseen, **on, track=track))
-        found.append((solution.bits, solution.cost, sum(costs) / len(costs)))
+        if all(map(math.isfinite, costs)):
+            found.append((solution.bits, solution.cost, sum(costs) / len(costs)))
     return replace(bank, mixtures=tuple(found))
 
 
