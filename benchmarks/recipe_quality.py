@@ -73,6 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="*", default=[], help="bytes of all tensors, for the planner: 120MB")
     parser.add_argument("--bits", nargs="*", default=[], help="bits a weight, for the planner")
     parser.add_argument("--bank", type=BankOptions.model_validate_json, default=BankOptions())
+    parser.add_argument("--keep-bank", type=Path, default=None, help="folder for it: solves other budgets anywhere")
     parser.add_argument("--gate", action="store_true", help="reload gate for every quantized checkpoint")
     return parser.parse_args()
 
@@ -166,6 +167,9 @@ class RecipeStudy(Study):
         start = time.monotonic()
         bank = measure_bank(self.base, self.blocks, self.args.bank, **self.on)
         self.record(step="bank", alternatives=len(bank.alternatives), seconds=round(time.monotonic() - start, 2))
+        if self.args.keep_bank:
+            self.args.keep_bank.mkdir(parents=True, exist_ok=True)
+            bank.save(self.args.keep_bank)
         self.record(step="together", costs=bank.together, mixtures=bank.mixtures)
         asked: list[tuple[Measure, float]] = [("bytes", parse_budget(text)) for text in self.args.budgets]
         asked += [("bits", float(text)) for text in self.args.bits]

@@ -19,7 +19,7 @@ from compression_dags.cli_plan import budgets_of, parse_budget, planning_options
 from compression_dags.errors import InputError
 from compression_dags.merging.planned import Planned
 from compression_dags.merging.scoring import LossBench
-from compression_dags.planning.alternatives import Alternative, Bank, BankOptions
+from compression_dags.planning.alternatives import Alternative, Bank, BankOptions, label_of
 from compression_dags.planning.bank import measure_bank, survivors
 from compression_dags.planning.emit import quantize_stage, recipe_of, recipe_text
 from compression_dags.planning.mixed import plan_schemes
@@ -331,6 +331,12 @@ def test_refused_options():
         budgets_of((), (), ())
     with pytest.raises(InputError, match=r"schemes.*'W9A9'"):
         planning_options("W9A9", None, None, True, "gptq", "auto", None, None)
+    with pytest.raises(InputError, match="schemes 'W4A16/x': a group size is a number"):
+        planning_options("W4A16/x", None, None, True, "gptq", "auto", None, None)
+    with pytest.raises(InputError, match="group_size 64: W8A8 fixes it"):
+        planning_options("W8A8/64", None, None, True, "gptq", "auto", None, None)
+    asked, _ = planning_options("W8A8, W4A16, W3A16/128", 32, None, True, "gptq", "auto", None, None)
+    assert [label_of(c) for c in asked.choices()] == ["W8A8/row", "W4A16/32", "W3A16/128"]
     with pytest.raises(InputError, match=r"recover 'magic' is unknown; allowed: .*least-squares"):
         planning_options(None, None, None, True, "gptq", "magic", None, None)
     with pytest.raises(InputError, match="plan: scope: 'x'"):

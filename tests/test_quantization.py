@@ -30,6 +30,7 @@ STAGES = {
     "W3A16": RTN(scheme="W3A16", group_size=64),
     "W8A8": RTN(scheme="W8A8"),
     "W4A8": RTN(scheme="W4A8", group_size=32),
+    "FP8A16": RTN(scheme="FP8A16"),
     "FP8_DYNAMIC": RTN(scheme="FP8_DYNAMIC"),
     "FP8_BLOCK": RTN(scheme="FP8_BLOCK"),
     "NVFP4A16": RTN(scheme="NVFP4A16"),

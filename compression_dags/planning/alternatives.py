@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compression_dags.architectures import Architecture
 from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
 from compression_dags.errors import InputError
-from compression_dags.quantization.formats import Choice, Scheme
+from compression_dags.quantization.formats import Choice
 
 if TYPE_CHECKING:
     from compression_dags.merging.recovery import RecoverStage
@@ -63,8 +63,12 @@ class BankOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schemes: tuple[Scheme, ...] = Field(("W8A16", "W4A16", "W3A16"), min_length=1)
-    group_size: int | None = Field(64, gt=0, description="of schemes that leave it free")
+    schemes: tuple[str, ...] = Field(
+        ("W8A16", "W4A16", "W3A16", "W3A16/128"),
+        min_length=1,
+        description="names, or NAME/SIZE: a group size of its own",
+    )
+    group_size: int | None = Field(64, gt=0, description="of schemes that leave it free and name none")
     units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
     sparsities: tuple[float, ...] = Field((), description="shares of zeros that a layer may get (Wanda's masks)")
     depth: bool = Field(True, description="also drop layers, and merge neighbours")
@@ -82,6 +86,13 @@ class BankOptions(BaseModel):
     rows: int = Field(12, ge=2, description="calibration sequences that survivors are measured on")
     first_rows: int = Field(4, ge=2, description="sequences after which poor alternatives are given up")
     length: int = Field(512, ge=8, description="tokens of a sequence that are used")
+
+    @field_validator("schemes")
+    @classmethod
+    def _schemes_exist(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in entries:
+            _choice(entry, None)
+        return entries
 
     @model_validator(mode="after")
     def _first_is_a_part(self) -> BankOptions:
@@ -102,7 +113,20 @@ class BankOptions(BaseModel):
 
     def choices(self) -> list[Choice]:
         """The schemes, with the group size where it is free."""
-        return [Choice.of(s, self.group_size if Choice.of(s).format.free else None) for s in self.schemes]
+        return [_choice(entry, self.group_size) for entry in self.schemes]
+
+
+def _choice(entry: str, group_size: int | None) -> Choice:
+    """What NAME, or NAME/SIZE, stands for.
+
+    Raises:
+        InputError: an unknown scheme, or a group size that is no number or not the scheme's to choose.
+    """
+    name, given, size = entry.partition("/")
+    if given and not (size.isdecimal() and int(size)):
+        raise InputError(f"schemes {entry!r}: a group size is a number of inputs, as in W3A16/128")
+    free = Choice.of(name).format.free
+    return Choice.of(name, int(size) if given else group_size if free else None)
 
 
 @dataclass(frozen=True)

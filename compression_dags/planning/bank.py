@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from compression_dags.planning.rounded import RoundedLayers
     from compression_dags.planning.together import FittedRecovery
 
-VERSION = "3"
+VERSION = "4"
 #: Standard errors by which a cost must be worse before an alternative is given up.
 SURE = 2.0
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "schemes.json"
-VERSION = "3"
+VERSION = "4"
 
 
 @dataclass(frozen=True)

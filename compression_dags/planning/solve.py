@@ -25,6 +25,8 @@ Measure = Literal["bytes", "parameters", "bits"]
 #: (with a cut beside it, it is a sum like the mixture, and they are compared as they are). Two runs of one mixture on
 #: SmolLM2, whose targets differed in the last bits, cost 0.209 and 0.142 nats: below a quarter is within that noise.
 CLEARLY = 0.75
+#: Schemes whose sizes differ by less (a group size) are one where mixtures are to be measured.
+CLOSE = 1.05
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def mixture_sizes(bank: Bank) -> list[float]:
     and between every two neighbours their geometric mean."""
     bits = [_bits(bank, own) for own in bank.uniform().values() if own[0].kind == "quantize"]
     bits = sorted(b for b in bits if b < 8 * dense_itemsize(bank))
+    bits = [b for a, b in itertools.pairwise([0.0, *bits]) if b > CLOSE * a]
     between = [float(np.sqrt(a * b)) for a, b in itertools.pairwise(bits)]
     return sorted([*bits[1:-1], *between])
 

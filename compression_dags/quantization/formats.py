@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from compression_dags.solvers.rounding import Grid
 
-Scheme = Literal["W8A16", "W4A16", "W3A16", "W8A8", "W4A8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"]
+Scheme = Literal[
+    "W8A16", "W4A16", "W3A16", "W8A8", "W4A8", "FP8A16", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"
+]  # fmt: skip
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -27,6 +29,7 @@ class Format:
         group_size: the default (None: one scale a channel); it may be chosen only where `free`.
         activations: bits of the inputs, rounded while the model runs; 16 leaves them.
         fallback: what a matrix gets whose inputs the fixed group size does not divide.
+        preset: compressed-tensors' name of the scheme, where it is another; `activations` of 16 then leave the inputs.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Format:
     block_rows: int = 1
     scaling: Literal["stored", "nvfp4", "mx"] = "stored"
     fallback: Scheme | None = None
+    preset: str | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -46,6 +50,7 @@ FORMATS: dict[str, Format] = {
     "W3A16": Format("pack-quantized", "int", 3, group_size=128, free=True),
     "W8A8": Format("int-quantized", "int", 8, activations=8),
     "W4A8": Format("pack-quantized", "int", 4, group_size=128, free=True, activations=8),
+    "FP8A16": Format("naive-quantized", "fp8", 8, preset="FP8_DYNAMIC"),
     "FP8_DYNAMIC": Format("float-quantized", "fp8", 8, activations=8),
     "FP8_BLOCK": Format("float-quantized", "fp8", 8, 128, activations=8, block_rows=128, fallback="FP8_DYNAMIC"),
     "NVFP4A16": Format("nvfp4-pack-quantized", "fp4", 4, group_size=16, scaling="nvfp4", fallback="W8A16"),
@@ -136,7 +141,7 @@ class Choice:
         format, groups = self.format, columns // (self.group_size or columns)
         scale: Layout = {"weight_scale": (dtype, (-(-rows // format.block_rows), groups))}
         match format.name:
-            case "int-quantized" | "float-quantized" as name:
+            case "int-quantized" | "float-quantized" | "naive-quantized" as name:
                 return {"weight": ("I8" if name == "int-quantized" else "F8_E4M3", (rows, columns)), **scale}
             case "nvfp4-pack-quantized":
                 scale = {"weight_scale": ("F8_E4M3", (rows, groups)), "weight_global_scale": ("F32", (1,))}
@@ -159,7 +164,9 @@ def _compression_scheme(choice: Choice, targets: tuple[str, ...]) -> Quantizatio
     from compressed_tensors.config import CompressionFormat
     from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 
-    scheme = preset_name_to_scheme(choice.scheme, list(targets))
+    scheme = preset_name_to_scheme(choice.format.preset or choice.scheme, list(targets))
+    if choice.format.activations == 16:
+        scheme.input_activations = None
     scheme.format = CompressionFormat(choice.format.name)
     if choice.format.free:
         group = choice.group_size

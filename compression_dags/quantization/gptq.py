@@ -29,7 +29,9 @@ class GPTQ(QuantizeStage):
     version: ClassVar[str] = "4"
     statistic: ClassVar[StatisticKind] = "hessian"
     method: Literal["gptq"] = "gptq"
-    damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
+    damping: float = Field(
+        0.1, gt=0, description="λ over the mean diagonal of the Hessian, for sweep and target; the paper: 0.01"
+    )
     act_order: bool = Field(
         True, description="round the inputs with the largest mean square first; scales are then found before (static)"
     )
