@@ -131,8 +131,13 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
 @click.option("--bytes", "sizes", multiple=True, metavar="SIZE", help="All weights in at most SIZE, e.g. 120MB.")
 @click.option("--params", "parameters", multiple=True, metavar="N", help="At most N parameters, e.g. 90M.")
 @click.option("--bits", "bits", multiple=True, metavar="B", help="Average stored bits a projection weight, e.g. 4.5.")
-@click.option("--schemes", default=None, metavar="A,B", help="Schemes to choose from; default W8A16,W4A16,W3A16.")
-@click.option("--group-size", type=click.IntRange(16), default=None, help="Inputs sharing a scale; default 64.")
+@click.option("--schemes", default=None, metavar="A,B", help="Default W8A16,W4A16,W3A16,W3A16/128 (NAME or NAME/SIZE).")
+@click.option(
+    "--group-size",
+    type=click.IntRange(16),
+    default=None,
+    help="Inputs sharing a scale where no SIZE is named; default 64.",
+)
 @click.option("--sparsities", default=None, metavar="A,B", help="Shares of zeros to choose from, for --params.")
 @click.option("--depth/--no-depth", default=True, help="Also drop and merge layers.")
 @click.option("--quantizer", default="gptq", show_default=True, help="Method, or {method: …, …}.")

@@ -206,6 +206,24 @@ def test_a_mixture_is_taken_at_what_mixtures_keep():
     costs = [a.cost for a in bank.alternatives if a.label == "W4A16/64"]
     assert dear.cost == pytest.approx(2 * sum(costs)) and dear.cost > kept.cost
     assert mixture_sizes(bank) == [pytest.approx(math.sqrt(4.25 * 8.25))]
+    wide = [replace(a, choice=Choice.of("W4A16", 128), bytes=4125) for a in bank.alternatives if a.label == "W4A16/64"]
+    both = replace(bank, alternatives=(*bank.alternatives, *wide))
+    assert mixture_sizes(both) == [pytest.approx(math.sqrt(4.125 * 8.25))], "two group sizes are no mixture's ends"
+
+
+def test_one_scheme_in_two_group_sizes(source, tmp_path):
+    """A budget between them is met by both, as the recipe's overrides say, to the byte."""
+    options = SMALL | {"schemes": ["W4A16", "W4A16/32"], "depth": False, "quantizer": {"method": "rtn"}}
+    bank = measure_bank(source, random_blocks(), BankOptions.model_validate(options))
+    assert bank.uniform().keys() == {"W4A16/16", "W4A16/32"}
+    solution = solve(replace(bank, mixtures=()), "bits", 5.5)
+    assert solution.labels == {"W4A16/16", "W4A16/32"} and 5.1 < solution.bits <= 5.5
+    asked = quantize_stage(solution, bank, source.architecture)
+    assert asked is not None
+    sizes = [asked["group_size"], *(own["group_size"] for own in asked["overrides"].values())]
+    assert set(sizes) == {16, 32}
+    made = RTN.model_validate(asked).quantize(source, tmp_path / "both").checkpoint
+    assert weight_bytes(made) == solution.bytes
 
 
 def test_mixtures_are_measured_as_the_recipe_makes_them(source, tmp_path):

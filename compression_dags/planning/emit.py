@@ -51,7 +51,7 @@ def quantize_stage(solution: Solution, bank: Bank, architecture: Architecture) -
     schemes = Counter(c for c in chosen.values() if c is not None)
     if not schemes:
         return None
-    usual = min(schemes, key=lambda c: (-schemes[c], c.scheme))
+    usual = min(schemes, key=lambda c: (-schemes[c], c.scheme, c.group_size or 0))
     found: dict[str, Any] = {**bank.quantizer, **usual.options()}
     kept = _patterns(architecture, [cell for cell, choice in chosen.items() if choice is None])
     if kept:
