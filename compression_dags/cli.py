@@ -317,8 +317,8 @@ def store(prune: bool, yes: bool, home: Path, as_json: bool) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True)
 def ui(home: Path, port: int, host: str) -> None:
     """Start `dagster dev` on the workspace with this home."""
-    from compression_dags.calibration.corpora import PROJECT
     from compression_dags.cli_run import prepare_instance
+    from compression_dags.paths import PROJECT
 
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
     workspace = str(PROJECT / "workspace.yaml")

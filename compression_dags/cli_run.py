@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.calibration.corpora import PROJECT
 from compression_dags.cli import WorkFailed
 from compression_dags.errors import InputError
+from compression_dags.paths import PROJECT
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, pick_recipes, recipes_folder
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from assets.families import Family, build_baseline, build_recipe_family
 from assets.planning import NAME as ALTERNATIVES
 from assets.planning import build_alternatives
 from assets.summary import build_decision_ledger, build_leaderboard
-from compression_dags.calibration.corpora import PROJECT, Calibration
+from compression_dags.calibration.corpora import Calibration
 from compression_dags.evaluation.tasks import TEXT_FILES, Task, TaskBook, load_tasks
+from compression_dags.paths import PROJECT
 from compression_dags.planning.alternatives import BankOptions
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
 from resources.accelerator import Accelerator

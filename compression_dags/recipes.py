@@ -16,10 +16,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compression_dags.architectures import StackFacts
-from compression_dags.calibration.corpora import PROJECT, Calibration, resolve_corpus
+from compression_dags.calibration.corpora import Calibration, resolve_corpus
 from compression_dags.errors import InputError
 from compression_dags.merging.plan import MergeStage
 from compression_dags.merging.recovery import RecoverStage
+from compression_dags.paths import PROJECT
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.sparsity.stage import SparsifyStage

@@ -9,8 +9,8 @@ from typing import Any
 
 import dagster as dg
 
-from compression_dags.calibration.corpora import PROJECT
 from compression_dags.evaluation.tasks import HarnessTask, PerplexityTask, Task, data_digest
+from compression_dags.paths import PROJECT
 from resources.accelerator import Accelerator, Device
 
 

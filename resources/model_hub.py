@@ -24,9 +24,10 @@ import dagster as dg
 from compression_dags.checkpoints.gguf_import import CONVERSION, NAME, convert_smollm2
 from compression_dags.checkpoints.reader import Checkpoint, read_object
 from compression_dags.errors import InputError
+from compression_dags.paths import PROJECT
 from compression_dags.provenance.artifacts import file_digest
 
-_FOLDER = Path(__file__).resolve().parent.parent / "models"
+_FOLDER = PROJECT / "models"
 #: The models that the project ships: directories whose name is their slug.
 EMBEDDED_MODELS = tuple(sorted(p.parent for p in _FOLDER.glob("*/config.json")))
 

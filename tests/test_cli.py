@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compression_dags.calibration.corpora import PROJECT
+from compression_dags.paths import PROJECT
 
 SMALL = """name: {name}
 calibration: {{sequences: 24, length: 128}}

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.evaluation import HarnessTask, PerplexityTask, check_dense, data_digest, load_tasks
-from compression_dags.evaluation.tasks import PROJECT
+from compression_dags.paths import PROJECT
 
 STORIES = PROJECT / "models" / "stories260k"
 TEXT = PROJECT / "data" / "heldout" / "stories.jsonl"

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 from dagster import DagsterEvent
 
-from compression_dags.calibration.corpora import PROJECT, Calibration
+from compression_dags.calibration.corpora import Calibration
 from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
+from compression_dags.paths import PROJECT
 from compression_dags.recipes import load_recipe, load_recipes
 
 RECIPES = PROJECT / "recipes"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from compression_dags.calibration.corpora import PROJECT
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
+from compression_dags.paths import PROJECT
 from compression_dags.recipes import load_recipe, load_recipes, pick_recipes
 
 GOOD = """name: try-20

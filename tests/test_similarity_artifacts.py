@@ -8,13 +8,14 @@ import torch
 from similarity_cases import broken, one_entry, stream
 
 from compression_dags.calibration.activations import Activations, profile_activations
-from compression_dags.calibration.corpora import PROJECT, TokenBlocks
+from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.statistics import HIDDEN_STATES
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.merging import cka, npib
 from compression_dags.merging.similarity import merge_tree, read_evidence, write_similarity
+from compression_dags.paths import PROJECT
 from compression_dags.provenance.plots import merge_tree_png
 from compression_dags.provenance.progress import Progress
 

@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compression_dags.errors import InputError
+from compression_dags.paths import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 TEXT_FILES = (".jsonl", ".txt", ".parquet")
 #: Task names become Dagster asset names (`eval_<task>`), which allow nothing else.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
