@@ -33,7 +33,8 @@ def build_calibration_assets(calibration: Calibration) -> list[dg.AssetsDefiniti
 
 
 def _tokens(calibration: Calibration) -> dg.AssetsDefinition:
-    options = calibration.model_dump(mode="json", exclude={"samples"})
+    # not the corpus: its content is an input, and where it lies is a fact of a machine
+    options = calibration.model_dump(mode="json", exclude={"samples", "corpus"})
 
     @dg.asset(
         key=calibration_key(calibration, "calibration_tokens"),
@@ -56,7 +57,7 @@ def _tokens(calibration: Calibration) -> dg.AssetsDefinition:
             from compression_dags.calibration.corpora import make_blocks, read_documents, save_blocks
 
             tokenizer = AutoTokenizer.from_pretrained(base.checkpoint, local_files_only=True)
-            blocks = make_blocks(read_documents(calibration.corpus), tokenizer, calibration, base.facts["context"])
+            blocks = make_blocks(read_documents(calibration.corpus), tokenizer, calibration, base.size["context"])
             save_blocks(blocks, work.out / "tokens.safetensors")
             sequences, length = blocks.ids.shape
             counts = {"sequences": sequences, "length": length, "tokens": blocks.tokens, "documents": blocks.documents}

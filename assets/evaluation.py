@@ -11,15 +11,15 @@ from assets.publishing import GPU_POOL, publish
 from compression_dags.evaluation.samples import NEW_TOKENS, NO_TOKENIZER, PROMPTS
 from compression_dags.evaluation.samples import VERSION as SAMPLES_VERSION
 from compression_dags.evaluation.tasks import Task
-from compression_dags.provenance.artifacts import Artifact, Request
+from compression_dags.provenance.artifacts import Artifact, Request, write_metrics
 from compression_dags.recipes import BASELINE, options_digest
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore
 from resources.evaluator import Evaluator
 
 SAMPLES = "samples.json"
-#: 2: with samples.
-CARD_VERSION = "2"
+#: 2: with samples. 3: scores and sizes from files that digests cover; names the weights it is about.
+CARD_VERSION = "3"
 
 
 def eval_key(family: str, task: str) -> dg.AssetKey:
@@ -92,6 +92,7 @@ def build_evaluations(family: str, weights_key: dg.AssetKey, tasks: Sequence[Tas
 
                 def score(work, task=task):
                     metrics = session.score(task, work.out)
+                    write_metrics(work.out, metrics)
                     if family == BASELINE:
                         session.guard(context.partition_key, task, metrics)
                     return metrics
@@ -153,11 +154,14 @@ def build_scorecard(family: str, weights_key: dg.AssetKey, tasks: Sequence[Task]
 
             baseline = json.loads((dense.path / "scorecard.json").read_text()) if dense else None
             samples = json.loads((written.path / SAMPLES).read_text()) if written else None
-            facts = {n: a.facts for n, a in scores.items()}
-            card = make_scorecard(family, weights.facts, base.facts, facts, baseline, samples)
+            metrics = {name: artifact.metrics for name, artifact in scores.items()}
+            card = make_scorecard(family, weights.size, base.size, metrics, baseline, samples)
+            card["weights"] = made_of["weights"]
             (work.out / "scorecard.json").write_text(json.dumps(card, indent=1, sort_keys=True))
             return {"layers": card["layers"], "parameters": card["parameters"], "bytes": card["bytes"], **card["flat"]}
 
-        return publish(context, store, Request("scorecard", CARD_VERSION, {"family": family}, inputs), build)
+        made_of = {"family": family, "weights": {"kind": weights.kind, "fingerprint": weights.fingerprint}}
+        request = Request("scorecard", CARD_VERSION, made_of, inputs)
+        return publish(context, store, request, build, recipe=weights.recipe)
 
     return scorecard

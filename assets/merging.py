@@ -30,7 +30,7 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
         group_name=recipe.slug,
         kinds={"parquet"},
         tags={"recipe": recipe.name, "method": merge.method},
-        code_version=f"{merge.version}:{options_digest(merge.options())}",
+        code_version=f"{merge.code_version}:{options_digest(merge.options())}",
         ins={"base": dg.AssetIn(base_model.key), **analysis},
         description=f"`{merge.method}`: {(type(merge).__doc__ or '').strip()}",
         pool=GPU_POOL if merge.measures else None,
@@ -78,7 +78,8 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
             }
 
         numeric = accelerator.numeric if merge.measures else {}
-        return publish(context, store, Request("merge_plan", merge.version, merge.options(), inputs, numeric), build)
+        request = Request("merge_plan", merge.code_version, merge.options(), inputs, numeric)
+        return publish(context, store, request, build, recipe=recipe.as_run())
 
     return merge_plan
 
@@ -107,7 +108,7 @@ def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
         inputs = {"base_model": base.digest, "merge_plan": plan.digest}
 
         def build(work):
-            from compression_dags.checkpoints.facts import weight_facts
+            from compression_dags.checkpoints.facts import record_size
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.merging.apply import apply_plan, reference_logits
@@ -118,9 +119,10 @@ def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
             with accelerator.lease() as device:
                 reference = reference_logits(source, chosen, device=device.name, dtype=device.dtype)
                 gate = check_reload(written.path, reference, device=device.name, dtype=device.dtype)
-            return {**weight_facts(written), **gate}
+            return {**record_size(written, work.out), **gate}
 
-        return publish(context, store, Request("merged_weights", VERSION, {}, inputs, accelerator.numeric), build)
+        request = Request("merged_weights", VERSION, {}, inputs, accelerator.numeric)
+        return publish(context, store, request, build, recipe=recipe.as_run())
 
     return merged_weights
 
@@ -139,7 +141,7 @@ def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> 
         group_name=recipe.slug,
         kinds={"torch", "safetensors"},
         tags={"recipe": recipe.name, "method": recover.method},
-        code_version=f"{recover.version}:{options_digest(recover.options())}",
+        code_version=f"{recover.code_version}:{options_digest(recover.options())}",
         ins={
             "base": dg.AssetIn(base_model.key),
             "tokens": dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens")),
@@ -159,11 +161,11 @@ def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> 
         weights: Artifact,
     ) -> dg.Output[Artifact]:
         handles = {"base_model": base, "calibration_tokens": tokens, "merge_plan": plan, "weights": weights}
-        inputs = {role: handle.digest for role, handle in handles.items()}
+        inputs = {role: handle.digest for role, handle in handles.items()} | recover.data_digests()
 
         def build(work):
             from compression_dags.calibration.corpora import load_blocks
-            from compression_dags.checkpoints.facts import weight_facts
+            from compression_dags.checkpoints.facts import record_size
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.merging.apply import reference_logits
@@ -186,9 +188,10 @@ def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> 
             write_decisions(recovery.decisions, work.out / DECISIONS)
             accepted = sum(d.action == "recover" for d in recovery.decisions)
             tally = {"accepted": accepted, "rejected": len(recovery.decisions) - accepted}
-            return {**weight_facts(recovery.checkpoint), **recovery.facts, **tally, **gate}
+            return {**record_size(recovery.checkpoint, work.out), **recovery.facts, **tally, **gate}
 
-        request = Request("recovered_weights", recover.version, recover.options(), inputs, accelerator.numeric)
-        return publish(context, store, request, build)
+        options = recover.computing_options()
+        request = Request("recovered_weights", recover.code_version, options, inputs, accelerator.numeric)
+        return publish(context, store, request, build, recipe=recipe.as_run())
 
     return recovered_weights

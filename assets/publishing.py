@@ -3,6 +3,7 @@
 import base64
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -23,13 +24,18 @@ def publish(
     build: Callable[[Workplace], dict[str, Any]],
     *,
     key: dg.AssetKey | None = None,
+    recipe: Mapping[str, Any] | None = None,
     extra: Callable[[Artifact], Mapping[str, Any]] | None = None,
 ) -> dg.Output[Artifact]:
-    """Ask the store, build on a miss, and hand Dagster the handle with its metadata."""
+    """Ask the store, build on a miss, and hand Dagster the handle with its metadata.
+
+    Args:
+        recipe: `Recipe.as_run`; the handle keeps it, so that what was run can be told from what a file says later.
+    """
     key = key or context.asset_key
     produced = store.produce(request, build, context.run_id)
-    artifact = produced.artifact
-    state = "hit" if produced.hit else "computed"
+    artifact = replace(produced.artifact, recipe=dict(recipe)) if recipe else produced.artifact
+    state = "hit" if produced.hit else "rebuilt" if produced.damage else "computed"
     logger.info("%-9s %s (%.1f s)", state, key.to_user_string(), produced.seconds, extra={"asset": key.path})
     metadata: dict[str, Any] = {
         "cache": state,
@@ -38,6 +44,7 @@ def publish(
         "peak_memory_mb": artifact.peak_memory_mb,
         "fingerprint": artifact.fingerprint,
         "path": dg.MetadataValue.path(artifact.path),
+        **({"damage": "kept aside: " + "; ".join(produced.damage)} if produced.damage else {}),
         **{name: value for name, value in artifact.facts.items() if isinstance(value, (int, float, str))},
         **({"computed_by": dg.MetadataValue.dagster_run(artifact.run_id)} if produced.hit and artifact.run_id else {}),
         **(decisions_table(artifact) if artifact.decisions else {}),

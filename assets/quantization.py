@@ -67,7 +67,7 @@ def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
 
         version = f"{MIXED_VERSION}.{BANK_VERSION}"
         request = Request("quantization_plan", version, options, inputs, accelerator.numeric)
-        return publish(context, store, request, build)
+        return publish(context, store, request, build, recipe=recipe.as_run())
 
     return quantization_plan
 
@@ -87,7 +87,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
         group_name=recipe.slug,
         kinds={"torch", "safetensors"},
         tags={"recipe": recipe.name, "method": quantizer.method, "scheme": quantizer.scheme},
-        code_version=f"{quantizer.version}:{options_digest(quantizer.options())}",
+        code_version=f"{quantizer.code_version}:{options_digest(quantizer.options())}",
         ins=ins,
         description=f"`{quantizer.method}` onto compressed-tensors `{quantizer.scheme}`: "
         f"{(type(quantizer).__doc__ or '').strip()}",
@@ -106,7 +106,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
 
         def build(work):
             from compression_dags.calibration.corpora import load_blocks
-            from compression_dags.checkpoints.facts import weight_facts
+            from compression_dags.checkpoints.facts import record_size
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.checkpoints.serving_lint import serving_fact
@@ -133,10 +133,11 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
                 gate = check_reload(model.checkpoint.path, reference, **on)
             gate["serving"] = serving_fact(model.checkpoint.path)
             write_decisions(model.decisions, work.out / DECISIONS)
-            facts = weight_facts(model.checkpoint, parameters=weights.facts["parameters"])
+            facts = record_size(model.checkpoint, work.out, weights.size["parameters"])
             return {**facts, "bits_per_weight": model.bits_per_weight, "scheme": quantizer.scheme, **gate}
 
-        request = Request("quantized_weights", quantizer.version, quantizer.options(), inputs, accelerator.numeric)
-        return publish(context, store, request, build)
+        options, numeric = quantizer.options(), accelerator.numeric
+        request = Request("quantized_weights", quantizer.code_version, options, inputs, numeric)
+        return publish(context, store, request, build, recipe=recipe.as_run())
 
     return quantized_weights

@@ -29,7 +29,7 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
         group_name=recipe.slug,
         kinds={"parquet"},
         tags={"recipe": recipe.name, "method": allocation.method},
-        code_version=f"{sparsify.version}.{allocation.version}:{options_digest(options)}",
+        code_version=f"{sparsify.code_version}:{options_digest(options)}",
         ins=ins,
         description=f"`{allocation.method}`: {(type(allocation).__doc__ or '').strip()}",
         pool=GPU_POOL if "calibration_tokens" in reads else None,
@@ -73,8 +73,8 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
             return {**facts, "matrices": len(shares), "least": min(shares), "most": max(shares), **notes}
 
         numeric = accelerator.numeric if "calibration_tokens" in reads else {}
-        version = f"{sparsify.version}.{allocation.version}"
-        return publish(context, store, Request("sparsity_plan", version, options, inputs, numeric), build)
+        request = Request("sparsity_plan", sparsify.code_version, options, inputs, numeric)
+        return publish(context, store, request, build, recipe=recipe.as_run())
 
     return sparsity_plan
 
@@ -111,7 +111,7 @@ def build_sparse_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsD
 
         def build(work):
             from compression_dags.calibration.corpora import load_blocks
-            from compression_dags.checkpoints.facts import weight_facts
+            from compression_dags.checkpoints.facts import record_size
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.provenance.decisions import write_decisions
@@ -128,10 +128,10 @@ def build_sparse_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsD
                 )
                 gate = check_reload(sparse.checkpoint.path, sparse.reference_logits(source, **on), **on)
             write_decisions(sparse.decisions, work.out / DECISIONS)
-            return {**weight_facts(sparse.checkpoint), **sparse.facts, **gate}
+            return {**record_size(sparse.checkpoint, work.out), **sparse.facts, **gate}
 
         options = sparsify.prune_options()
         request = Request("sparse_weights", sparsify.version, options, inputs, accelerator.numeric)
-        return publish(context, store, request, build)
+        return publish(context, store, request, build, recipe=recipe.as_run())
 
     return sparse_weights

@@ -10,8 +10,11 @@ from assets.publishing import picture, publish
 from compression_dags.provenance.artifacts import Artifact, Request
 from resources.artifact_store import ArtifactStore
 
-#: Of the leaderboard. 2: its report shows what the models write.
-VERSION = "2"
+#: Of the leaderboard. 2: its report shows what the models write. 3: what the report says of the model is an option.
+VERSION = "3"
+#: 2: two recoveries of one recipe are two inputs; runs are looked up, not stored.
+LEDGER_VERSION = "2"
+ABOUT = ("architecture", "licence")
 
 
 def build_leaderboard(scorecards: dict[str, dg.AssetKey], similarities: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
@@ -33,6 +36,8 @@ def build_leaderboard(scorecards: dict[str, dg.AssetKey], similarities: Sequence
         maps = {key: a for key in similarities if (a := store.recall(key, here))}
         inputs = {name: a.digest for name, a in cards.items()}
         inputs |= {key.to_user_string(): a.digest for key, a in maps.items()} | {"base_model": base.digest}
+        # what the report says of the model beyond its digest
+        about = {name: base.facts.get(name) for name in ABOUT} | base.size
 
         def build(work):
             from compression_dags.evaluation.scorecard import leaderboard_frame
@@ -42,7 +47,7 @@ def build_leaderboard(scorecards: dict[str, dg.AssetKey], similarities: Sequence
             frame = leaderboard_frame(read)
             frame.to_parquet(work.out / "leaderboard.parquet", index=False)
             plots = {key.to_user_string(): (a.path / "plot.png").read_bytes() for key, a in maps.items()}
-            write_report(work.out, here, base.facts, read, plots)
+            write_report(work.out, here, about, read, plots)
             return {"recipes": len(cards) - ("baseline" in cards)}
 
         def table(artifact: Artifact) -> dict:
@@ -54,7 +59,9 @@ def build_leaderboard(scorecards: dict[str, dg.AssetKey], similarities: Sequence
             shown = {"plot": picture(plot.read_bytes())} if plot.exists() else {}
             return {"leaderboard": dg.MetadataValue.table(rows), **shown} if rows else shown
 
-        return publish(context, store, Request("leaderboard", VERSION, {}, inputs), build, extra=table)
+        return publish(
+            context, store, Request("leaderboard", VERSION, {"base_model": here, **about}, inputs), build, extra=table
+        )
 
     return leaderboard
 
@@ -66,23 +73,24 @@ def build_decision_ledger(deciders: dict[str, list[dg.AssetKey]]) -> dg.AssetsDe
         partitions_def=base_models,
         group_name="results",
         kinds={"parquet"},
-        code_version="1",
+        code_version=LEDGER_VERSION,
         deps=[key for keys in deciders.values() for key in keys],
         description="Every decision of every recipe on a base model, one row each, with its evidence.",
     )
     def decision_ledger(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.Output[Artifact]:
         here = context.partition_key
-        found = [(recipe, a) for recipe, keys in deciders.items() for k in keys if (a := store.recall(k, here))]
-        inputs = {f"{recipe}/{a.kind}": a.fingerprint for recipe, a in found}
+        found = {k: a for keys in deciders.values() for k in keys if (a := store.recall(k, here))}
+        rows = [(recipe, found[k]) for recipe, keys in deciders.items() for k in keys if k in found]
+        inputs = {key.to_user_string(): a.fingerprint for key, a in found.items()}
 
         def build(work):
             from compression_dags.provenance.decisions import join_ledger
 
-            ledger = join_ledger(here, found)
+            ledger = join_ledger(here, rows)
             ledger.to_parquet(work.out / "ledger.parquet", index=False)
             return {"rows": len(ledger), "recipes": ledger["recipe"].nunique()}
 
-        return publish(context, store, Request("decision_ledger", "1", {"base_model": here}, inputs), build)
+        return publish(context, store, Request("decision_ledger", LEDGER_VERSION, {"base_model": here}, inputs), build)
 
     return decision_ledger
 

@@ -62,10 +62,13 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
         InputError: unknown model, recipe or stage, or nothing run yet.
     """
     slug = _slug(home, model)
-    found = ArtifactStore(home=str(home)).recall(Graph.SUMMARY[1], slug)
+    store = ArtifactStore(home=str(home))
+    found = store.recall(Graph.SUMMARY[1], slug)
     if found is None:
         raise InputError(f"no recipe was run on {slug} yet")
     frame = pd.read_parquet(found.path / "ledger.parquet")
+    runs = {f: store.run_of(f) for f in frame["fingerprint"].unique()}
+    frame["run_id"] = frame["fingerprint"].map(runs)
     for column, value in (("recipe", recipe), ("stage", stage)):
         if value is not None:
             allowed = sorted(set(frame[column]))

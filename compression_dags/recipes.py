@@ -116,6 +116,11 @@ class Recipe:
         except InputError as error:
             raise InputError(f"recipe {self.name}: {error}") from None
 
+    def as_run(self) -> dict[str, Any]:
+        """The recipe with its defaults and the versions of its methods: what handles of its assets keep."""
+        versions = {name: version for stage in self.stages for name, version in stage.versions.items()}
+        return {**self.describe(), "versions": versions}
+
     def describe(self) -> dict[str, Any]:
         """The recipe with every default written out, as it goes into `compression.json`."""
         return {

@@ -55,6 +55,16 @@ class Stage(BaseModel):
             InputError: naming the option, its value and what is allowed.
         """
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Method → version, of every method that this stage runs; its own first."""
+        return {f"{self.stage}: {self.method}": self.version}
+
+    @property
+    def code_version(self) -> str:
+        """The versions of all methods that this stage runs, as they enter fingerprints."""
+        return ".".join(self.versions.values())
+
     def options(self) -> dict[str, Any]:
         """All options, defaults included, as they enter the fingerprint."""
         return self.model_dump(mode="json")

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from compression_dags.provenance.artifacts import (
     MANIFEST,
     Artifact,
     Request,
+    artifact_of,
     content_digest,
     describe_files,
     read_manifest,
 )
 from compression_dags.provenance.progress import Progress
+from compression_dags.statefile import replace_json
+from resources.integrity import Integrity, protect, sync, sync_tree
 
 logger = logging.getLogger("compression_dags")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -36,11 +39,15 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a build writes: `out` is published whole, `scratch` survives a kill and is gone after success."""
+    """Where a build writes: `out` is published whole, `scratch` survives a kill and is gone after success.
+
+    `hashed`: a build that hashes a file while writing it may note the sha256 here, by path relative to `out`.
+    """
 
     out: Path
     scratch: Path
     request: Request
+    hashed: dict[str, str] = field(default_factory=dict)
 
     def progress(self) -> Progress:
         return Progress(self.scratch, asdict(self.request))
@@ -48,11 +55,18 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Produced:
-    """An artifact, and whether it was there already (`hit`) or computed now, in `seconds`."""
+    """An artifact, and how it came.
+
+    Attributes:
+        hit: it was stored already.
+        seconds: what finding or computing it took now.
+        damage: what was wrong with a stored one, which was kept aside and computed again.
+    """
 
     artifact: Artifact
     hit: bool
     seconds: float
+    damage: tuple[str, ...] = ()
 
 
 class ArtifactStore(dg.ConfigurableResource):
@@ -61,6 +75,8 @@ class ArtifactStore(dg.ConfigurableResource):
     A build happens in `<home>/partial/<kind>/<fingerprint>/`, under a file lock that the kernel frees when the process
     dies, and is moved into place in one rename after its files are on disk. So of two writers of one fingerprint the
     second waits and gets the first one's result; a killed build leaves nothing visible and resumes from its scratch.
+
+    Published files are read-only. Whatever `find` returns was checked against its manifest (see `integrity.py`).
     """
 
     home: str
@@ -90,11 +106,35 @@ class ArtifactStore(dg.ConfigurableResource):
                 f"home {self.root} has {free / 1e9:.1f} GB free; this run needs about {need_bytes / 1e9:.1f} GB"
             )
 
+    def directory(self, kind: str, fingerprint: str) -> Path:
+        return self.root / "artifacts" / kind / fingerprint
+
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
-        return read_manifest(self.root / "artifacts" / kind / fingerprint)
+        """The stored artifact, if it is whole and its bytes are the published ones."""
+        artifact, damage = self.inspect(kind, fingerprint)
+        return None if damage else artifact
+
+    def inspect(self, kind: str, fingerprint: str, *, thorough: bool = False) -> tuple[Artifact | None, list[str]]:
+        """The stored artifact and what is wrong with it; (None, []) if nothing is stored under this fingerprint.
+
+        Args:
+            thorough: hash every file, also those that were hashed before.
+        """
+        directory = self.directory(kind, fingerprint)
+        manifest = read_manifest(directory)
+        if manifest is None:
+            return None, [f"{MANIFEST} is missing or cannot be read"] if directory.is_dir() else []
+        return artifact_of(directory, manifest), Integrity(self.root).damage(directory, manifest, thorough=thorough)
+
+    def run_of(self, fingerprint: str) -> str:
+        """The Dagster run that computed an artifact; empty if it is not stored."""
+        found = map(read_manifest, (self.root / "artifacts").glob(f"*/{fingerprint}"))
+        return next((manifest.get("run_id", "") for manifest in found if manifest), "")
 
     def produce(self, request: Request, build: Callable[[Workplace], dict[str, Any]], run_id: str = "") -> Produced:
         """The artifact of `request`: the stored one, or what `build` makes. `build` returns its facts.
+
+        A stored one that is damaged is kept aside as `<fingerprint>.damaged-<time>` and built again.
 
         Raises:
             InputError: the home is full; whatever was stored before is untouched.
@@ -105,15 +145,18 @@ class ArtifactStore(dg.ConfigurableResource):
             return Produced(found, True, time.monotonic() - start)
         try:
             with self._building(request, fingerprint) as work:
-                if found := self.find(request.kind, fingerprint):  # another writer finished while we waited
+                found, damage = self.inspect(request.kind, fingerprint)
+                if found and not damage:  # another writer finished while we waited
                     return Produced(found, True, time.monotonic() - start)
+                for line in damage:
+                    logger.warning("%s %s is damaged and built again: %s", request.kind, fingerprint[:12], line)
                 facts = build(work)
-                artifact = self._publish(request, work.out, facts, run_id, time.monotonic() - start)
-        except OSError as error:
-            if error.errno in _FULL:
+                artifact = self._publish(work, facts, run_id, time.monotonic() - start)
+        except Exception as error:
+            if _is_full(error):
                 raise InputError(f"home {self.root} is full; free space (`compression-dags store --prune`)") from error
             raise
-        return Produced(artifact, False, time.monotonic() - start)
+        return Produced(artifact, False, time.monotonic() - start, tuple(damage))
 
     @contextlib.contextmanager
     def _building(self, request: Request, fingerprint: str) -> Iterator[Workplace]:
@@ -128,8 +171,9 @@ class ArtifactStore(dg.ConfigurableResource):
             shutil.rmtree(folder / fingerprint, ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
 
-    def _publish(self, request: Request, out: Path, facts: dict[str, Any], run_id: str, seconds: float) -> Artifact:
-        files = describe_files(out)
+    def _publish(self, work: Workplace, facts: dict[str, Any], run_id: str, seconds: float) -> Artifact:
+        request, out = work.request, work.out
+        files = describe_files(out, work.hashed)
         manifest = {
             "fingerprint": request.fingerprint,
             "digest": content_digest(files),
@@ -142,20 +186,20 @@ class ArtifactStore(dg.ConfigurableResource):
             "peak_memory_mb": round(peak_memory_mb(), 1),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        for name in files:
-            _sync(out / name)
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-        _sync(out / MANIFEST)
-        final = self.root / "artifacts" / request.kind / request.fingerprint
+        protect(out)
+        sync(out / MANIFEST)
+        sync_tree(out)
+        final = self.directory(request.kind, request.fingerprint)
         final.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():  # a damaged artifact (find() refused it): keep it aside, never delete it
-            final.rename(final.with_name(f"{final.name}.damaged-{int(time.time())}"))
+        if final.exists():  # damaged, as find() said: kept aside, never deleted
+            final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
         os.replace(out, final)
-        _sync(final.parent)
-        artifact = read_manifest(final)
-        if artifact is None:
+        sync(final.parent)
+        if read_manifest(final) is None:
             raise OSError(f"{final} was written but cannot be read back")
-        return artifact
+        Integrity(self.root).remember(final, manifest)
+        return artifact_of(final, manifest)
 
     # -- handles: which artifact an asset partition is ----------------------------------------------------------------
 
@@ -163,19 +207,21 @@ class ArtifactStore(dg.ConfigurableResource):
         return self.root.joinpath("handles", *key.path, f"{partition}.json")
 
     def remember(self, key: dg.AssetKey, partition: str, artifact: Artifact) -> None:
-        path = self._handle_file(key, partition)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"kind": artifact.kind, "fingerprint": artifact.fingerprint}))
-        os.replace(partial, path)
+        """Note that an asset partition is `artifact` now, and the recipe as it was run."""
+        handle = {"kind": artifact.kind, "fingerprint": artifact.fingerprint}
+        replace_json(
+            self._handle_file(key, partition), handle | ({"recipe": artifact.recipe} if artifact.recipe else {})
+        )
 
     def recall(self, key: dg.AssetKey, partition: str) -> Artifact | None:
-        """The artifact that an asset partition last was, if it is still stored."""
+        """The artifact that an asset partition last was, if it is still stored whole."""
         try:
             handle = json.loads(self._handle_file(key, partition).read_text())
-        except (OSError, ValueError):
+            kind, fingerprint, recipe = handle["kind"], handle["fingerprint"], handle.get("recipe")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
-        return self.find(handle["kind"], handle["fingerprint"])
+        found = self.find(kind, fingerprint)
+        return replace(found, recipe=recipe) if found else None
 
     # -- upkeep -------------------------------------------------------------------------------------------------------
 
@@ -243,12 +289,15 @@ def peak_memory_mb() -> float:
     return host
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: safetensors and others wrap the system's."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(sign in str(error) for sign in ("No space left on device", "os error 28", "Disk quota exceeded")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _locked(work: Path) -> bool:

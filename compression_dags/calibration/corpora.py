@@ -249,7 +249,7 @@ def training_windows(
     order: list[np.ndarray] = []
     counts: dict[str, int] = {}
     rng, start, left = np.random.default_rng(seed), 0, wanted
-    for rank, name in enumerate(sorted(names, key=lambda n: (len(found[n]), n))):
+    for rank, name in enumerate(sorted(names, key=lambda n: len(found[n]))):  # equal sizes: as listed
         windows = found[name]
         if len(windows) <= held_each:
             raise InputError(

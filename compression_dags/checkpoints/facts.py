@@ -1,16 +1,21 @@
-"""Size of a checkpoint, in the facts of its artifact."""
+"""Size of a checkpoint: a file that scorecards read, and facts of its artifact."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.provenance.artifacts import write_size
 
 
-def weight_facts(checkpoint: Checkpoint, parameters: int | None = None) -> dict[str, Any]:
-    """Layers, parameters and bytes of the weight files.
+def record_size(checkpoint: Checkpoint, directory: Path, parameters: int | None = None) -> dict[str, Any]:
+    """Layers, parameters and bytes of the weight files, also written to `size.json` in the artifact's directory.
 
-    `parameters` counts a quantized matrix as the dense one it stands for; None counts the stored numbers.
+    Args:
+        parameters: counts a quantized matrix as the dense one it stands for; None counts the stored numbers.
     """
     numel = checkpoint.numel if parameters is None else parameters
-    return {"layers": checkpoint.num_layers, "parameters": numel, "bytes": checkpoint.nbytes}
+    size = {"layers": checkpoint.num_layers, "parameters": numel, "bytes": checkpoint.nbytes}
+    write_size(directory, size)
+    return size

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compression_dags.architectures import Architecture, StackFacts, architecture_of
+from compression_dags.checkpoints.contents import without_machine_facts
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Checkpoint:
         from transformers import AutoConfig
 
         filled = AutoConfig.from_pretrained(self.path).to_dict()
-        return {**filled, **{k: v for k, v in self.raw_config.items() if v is not None}}
+        return without_machine_facts({**filled, **{k: v for k, v in self.raw_config.items() if v is not None}})
 
     @property
     def facts(self) -> StackFacts:

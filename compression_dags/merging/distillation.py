@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from compression_dags.architectures import StackFacts
-from compression_dags.calibration.corpora import resolve_corpus
+from compression_dags.calibration.corpora import corpus_digest, resolve_corpus
 from compression_dags.errors import InputError
 from compression_dags.merging.recovery import RecoverStage, Recovery
 from compression_dags.stages import Track, silent
@@ -31,7 +31,7 @@ class Distillation(RecoverStage):
     The calibration tokens are not used: training and held-out windows come from `corpora`, held-out ones apart.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     inputs: ClassVar[Literal["teacher", "student"]]
 
     corpora: tuple[str, ...] = Field(("c4-sample",), min_length=1, description="texts to train on, in equal shares")
@@ -72,6 +72,12 @@ class Distillation(RecoverStage):
             resolve_corpus(corpus)
         if self.batch_tokens < min(self.length, int(facts.config.get("max_position_embeddings") or self.length)):
             raise InputError(f"recover: {self.method} has batch_tokens {self.batch_tokens}, less than one window")
+
+    def data_digests(self) -> dict[str, str]:
+        return {f"corpus_{i}": corpus_digest(corpus) for i, corpus in enumerate(dict.fromkeys(self.corpora))}
+
+    def computing_options(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"corpora"})
 
     def recover(
         self,

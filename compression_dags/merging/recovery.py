@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compression_dags.architectures import StackFacts
 from compression_dags.provenance.decisions import Decision
@@ -36,6 +36,18 @@ class RecoverStage(Stage):
     """A stage that changes weights of the planned model, towards the base model's behaviour."""
 
     stage: ClassVar[str] = "recover"
+
+    def data_digests(self) -> dict[str, str]:
+        """Role → digest of what is read beside the inputs of every recovery; nothing, unless a method says so.
+
+        Raises:
+            InputError: there is no such text.
+        """
+        return {}
+
+    def computing_options(self) -> dict[str, Any]:
+        """Options as they enter the fingerprint: all but the places of what `data_digests` stands for."""
+        return self.options()
 
     def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
         """Refuse too few calibration tokens, before any compute.

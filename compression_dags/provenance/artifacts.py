@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from compression_dags.checkpoints.contents import computed_digest, computes
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
 DECISIONS = "decisions.parquet"
+METRICS = "metrics.json"
+SIZE = "size.json"
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,13 @@ class Artifact:
     Attributes:
         kind: stage kind, the folder in the store.
         fingerprint: sha256 of everything that determines the result.
-        digest: sha256 over the names and contents of the files. Equal digests are equal bytes.
+        digest: sha256 over every byte that a reader may use. Equal digests compute the same.
         path: where the files lie.
-        facts: small JSON values about it (layers, parameters, scores, …).
+        facts: small JSON values for display. A later step reads files, never facts: the digest does not cover them.
         inputs: digest of every input, by role.
         run_id: the Dagster run that computed it.
         seconds, peak_memory_mb: what computing it took.
+        recipe: the recipe as it was run, where a handle of one of its assets led here.
     """
 
     kind: str
@@ -37,6 +43,7 @@ class Artifact:
     run_id: str = ""
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    recipe: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def checkpoint(self) -> Path:
@@ -48,6 +55,16 @@ class Artifact:
         path = self.path / DECISIONS
         return path if path.is_file() else None
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Scores of an evaluation."""
+        return json.loads((self.path / METRICS).read_text())
+
+    @property
+    def size(self) -> dict[str, int]:
+        """`layers`, `parameters` and `bytes` of a weights artifact; of a base model also its `context` in tokens."""
+        return json.loads((self.path / SIZE).read_text())
+
 
 @dataclass(frozen=True)
 class Request:
@@ -56,7 +73,7 @@ class Request:
     Attributes:
         kind: stage kind.
         version: code version of the stage, declared beside its implementation.
-        config: canonical stage options (JSON).
+        config: canonical stage options (JSON), defaults written out, no places on a machine.
         inputs: digest of every input, by role.
         numeric: device type and compute dtype, for results that depend on them.
     """
@@ -77,36 +94,72 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Relative name → size and sha256 of every file below a directory, except the manifest."""
+def describe_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Relative name → size, sha256, and whether the file is part of the digest, of all but the manifest.
+
+    Args:
+        known: relative name → sha256 of files that were hashed while they were written.
+    """
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+    return {str(p.relative_to(directory)): _describe(p, directory, known or {}) for p in files}
 
 
-def content_digest(files: dict[str, dict[str, Any]]) -> str:
-    """Digest of a set of files. Decision rows explain the bytes; they are not part of them."""
-    named = {name: entry["sha256"] for name, entry in files.items() if name != DECISIONS}
+def _describe(path: Path, directory: Path, known: Mapping[str, str]) -> dict[str, Any]:
+    name = str(path.relative_to(directory))
+    sha256 = known.get(name) or file_digest(path)
+    entry = {"bytes": path.stat().st_size, "sha256": sha256}
+    if is_content(name) and (computed := computed_digest(path, sha256)) != sha256:
+        entry["computed"] = computed
+    return entry
+
+
+def is_content(name: str) -> bool:
+    """Whether a file of an artifact is part of its digest.
+
+    Decision rows explain the bytes. Of a checkpoint only what computes counts, not its card or licence.
+    """
+    inside = PurePosixPath(name)
+    return computes(name) if inside.parts[0] == CHECKPOINT else name != DECISIONS
+
+
+def content_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of a set of files, described by `describe_files`: what a reader may use of them, and nothing else."""
+    named = {name: entry.get("computed", entry["sha256"]) for name, entry in files.items() if is_content(name)}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(directory: Path) -> Artifact | None:
-    """The artifact in a directory, or None if it holds no whole one (missing manifest or a file of another size)."""
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest in a directory, or None if there is none that can be read."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        for name, entry in manifest["files"].items():
-            if (directory / name).stat().st_size != entry["bytes"]:
-                return None
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        whole = all({"bytes", "sha256"} <= entry.keys() for entry in files.values())
+        return manifest if whole and {"kind", "inputs"} <= manifest["request"].keys() else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def artifact_of(directory: Path, manifest: Mapping[str, Any]) -> Artifact:
+    """The handle that a manifest in `directory` describes."""
     request = manifest["request"]
     return Artifact(
         request["kind"],
         manifest["fingerprint"],
         manifest["digest"],
         directory,
-        manifest["facts"],
+        manifest.get("facts", {}),
         request["inputs"],
-        manifest["run_id"],
-        manifest["seconds"],
-        manifest["peak_memory_mb"],
+        manifest.get("run_id", ""),
+        manifest.get("seconds", 0.0),
+        manifest.get("peak_memory_mb", 0.0),
     )
+
+
+def write_size(directory: Path, size: Mapping[str, int]) -> None:
+    """Write what a scorecard reads of a weights artifact: see `Artifact.size`."""
+    (directory / SIZE).write_text(json.dumps(dict(size), sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_metrics(directory: Path, metrics: Mapping[str, float]) -> None:
+    """Write the scores of an evaluation: see `Artifact.metrics`."""
+    (directory / METRICS).write_text(json.dumps(dict(metrics), indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ from compression_dags.provenance.artifacts import Artifact
 
 Action = Literal["keep", "drop", "merge", "concat", "prune", "quantize", "recover", "reject"]
 COLUMNS = ["stage", "method", "step", "target", "action", "sources", "value", "unit", "evidence"]
-LEDGER_COLUMNS = ["base_model", "recipe", *COLUMNS, "fingerprint", "run_id"]
+#: Which run decided is not among them: the store knows it by the fingerprint, and equal decisions are equal bytes.
+LEDGER_COLUMNS = ["base_model", "recipe", *COLUMNS, "fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,5 @@ def join_ledger(base_model: str, artifacts: list[tuple[str, Artifact]]) -> pd.Da
         if artifact.decisions:
             rows = read_decisions(artifact.decisions)
             identity = {"base_model": base_model, "recipe": recipe}
-            origin = {"fingerprint": artifact.fingerprint, "run_id": artifact.run_id}
-            frames.append(rows.assign(**identity, **origin)[LEDGER_COLUMNS])
+            frames.append(rows.assign(**identity, fingerprint=artifact.fingerprint)[LEDGER_COLUMNS])
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=LEDGER_COLUMNS)

@@ -47,6 +47,10 @@ class SmoothQuant(GPTQ):
         return self
 
     @property
+    def versions(self) -> dict[str, str]:
+        return super().versions | ({"quantize: gptq": GPTQ.version} if self.rounding == "gptq" else {})
+
+    @property
     def wanted(self) -> StatisticKind:
         return "peak" if self.rounding == "rtn" else "hessian_peak"
 

@@ -109,6 +109,11 @@ class SparsifyStage(Stage):
         return Pattern.unstructured(self.sparsity)
 
     @property
+    def versions(self) -> dict[str, str]:
+        allocation = self.allocation
+        return super().versions | {f"allocation: {allocation.method}": allocation.version}
+
+    @property
     def follows(self) -> Follows:
         """Whose outputs the pruned ones should be near. Experts always follow their own."""
         return "own"
