@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compression_dags.checkpoints.contents import without_machine_facts
 from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def write_checkpoint(
     A source file whose tensors are all kept unchanged is hard-linked where the file system allows it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    stock = without_machine_facts(config)
+    (directory / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
     for companion in source.companions():
         shutil.copyfile(companion, directory / companion.name)
     linked = _linkable(source, tensors)

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -128,20 +129,42 @@ def leaves(task: str, data_dirs: Sequence[Path] = ()) -> list[Leaf]:
 
 
 def harness_digest(task: str, data_dirs: Sequence[Path] = ()) -> str:
-    """sha256 of the definitions of all leaves (data set and version included) and of their local files.
+    """sha256 of lm-eval's version, the definitions of all leaves (data set and version included), and local files.
+
+    Local files are the data, and whatever lies beside a definition of one's own: its functions may read or import it.
 
     Raises:
         InputError: lm-eval does not know the task.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(importlib.metadata.version("lm-eval").encode())
     for leaf in leaves(task, data_dirs):
         text = json.dumps([leaf.name, leaf.config], default=str, sort_keys=True)
-        for place in (_builtin_root(), leaf.yaml.parent):  # functions are named by their absolute path
+        folders = _code_folders(leaf)
+        for place in (_builtin_root(), *folders):  # functions are named by their absolute path
             text = text.replace(str(place), "")
         digest.update(text.encode())
-        for path in _split_files(leaf.folder).values() if leaf.folder else ():
-            digest.update(path.stem.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        files = {path.name: path for path in _split_files(leaf.folder).values()} if leaf.folder else {}
+        for folder in folders:
+            files |= {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if _may_be_read(path)}
+        for name, path in sorted(files.items()):
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def _code_folders(leaf: Leaf) -> list[Path]:
+    """Folders of a leaf's own definition and of the functions that it names; none of lm-eval's own."""
+    found = {leaf.yaml.parent.resolve()}
+    for text in re.findall(r'"([^"]+)"', json.dumps(leaf.config, default=str)):
+        path = Path(text)
+        if path.is_absolute() and path.parent.joinpath(path.name.split(".")[0] + ".py").is_file():
+            found.add(path.parent.resolve())
+    return sorted(folder for folder in found if not folder.is_relative_to(_builtin_root()))
+
+
+def _may_be_read(path: Path) -> bool:
+    """Whether code beside a definition may use the file; caches, hidden files and notes it does not."""
+    hidden = any(part.startswith((".", "__pycache__")) for part in path.parts[-3:])
+    return path.is_file() and not hidden and path.suffix.lower() not in {".md", ".pyc"}
 
 
 def _builtin_root() -> Path:

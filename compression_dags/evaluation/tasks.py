@@ -46,7 +46,7 @@ class PerplexityTask(_Task):
         max_windows: at most so many windows, spaced evenly over the text; None takes all.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     kind: Literal["perplexity"] = "perplexity"
     file: str
@@ -80,7 +80,7 @@ class HarnessTask(_Task):
         limit: only the first so many documents; None takes all.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     kind: Literal["lm-eval"] = "lm-eval"
     task: str
