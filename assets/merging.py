@@ -7,6 +7,7 @@ import dagster as dg
 from assets.base_models import base_model, base_models
 from assets.calibration import calibration_key
 from assets.publishing import GPU_POOL, publish
+from compression_dags.merging.apply import VERSION
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
 from resources.accelerator import Accelerator
@@ -85,8 +86,6 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
 
 
 def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
-    from compression_dags.merging.apply import VERSION
-
     @dg.asset(
         key=recipe_key(recipe, "merged_weights"),
         partitions_def=base_models,
