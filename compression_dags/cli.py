@@ -143,7 +143,7 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
 @click.option("--quantizer", default="gptq", show_default=True, help="Method, or {method: …, …}.")
 @click.option("--recover", default="auto", show_default=True, help="After layers went: none, a method, or {method: …}.")
 @click.option("--name", default=None, help="Name of the recipe; with several budgets, its beginning.")
-@click.option("--to", "folder", default=None, metavar="DIR", help="Where the recipe goes; default: the recipes folder.")
+@click.option("--to", "folder", default=None, metavar="DIR", help="Where the recipe goes; default: ./recipes.")
 @click.option("--sequences", type=click.IntRange(2), default=None, help="Calibration sequences.")
 @click.option("--length", type=click.IntRange(8), default=None, help="Tokens in a calibration sequence.")
 @run_options
@@ -197,10 +197,10 @@ def models_add(model: str, name: str | None, home: Path, as_json: bool) -> None:
 @main.command()
 @json_option
 def recipes(as_json: bool) -> None:
-    """List and validate the recipes of the recipes folder."""
-    from compression_dags.recipes import load_recipes, recipes_folder
+    """List and validate recipes: your own in ./recipes, and those that the project ships."""
+    from compression_dags.recipes import load_recipes
 
-    found = load_recipes(recipes_folder())
+    found = load_recipes()
     lines = [
         f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {r.description}"
         for r in found.values()

@@ -15,7 +15,7 @@ from compression_dags.errors import InputError
 from compression_dags.planning.alternatives import Bank, BankOptions
 from compression_dags.planning.emit import recipe_of, recipe_text
 from compression_dags.planning.solve import Measure, Solution, solve
-from compression_dags.recipes import NAME, load_recipe, recipes_folder
+from compression_dags.recipes import NAME, load_recipe, own_recipes
 
 if TYPE_CHECKING:
     from compression_dags.definitions import Settings
@@ -153,7 +153,7 @@ def plan_budgets(
     for (measure, budget), solution in zip(budgets, solved, strict=True):
         own = name if name and len(budgets) == 1 else f"{name or 'planned-' + slug}-{_spoken(measure, budget)}"
         own = re.sub(r"[^a-z0-9]+", "-", own.lower()).strip("-")
-        path = (folder or recipes_folder()) / f"{own}.yaml"
+        path = (folder or own_recipes()) / f"{own}.yaml"
         recipe = recipe_of(
             solution,
             bank,

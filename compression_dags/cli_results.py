@@ -19,8 +19,7 @@ from resources.model_hub import ModelHub
 
 
 def _graph() -> Graph:
-    folder = recipes_folder()
-    return build_graph(load_recipes(folder), evaluation_book(folder), Settings.from_environment())
+    return build_graph(load_recipes(), evaluation_book(recipes_folder()), Settings.from_environment())
 
 
 def _slug(home: Path, model: str) -> str:

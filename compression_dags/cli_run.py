@@ -103,7 +103,7 @@ def run_recipes(
     """
     start = time.monotonic()
     speak()
-    recipes = load_recipes(recipes_folder())
+    recipes = load_recipes()
     chosen = pick_recipes(recipes, names)
     if calibration:
         changed = {r.name: replace(r, calibration=_changed(r, calibration)) for r in chosen}

@@ -234,7 +234,6 @@ def _new_base_models(job, settings: Settings) -> dg.SensorDefinition:
 def defs() -> dg.Definitions:
     """What Dagster's tools load: the recipes folder and the home of the environment."""
     settings = Settings.from_environment()
-    folder = recipes_folder()
-    book = evaluation_book(folder)
+    book = evaluation_book(recipes_folder())
     extra = book.resolve(added_tasks(settings.home))
-    return build_graph(load_recipes(folder), book, settings, extra).definitions
+    return build_graph(load_recipes(), book, settings, extra).definitions

@@ -137,21 +137,30 @@ def options_digest(options: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def own_recipes() -> Path:
+    """Where a user's recipes are, and where `plan` writes: `COMPRESSION_DAGS_RECIPES`, else `./recipes`."""
+    return Path(os.environ.get("COMPRESSION_DAGS_RECIPES") or Path.cwd() / "recipes")
+
+
 def recipes_folder() -> Path:
-    """`COMPRESSION_DAGS_RECIPES`, else `recipes/` of the working directory, else the project's own."""
-    if given := os.environ.get("COMPRESSION_DAGS_RECIPES"):
-        return Path(given)
-    local = Path.cwd() / "recipes"
-    return local if local.is_dir() else PROJECT / "recipes"
+    """The user's own folder where there is one, else the project's."""
+    own = own_recipes()
+    return own if own.is_dir() or os.environ.get("COMPRESSION_DAGS_RECIPES") else PROJECT / "recipes"
 
 
 def load_recipes(folder: Path | None = None) -> dict[str, Recipe]:
     """All recipes of a folder, by name.
 
+    Without a folder: the user's own, and the project's that have other names; a folder that
+    `COMPRESSION_DAGS_RECIPES` names counts alone.
+
     Raises:
         InputError: an invalid recipe, or two of one name.
     """
-    folder = folder or recipes_folder()
+    if folder is None:
+        own, shipped = recipes_folder(), PROJECT / "recipes"
+        alone = os.environ.get("COMPRESSION_DAGS_RECIPES") or own.samefile(shipped)
+        return ({} if alone else load_recipes(shipped)) | load_recipes(own)
     if not folder.is_dir():
         raise InputError(f"recipes folder {folder} does not exist")
     found: dict[str, Recipe] = {}

@@ -110,14 +110,14 @@ def _named(corpus: str) -> Path | None:
     """
     if corpus not in NAMED:
         return None
-    folders = [PROJECT / "data"]
+    folders = [Path.cwd() / "data", PROJECT / "data"]
     if given := os.environ.get("COMPRESSION_DAGS_DATA"):
         folders.insert(0, Path(given))
     for folder in folders:
         if (folder / NAMED[corpus]).is_file():
             return folder / NAMED[corpus]
     raise InputError(
-        f"corpus {corpus!r} is not shipped: put {NAMED[corpus]} under data/ of the project, or set "
+        f"corpus {corpus!r} is not shipped: put {NAMED[corpus]} under ./data, or set "
         "COMPRESSION_DAGS_DATA to a folder that holds it"
     )
 

@@ -23,7 +23,7 @@ class HostCopies:
             land([t.contiguous() for t in tensors])
             return
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(device))
         self._leaving.append(self._carrier.submit(self._carry, device, done, tensors, land))
 
     @staticmethod

@@ -41,7 +41,7 @@ class PerplexityTask(_Task):
 
     Attributes:
         file: .jsonl rows with `text`, .parquet with a `text` column, or .txt (one row); absolute, or relative to the
-            project's root.
+            working directory or else to the project's own files.
         window: tokens in a window; clipped to the model's context, and the clipped value names the metric.
         max_windows: at most so many windows, spaced evenly over the text; None takes all.
     """
@@ -55,7 +55,8 @@ class PerplexityTask(_Task):
 
     @property
     def path(self) -> Path:
-        return PROJECT / Path(self.file).expanduser()
+        here = Path(self.file).expanduser().absolute()
+        return here if here.is_file() else PROJECT / Path(self.file).expanduser()
 
     def read(self) -> str:
         """The text: all rows, empty ones included, joined by two newlines.

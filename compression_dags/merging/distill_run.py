@@ -100,8 +100,6 @@ class DistillRun:
                 f"recover: {options.method} has {len(self.windows.order)} training windows, less than one step of "
                 f"{self.rows}: lower batch_tokens (now {options.batch_tokens}) or give more text"
             )
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         self.teacher = WholeModel(self.teacher_checkpoint, self.device, self.dtype)
         self.student = Student(self.student_checkpoint, self.device)
 
@@ -437,8 +435,9 @@ def _in_processes(run: DistillRun, groups: list[int], order: np.ndarray) -> dict
 
     workers = min(run.options.workers, len(groups))
     shares = [groups[i::workers] for i in range(workers)]
-    gpus = torch.cuda.device_count() if torch.device(run.device).type == "cuda" else 0
-    devices = [f"cuda:{i % gpus}" if gpus else run.device for i in range(workers)]
+    own = torch.device(run.device)
+    gpus = torch.cuda.device_count() if own.type == "cuda" else 0
+    devices = [f"cuda:{((own.index or 0) + i) % gpus}" if gpus else run.device for i in range(workers)]
     where = (str(run.teacher_checkpoint.path), str(run.student_checkpoint.path))
     found: dict[str, Tensor] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -460,6 +459,8 @@ def _child(
     groups: list[int],
     order: np.ndarray,
 ) -> dict[str, np.ndarray]:
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # kernels go to the current device, which is the first one in a new process
     run = DistillRun(options, Checkpoint(where[0]), Checkpoint(where[1]), plan, device, dtype, None, silent)
     run._prepare()
     run.train_independent(groups, order)

@@ -1,0 +1,435 @@
+"""Every registered method through the command line of the installed wheel, on two devices, compared row by row.
+
+Run it from an empty directory, with the wheel (not the checkout) on Python's path; benchmarks/gpu_machine.sh does both.
+Models: stories260k and a tiny random one of every architecture. Each model goes through all its recipes in one `run` on
+each device in float32, in a home of its own, and once more on the second device in that device's own dtype. A recipe
+that a model's headers refuse is run alone on both devices, and must be refused by both in the same words.
+
+A row passes when both devices chose the same layers, wrote as many layers, parameters and bytes, and scored perplexities
+within `TOLERANCE`. Weights are compared after dequantization, relative to their Frobenius norm: within `SAME_WEIGHTS`
+for methods that choose layers or round each weight alone. Methods that search or carry rounding errors on (`CHAOTIC`)
+amplify the last bit of a sum; for them the difference is shown and only the perplexity decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+from gpu_smoke_cases import CASES, given_layers, missing
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STORIES = "stories260k"
+LAYERS = 6
+#: Largest relative difference of perplexity in float32, and of a default dtype from the first device's float32.
+TOLERANCE, CHAOTIC_TOLERANCE, DTYPE_TOLERANCE = 1e-4, 2e-2, 5e-2
+SAME_WEIGHTS = 1e-4
+CHAOTIC = (
+    "distill",
+    "mka",
+    "sparsegpt",
+    "admm",
+    "gptq",
+    "awq",
+    "smoothquant",
+    "least-squares",
+    "als",
+    "ramp",
+    "come-p",
+)
+
+
+@dataclass
+class Run:
+    """One `run` of the command line: a model through its recipes on one device."""
+
+    model: str
+    path: Path
+    device: str
+    dtype: str
+    home: Path
+    seconds: float = 0.0
+    found: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    """One recipe on one model: what the two devices made of it."""
+
+    model: str
+    recipe: str
+    passed: bool
+    why: str = ""
+    perplexity: float | None = None
+    difference: float | None = None
+    weights: float | None = None
+    dtype_difference: float | None = None
+    refused: str = ""
+
+
+def installed() -> Path:
+    """The package's folder in the installed wheel.
+
+    Raises:
+        SystemExit: it lies in a checkout.
+    """
+    import compression_dags
+
+    package = Path(compression_dags.__file__).resolve().parent
+    if not (package / "shipped").is_dir() or (package.parent / "pyproject.toml").exists():
+        raise SystemExit(f"{package} is no installed wheel: install it, and run this from an empty directory")
+    return package
+
+
+# -- what is run -------------------------------------------------------------------------------------------------------
+
+
+def write_models(folder: Path, package: Path, wanted: Iterable[str]) -> dict[str, Path]:
+    """Name → directory of each wanted model."""
+    sys.path.append(str(REPOSITORY / "tests"))
+    from models import FAMILIES, tiny
+
+    asked = list(wanted) or [STORIES, *FAMILIES]
+    if unknown := set(asked) - {STORIES, *FAMILIES}:
+        raise SystemExit(f"unknown models: {', '.join(sorted(unknown))}; known: {STORIES}, {', '.join(FAMILIES)}")
+    shipped = package / "shipped" / "models" / STORIES
+    return {n: shipped if n == STORIES else tiny(n, folder / n, layers=LAYERS) for n in asked}
+
+
+def write_recipes(folder: Path, layers: int, wanted: str) -> list[str]:
+    """Recipe files of all cases; returns their names."""
+    folder.mkdir(parents=True)
+    names = [name for name in CASES if wanted in name]
+    for name in names:
+        stages = [{kind: given_layers(options, layers)} for kind, options in CASES[name]]
+        calibration = {"corpus": "c4-sample", "sequences": 8, "length": 128}
+        recipe = {"name": name, "description": "smoke", "calibration": calibration, "stages": stages}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return names
+
+
+def feasible(recipes: Path, model: Path) -> dict[str, str]:
+    """Recipe → why its model's headers refuse it, empty where they do not."""
+    from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.errors import InputError
+    from compression_dags.recipes import load_recipes
+
+    facts, found = Checkpoint(model).stated_facts, {}
+    for name, recipe in load_recipes(recipes).items():
+        try:
+            recipe.check(facts)
+            found[name] = ""
+        except InputError as error:
+            found[name] = str(error)
+    return found
+
+
+class Commands:
+    """Calls of the command line, each a process in the empty directory."""
+
+    def __init__(self, work: Path, threads: int):
+        self.work, self.text = work, work / "text.txt"
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+
+    def run(self, run: Run, recipes: list[str]) -> subprocess.CompletedProcess[str]:
+        names = [word for name in recipes for word in ("-r", name)]
+        command = [sys.executable, "-m", "compression_dags.cli", "run", "-m", str(run.path), *names]
+        command += ["--tasks", str(self.text), "--home", str(run.home), "--device", run.device, "--dtype", run.dtype]
+        return subprocess.run(
+            [*command, "--json"],
+            cwd=self.work / "empty",
+            env=self.environment | {"COMPRESSION_DAGS_RECIPES": str(self.work / "recipes" / run.model)},
+            capture_output=True,
+            text=True,
+        )
+
+    def whole(self, run: Run, recipes: list[str]) -> Run:
+        """All recipes in one call; one that fails is put down by name, and the call is made again without it."""
+        start, left = time.monotonic(), list(recipes)
+        while left:
+            done = self.run(run, left)
+            if done.returncode == 0:
+                run.found = json.loads(done.stdout)
+                break
+            line = _last_line(done.stderr)
+            bad = [n for n in left if f"{n.replace('-', '_')}__" in line or f" {n}:" in f" {line}"]
+            bad = bad or left
+            run.failed |= dict.fromkeys(bad, line)
+            left = [n for n in left if n not in bad]
+        run.seconds = round(time.monotonic() - start, 1)
+        failed = f", {len(run.failed)} failed" if run.failed else ""
+        print(f"{run.seconds:6.1f} s  {run.model} on {run.device} {run.dtype}{failed}", file=sys.stderr, flush=True)
+        return run
+
+    def refusal(self, run: Run, recipe: str) -> tuple[int, str]:
+        done = self.run(run, [recipe])
+        return done.returncode, _last_line(done.stderr)
+
+    def tests(self) -> list[dict[str, str]]:
+        """Outcome of each test that is marked `gpu`, run against the wheel."""
+        files = [p for p in (REPOSITORY / "tests").glob("test_*.py") if "mark.gpu" in p.read_text()]
+        report = self.work / "tests.xml"
+        options = ["-m", "gpu", "-q", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), *options]
+        done = subprocess.run(
+            [*command, *map(str, sorted(files))],
+            cwd=self.work / "empty",
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        print(done.stdout[-3000:], file=sys.stderr, flush=True)
+        if not report.exists():
+            return [{"test": "pytest", "outcome": "failed", "why": (done.stdout + done.stderr)[-500:]}]
+        return [_outcome(case) for case in ElementTree.parse(report).iter("testcase")]
+
+
+def _outcome(case: ElementTree.Element) -> dict[str, str]:
+    found = next((child for child in case if child.tag in {"failure", "error", "skipped"}), None)
+    outcome = {None: "passed", "skipped": "skipped"}.get(found.tag if found is not None else None, "failed")
+    why = " ".join((found.get("message") or "").split())[:200] if found is not None else ""
+    return {"test": f"{case.get('classname')}::{case.get('name')}", "outcome": outcome, "why": why}
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.startswith(("error:", "failed:"))] or text.splitlines()
+    return lines[-1].strip() if lines else "no message"
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+
+def chosen_layers(home: Path, assets: dict[str, dict[str, Any]]) -> Any:
+    """The merge plan that a recipe followed, or None where it has none."""
+    keys = [entry["fingerprint"] for key, entry in assets.items() if key.endswith("/merge_plan")]
+    files = [home / "artifacts" / "merge_plan" / key / "plan.json" for key in keys]
+    return json.loads(files[0].read_text())["layers"] if files else None
+
+
+def same_choice(a: Any, b: Any) -> bool:
+    """Whether two plans keep and merge the same layers; the shares of a merge may differ by rounding."""
+    sources = [None if p is None else [layer["sources"] for layer in p] for p in (a, b)]
+    return sources[0] == sources[1]
+
+
+def perplexity(scores: dict[str, Any]) -> float:
+    (task,) = scores.values()
+    return float(next(value for name, value in task.items() if name.startswith("perplexity")))
+
+
+def weights_difference(a: str, b: str) -> float | None:
+    """‖a − b‖ / ‖a‖ over all parameters, as stock transformers loads (and dequantizes) them."""
+    import torch
+
+    from compression_dags.checkpoints.gate import load_stock
+
+    torch.set_num_threads(1)
+    first, second = (load_stock(Path(p)).state_dict() for p in (a, b))
+    if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in second.items()}:
+        return None
+    pairs = [(first[k].double(), second[k].double()) for k in first if first[k].is_floating_point()]
+    apart = sum(float((x - y).square().sum()) for x, y in pairs)
+    return (apart / sum(float(x.square().sum()) for x, _ in pairs)) ** 0.5
+
+
+def row_of(model: str, recipe: str, runs: list[Run], weights: float | None) -> Row:
+    """A row from the runs on both devices in float32, and the one in the second device's own dtype."""
+    failed = [f"{r.device} {r.dtype}: {r.failed[recipe]}" for r in runs if recipe in r.failed]
+    if failed:
+        return Row(model, recipe, False, "; ".join(failed))
+    found = [r.found["recipes"][recipe] for r in runs]
+    plans = [chosen_layers(r.home, f["assets"]) for r, f in zip(runs, found, strict=True)]
+    scores = [perplexity(f["scores"]) for f in found]
+    apart, own = (abs(scores[i] / scores[0] - 1) for i in (1, 2))
+    chaotic = any(word in recipe for word in CHAOTIC)
+    wrong = [key for key in ("layers", "params", "bytes") if found[0][key] != found[1][key]]
+    wrong += ["other layers chosen"] * (not same_choice(plans[0], plans[1]))
+    wrong += ["perplexity"] * (not apart <= (CHAOTIC_TOLERANCE if chaotic else TOLERANCE))
+    wrong += ["weights"] * (not chaotic and not (weights is not None and weights <= SAME_WEIGHTS))
+    same = same_choice(plans[0], plans[2])
+    wrong += [f"perplexity in {runs[2].dtype}"] * (same and not own <= DTYPE_TOLERANCE)
+    return Row(model, recipe, not wrong, ", ".join(wrong), scores[0], apart, weights, own if same else None)
+
+
+def baseline_row(model: str, runs: list[Run]) -> Row:
+    scores = [perplexity(r.found["baseline"]["scores"]) for r in runs if r.found]
+    if len(scores) < len(runs):
+        return Row(model, "baseline", False, "a run gave nothing")
+    apart, own = (abs(scores[i] / scores[0] - 1) for i in (1, 2))
+    passed = apart <= TOLERANCE and own <= DTYPE_TOLERANCE
+    return Row(model, "baseline", passed, "" if passed else "perplexity", scores[0], apart, 0.0, own)
+
+
+def refusal_row(model: str, recipe: str, answers: list[tuple[int, str]]) -> Row:
+    same = len(set(answers)) == 1 and answers[0][0] == 2
+    why = "" if same else "; ".join(f"exit {code}: {line}" for code, line in answers)
+    return Row(model, recipe, same, why, refused=answers[0][1])
+
+
+def compare(runs: dict[str, list[Run]], recipes: dict[str, list[str]], jobs: int) -> list[Row]:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        pending = {}
+        for model, group in runs.items():
+            for name in recipes[model]:
+                found = [r.found.get("recipes", {}).get(name) for r in group[:2]]
+                if all(found):
+                    pending[model, name] = pool.submit(weights_difference, *(f["checkpoint"] for f in found if f))
+        weights = {key: future.result() for key, future in pending.items()}
+    rows = [baseline_row(model, group) for model, group in runs.items()]
+    return rows + [row_of(m, n, group, weights.get((m, n))) for m, group in runs.items() for n in recipes[m]]
+
+
+# -- what is printed ---------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    """A line a recipe, a column a model: difference of perplexity in float32 · in the default dtype."""
+    models = list(dict.fromkeys(r.model for r in rows))
+    names = list(dict.fromkeys(["baseline", *CASES]))
+    cells = {(r.recipe, r.model): cell(r) for r in rows}
+    lines = [["recipe", *models], ["---"] * (len(models) + 1)]
+    lines += [[n, *(cells.get((n, m), "") for m in models)] for n in names if any((n, m) in cells for m in models)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(row: Row) -> str:
+    if not row.passed:
+        return "**FAILED**"
+    if row.refused:
+        return "refused"
+    own = "other plan" if row.dtype_difference is None else f"{100 * row.dtype_difference:.1f} %"
+    return f"{row.difference:.0e} · {own}"
+
+
+def main() -> int:
+    args = arguments()
+    package = installed()
+    if absent := missing():
+        raise SystemExit(f"no case for {', '.join(absent)}: add one to {Path(__file__).parent / 'gpu_smoke_cases.py'}")
+    args.work.mkdir(parents=True)
+    (args.work / "empty").mkdir()
+    start = time.monotonic()
+    models = write_models(args.work / "models", package, args.models)
+    text = (package / "shipped" / "data" / "heldout" / "stories.jsonl").read_text().splitlines()
+    (args.work / "text.txt").write_text("\n\n".join(json.loads(line)["text"] for line in text)[: args.characters])
+    commands, first, second = Commands(args.work, args.threads), *args.devices
+    runs: dict[str, list[Run]] = {}
+    refused: dict[str, dict[str, str]] = {}
+    recipes: dict[str, list[str]] = {}
+    for model, path in models.items():
+        folder = args.work / "recipes" / model
+        depth = json.loads((path / "config.json").read_text())["num_hidden_layers"]
+        write_recipes(folder, depth, args.only)
+        found = feasible(folder, path)
+        recipes[model] = [n for n, why in found.items() if not why]
+        refused[model] = {n: why for n, why in found.items() if why}
+        kinds = [(first, "float32"), (second, "float32"), (second, "auto")]
+        runs[model] = [
+            Run(model, path, device, dtype, args.work / "homes" / f"{model}-{i}")
+            for i, (device, dtype) in enumerate(kinds)
+        ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tests = None if args.no_tests else pool.submit(commands.tests)
+        working = [pool.submit(commands.whole, r, recipes[m]) for m, group in runs.items() for r in group]
+        answers = {
+            (m, n): [pool.submit(commands.refusal, _apart(r, n), n) for r in runs[m][:2]]
+            for m, names in refused.items()
+            for n in names
+        }
+        for future in working:
+            future.result()
+        rows = [refusal_row(m, n, [a.result() for a in asked]) for (m, n), asked in answers.items()]
+        tested = tests.result() if tests else []
+    rows = compare(runs, recipes, args.jobs) + rows
+    return report(args, package, runs, rows, tested, time.monotonic() - start)
+
+
+def _apart(run: Run, recipe: str) -> Run:
+    """A home of its own: the model's other homes are in use."""
+    return Run(run.model, run.path, run.device, run.dtype, run.home.with_name(f"{run.home.name}-{recipe}"))
+
+
+def report(
+    args: argparse.Namespace,
+    package: Path,
+    runs: dict[str, list[Run]],
+    rows: list[Row],
+    tests: list[dict[str, str]],
+    seconds: float,
+) -> int:
+    bad = [r for r in rows if not r.passed]
+    failed = [t for t in tests if t["outcome"] == "failed"]
+    lines = [table(rows), ""]
+    lines += [f"{line}  ({n} rows)" for line, n in _counted(r.refused for r in rows if r.refused)]
+    lines += [f"FAILED {r.recipe} on {r.model}: {r.why}"[:400] for r in bad]
+    lines += [f"FAILED {t['test']}: {t['why']}" for t in failed]
+    lines += [f"not run: {t['test']}: {t['why']}" for t in tests if t["outcome"] == "skipped"]
+    lines.append(
+        f"{len(rows)} rows, {len(bad)} failed, {sum(bool(r.refused) for r in rows)} refused by both devices; "
+        f"{len(tests)} tests marked gpu, {len(failed)} failed; {args.devices[0]} against {args.devices[1]}; "
+        f"{seconds:.0f} s; wheel at {package}"
+    )
+    print("\n".join(lines))
+    found = {
+        "machine": machine(args.devices),
+        "seconds": round(seconds, 1),
+        "tolerances": {"float32": TOLERANCE, "chaotic": CHAOTIC_TOLERANCE, "dtype": DTYPE_TOLERANCE},
+        "rows": [asdict(r) for r in rows],
+        "runs": [{k: str(v) for k, v in asdict(r).items() if k != "found"} for g in runs.values() for r in g],
+        "tests": tests,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1))
+    if not args.keep:
+        shutil.rmtree(args.work)
+    return 1 if bad or failed else 0
+
+
+def _counted(lines: Iterable[str]) -> list[tuple[str, int]]:
+    listed = list(lines)
+    return [(line, listed.count(line)) for line in dict.fromkeys(listed)]
+
+
+def machine(devices: list[str]) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    names = [torch.cuda.get_device_name(d) if d.startswith("cuda") else "cpu" for d in devices]
+    return {"devices": names, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder that does not exist yet; removed at the end")
+    parser.add_argument("--out", type=Path, default=None, help="everything, as JSON")
+    parser.add_argument("--devices", nargs=2, default=["cpu", "cuda:0"], metavar="DEVICE")
+    parser.add_argument("--models", nargs="*", default=[], metavar="MODEL", help="only these")
+    parser.add_argument("--only", default="", metavar="WORD", help="only recipes with this in their name")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--characters", type=int, default=8000, help="of the text that is scored")
+    parser.add_argument("--no-tests", action="store_true", help="leave the tests marked gpu out")
+    parser.add_argument("--keep", action="store_true", help="keep --work")
+    args = parser.parse_args()
+    args.work = args.work.absolute()
+    if args.work.exists():
+        parser.error(f"--work {args.work} exists")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
