@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,10 +163,15 @@ class Architecture:
 
 @dataclass(frozen=True)
 class StackFacts:
-    """What a planner needs to know of a model, without its weights."""
+    """What a planner needs to know of a model, without its weights.
+
+    Attributes:
+        tensors: name → what the headers say of it (`checkpoints.reader.TensorInfo`); empty where no file was read.
+    """
 
     architecture: Architecture
     config: dict[str, Any]
+    tensors: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> int:
