@@ -21,6 +21,7 @@ from compression_dags.errors import InputError
 from compression_dags.merging.plan import MergeStage
 from compression_dags.merging.recovery import RecoverStage
 from compression_dags.paths import PROJECT
+from compression_dags.planning.bounds import check_bits
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.sparsity.stage import SparsifyStage
@@ -108,6 +109,8 @@ class Recipe:
         try:
             for stage in self.stages:
                 stage.check(facts)
+            if self.quantize and self.quantize.bits:
+                check_bits(self.quantize, facts)
             if self.reads_tokens:
                 resolve_corpus(self.calibration.corpus)
             context = int(facts.config.get("max_position_embeddings") or self.calibration.length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -60,6 +60,18 @@ def quantizer_stage(options: Mapping[str, Any], choice: Choice) -> QuantizeStage
     return cast("QuantizeStage", METHODS["quantize"][method].model_validate({**options, **choice.options()}))
 
 
+def _together(options: Mapping[str, Any], schemes: Sequence[str]) -> None:
+    """Refuse schemes that cannot share a checkpoint.
+
+    Raises:
+        InputError: naming them.
+    """
+    from compression_dags.registry import METHODS
+
+    asked = {"scheme": schemes[0], "candidates": list(schemes[1:]), "bits": 8.0}
+    METHODS["quantize"][options["method"]].model_validate({**options, **asked})
+
+
 class BankOptions(BaseModel):
     """Which alternatives are measured, and on how much text."""
 
@@ -102,6 +114,7 @@ class BankOptions(BaseModel):
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
         for choice in self.choices():
             quantizer_stage(self.quantizer, choice)
+        _together(self.quantizer, [c.scheme for c in self.choices()])
         if isinstance(self.recover, dict):
             recovery_of(self.recover)
         if self.first_rows > self.rows:
@@ -114,8 +127,8 @@ class BankOptions(BaseModel):
         return "rtn" if self.quantizer["method"] == "rtn" else "gptq"
 
     def choices(self) -> list[Choice]:
-        """The schemes, with the group size where it is free."""
-        return [_choice(entry, self.group_size) for entry in self.schemes]
+        """The schemes, each once, with the group size where it is free."""
+        return list(dict.fromkeys(_choice(entry, self.group_size) for entry in self.schemes))
 
 
 def _choice(entry: str, group_size: int | None) -> Choice:

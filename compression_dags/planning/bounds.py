@@ -19,11 +19,15 @@ from compression_dags.planning.alternatives import (
     Shapes,
     candidates,
     empty_bank,
+    quantizer_stage,
+    recovery_of,
     removable,
 )
 
 if TYPE_CHECKING:
     from compression_dags.architectures import StackFacts
+    from compression_dags.calibration.corpora import Calibration
+    from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.quantization.schemes import QuantizeStage
 
 Measure = Literal["bytes", "parameters", "bits"]
@@ -120,6 +124,30 @@ def _ways(own: dict[str | None, int]) -> list[int]:
     """Sizes of one layer: as a whole (None), and group by group."""
     parts = [size for group, size in own.items() if group is not None]
     return ([own[None]] if None in own else []) + ([sum(parts)] if parts else [])
+
+
+def check_plan(
+    source: Checkpoint, options: BankOptions, calibration: Calibration, budgets: Iterable[tuple[Measure, float]]
+) -> None:
+    """Refuse what cannot be planned for a model, before anything is measured.
+
+    Raises:
+        InputError: a budget out of reach, a quantizer or a recovery stage that does not fit, too few tokens for it.
+    """
+    facts = source.stated_facts
+    for choice in options.choices():
+        quantizer_stage(options.quantizer, choice).check(facts)
+    if options.depth and isinstance(options.recover, dict):
+        stage = recovery_of(options.recover)
+        stage.check(facts)
+        context = int(facts.config.get("max_position_embeddings") or calibration.length)
+        measured = min(options.rows, calibration.sequences)
+        unseen = calibration.sequences - measured
+        fitting = unseen if unseen >= measured else calibration.sequences
+        stage.check_tokens(facts, fitting, min(calibration.length, context))
+    found = limits_of(Shapes.of(source), options)
+    for measure, budget in budgets:
+        found[measure].check(budget)
 
 
 def check_bits(stage: QuantizeStage, facts: StackFacts) -> None:
