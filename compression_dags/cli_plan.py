@@ -106,7 +106,8 @@ def _validated(model: type[BaseModel], options: dict[str, Any], label: str) -> A
     except ValidationError as error:
         first = error.errors()[0]
         where, value = ".".join(map(str, first["loc"])), "" if isinstance(first["input"], dict) else first["input"]
-        raise InputError(f"{label}: {where}: {value!r}: {first['msg']}") from None
+        shown = f"{where}: {value!r}: " if where else ""
+        raise InputError(f"{label}: {shown}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def budgets_of(

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from compression_dags.architectures import StackFacts
+from compression_dags.options import Options
 
 T = TypeVar("T")
 #: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ, max |x| a channel, or the
@@ -39,10 +38,8 @@ def bar(items: Iterable[T], description: str, total: int | None = None) -> Itera
     return tqdm(items, desc=description, total=total, disable=None, leave=False, dynamic_ncols=True)
 
 
-class Stage(BaseModel):
+class Stage(Options):
     """Options of one method. Subclasses set `stage`, `version` and the `method` literal."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stage: ClassVar[str]
     version: ClassVar[str]
@@ -53,6 +50,13 @@ class Stage(BaseModel):
 
         Raises:
             InputError: naming the option, its value and what is allowed.
+        """
+
+    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+        """Refuse a calibration set that is too small, before any compute.
+
+        Raises:
+            InputError: with the count, the need and the remedy.
         """
 
     def options(self) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compression_dags.architectures import Architecture
 from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
 from compression_dags.errors import InputError
+from compression_dags.options import Options
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.schemes import matches
 
@@ -72,10 +73,8 @@ def _together(options: Mapping[str, Any], schemes: Sequence[str]) -> None:
     METHODS["quantize"][options["method"]].model_validate({**options, **asked})
 
 
-class BankOptions(BaseModel):
+class BankOptions(Options):
     """Which alternatives are measured, and on how much text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schemes: tuple[str, ...] = Field(
         ("W8A16", "W4A16", "W3A16", "W3A16/128"),
@@ -84,7 +83,9 @@ class BankOptions(BaseModel):
     )
     group_size: int | None = Field(64, gt=0, description="of schemes that leave it free and name none")
     units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
-    sparsities: tuple[float, ...] = Field((), description="shares of zeros that a layer may get (Wanda's masks)")
+    sparsities: tuple[float, ...] = Field(
+        (), max_length=32, description="shares of zeros that a layer may get (Wanda's masks)"
+    )
     depth: bool = Field(True, description="also drop layers, and merge neighbours")
     quantizer: dict[str, Any] = Field(
         QUANTIZER,

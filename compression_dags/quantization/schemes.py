@@ -14,11 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from compression_dags.architectures import StackFacts
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
+from compression_dags.options import Options
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
 from compression_dags.stages import Follows, Stage, StatisticKind, Track, silent
@@ -70,10 +71,8 @@ class QuantizedModel:
     rounding: Rounding = field(repr=False)
 
 
-class Override(BaseModel):
+class Override(Options):
     """A scheme of some matrices' own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     scheme: Scheme
     group_size: int | None = Field(None, gt=0)
