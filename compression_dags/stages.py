@@ -32,10 +32,10 @@ def silent(items: Iterable[T], description: str, total: int | None = None) -> It
 
 
 def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """A live bar on standard error when that is a terminal, nothing otherwise."""
-    from tqdm import tqdm
+    """A live bar on standard error when that is a terminal, a line a minute otherwise."""
+    from compression_dags.heartbeat import tracked
 
-    return tqdm(items, desc=description, total=total, disable=None, leave=False, dynamic_ncols=True)
+    return tracked(items, description, total)
 
 
 class Stage(Options):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,12 +21,17 @@ from compression_dags.errors import InputError, IntegrityError
 from compression_dags.planning.alternatives import Alternative, Bank
 from compression_dags.planning.bounds import Measure, limits_in
 
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
+
 #: A mixture must cost less than this share of one scheme everywhere, all layers kept, which was measured as a whole
 #: (with a cut beside it, it is a sum like the mixture, and they are compared as they are). Two runs of one mixture on
 #: SmolLM2, whose targets differed in the last bits, cost 0.209 and 0.142 nats: below a quarter is within that noise.
 CLEARLY = 0.75
 #: Schemes whose sizes differ by less (a group size) are one where mixtures are to be measured.
 CLOSE = 1.05
+#: By how much HiGHS may miss a constraint.
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,10 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
     alive = [a for a in bank.alternatives if a.usable]
     if measure == "bits":
         alive = [a for a in alive if a.kind == "quantize"]  # bits are of the weights; depth is another knob
-    mixed = _program(bank, alive, measure, budget)
+    limits = limits_in(bank, alive, measure, bank.most_removed)
+    mixed = _program(bank, alive, measure, budget) if budget >= limits.least else None
     if mixed is None:
-        raise InputError(limits_in(bank, alive, measure, bank.most_removed).refusal(budget))
+        raise InputError(limits.refusal(budget))
     if not bank.mixtures or len(mixed.labels) < 2:
         return mixed
     dearer = _program(bank, alive, measure, budget, _over_promised(bank, mixed.bits))
@@ -113,36 +120,40 @@ def _program(
 ) -> Solution | None:
     """The cheapest of these alternatives, those of schemes at `mixing` times their cost; None if nothing fits."""
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
 
     sizes, limit = _sizes(bank, alive, measure, budget)
-    costs = [a.cost * _scale(bank, a) * (mixing if a.kind == "quantize" else 1) for a in alive]
+    costs = np.array([a.cost * _scale(bank, a) * (mixing if a.kind == "quantize" else 1) for a in alive])
+    scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
+    structure = _structure(bank, alive)
+    for spared in (0.0, 2 * TOLERANCE):  # a plan within the tolerance above the limit is asked for once more, below it
+        size = LinearConstraint(sizes[None] / scale, -np.inf, limit / scale - spared)
+        found = milp(
+            costs,
+            integrality=np.ones(len(alive)),
+            bounds=Bounds(0, 1),
+            constraints=[*structure, size],
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.status == 2 or found.x is None:
+            return None
+        if float(sizes[found.x > 0.5].sum()) <= limit * (1 + 1e-9):
+            taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
+            return _solution(bank, taken, float(found.fun))
+    raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
+
+
+def _structure(bank: Bank, alive: list[Alternative]) -> list[LinearConstraint]:
+    """Every part decided once, at most one cut, and no more layers gone than the largest cut."""
+    from scipy.optimize import LinearConstraint
+    from scipy.sparse import csr_array
+
     cells = {cell: i for i, cell in enumerate((n, g) for n in range(bank.layers) for g in bank.groups)}
     rows, columns = zip(*((cells[c], j) for j, a in enumerate(alive) for c in a.cells(bank.groups)), strict=True)
     cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), len(alive)))
     drops = np.array([a.kind == "drop" for a in alive], dtype=float)
     gone = np.array([len(a.gone) for a in alive], dtype=float)
     limits = [LinearConstraint(gone[None], 0, bank.most_removed)] if gone.any() else []
-    scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
-    found = milp(
-        np.array(costs),
-        integrality=np.ones(len(alive)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(cover, 1, 1),
-            LinearConstraint(sizes[None] / scale, -np.inf, limit / scale),
-            LinearConstraint(drops[None], 0, 1),
-            *limits,
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.status == 2 or found.x is None:
-        return None
-    taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
-    solution = _solution(bank, taken, float(found.fun))
-    if float(sum(s for s, x in zip(sizes, found.x, strict=True) if x > 0.5)) > limit * (1 + 1e-9):
-        raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
-    return solution
+    return [LinearConstraint(cover, 1, 1), LinearConstraint(drops[None], 0, 1), *limits]
 
 
 def _scale(bank: Bank, a: Alternative) -> float:
