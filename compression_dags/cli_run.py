@@ -218,7 +218,9 @@ def execute(
     import dagster as dg
 
     from assets.base_models import base_models
+    from compression_dags.cli_estimate import announce
 
+    announce(definitions, slug, keys, settings)
     os.environ["DAGSTER_HOME"] = str(prepare_instance(settings.home))
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions(base_models.name or "", [slug])

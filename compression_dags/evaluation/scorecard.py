@@ -85,7 +85,7 @@ def standard_error(metric: str, metrics: dict[str, float]) -> float | None:
 
 
 def leaderboard_frame(cards: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a family, the baseline first, then by bytes; a column a headline metric, its change and its standard error."""
+    """One row a family, the baseline first, then by bytes; a column a score, its change and its standard error."""
     rows = []
     for card in cards:
         row = {name: card[name] for name in ("family", "layers", "parameters", "bytes")}
