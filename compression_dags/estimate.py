@@ -17,41 +17,45 @@ from typing import Any
 
 from compression_dags.heartbeat import spoken
 
-#: Multiply-adds a second that a pass over tokens comes to, and seconds before anything is computed (imports).
-SPEED = {"cpu": 1.5e10, "cuda": 2e13}
-START = {"cpu": 8.0, "cuda": 12.0}
-#: What a layer costs beside its weights, a token: attention, norms, hooks, in multiply-adds.
-BESIDE = {"cpu": 150_000, "cuda": 150_000}
-#: Step, or step:method → (fixed seconds, passes over the tokens that it amounts to).
-RATES: dict[str, tuple[float, float]] = {
-    "base_model": (4.0, 0.0),
-    "calibration_tokens": (2.0, 0.0),
-    "calibration_activations": (1.0, 3.0),
-    "similarity_npib": (20.0, 0.0),
-    "similarity_cka": (8.0, 0.0),
-    "similarity": (1.0, 0.0),
-    "merge_plan": (0.5, 0.0),
-    "merge_plan:sleb": (1.0, 40.0),
-    "merge_plan:laco": (1.0, 20.0),
-    "merge_plan:mka": (5.0, 60.0),
-    "merge_plan:come": (1.0, 8.0),
-    "merge_plan:come-p": (2.0, 40.0),
-    "merge_plan:come-released": (2.0, 10.0),
-    "merge_plan:concat": (1.0, 8.0),
-    "merged_weights": (1.0, 0.0),
-    "recovered_weights": (2.0, 6.0),
-    "sparsity_plan": (1.0, 0.0),
-    "sparse_weights": (2.0, 4.0),
-    "sparse_weights:magnitude": (2.0, 0.0),
-    "sparse_weights:admm": (4.0, 8.0),
-    "quantization_plan": (10.0, 60.0),
-    "quantized_weights": (3.0, 5.0),
-    "quantized_weights:rtn": (2.0, 0.0),
-    "quantized_weights:awq": (4.0, 12.0),
-    "alternatives": (20.0, 60.0),
-    "eval": (2.0, 1.0),
-    "samples": (3.0, 0.0),
-    "other": (0.3, 0.0),
+#: Multiply-adds a second of a pass over tokens, and seconds before anything is computed (imports, the graph).
+SPEED = {"cpu": 4e10, "cuda": 3e14}
+START = {"cpu": 10.0, "cuda": 15.0}
+#: What a layer costs a token beside its weights (attention, norms, launches of kernels), in multiply-adds.
+BESIDE = {"cpu": 150_000, "cuda": 5_000_000}
+#: Bytes a second of reading, hashing and writing weights.
+COPIED = 200e6
+#: Step, or step:method → (seconds, seconds a layer, passes over the tokens that it amounts to).
+RATES: dict[str, tuple[float, float, float]] = {
+    "base_model": (4.0, 0.0, 0.0),
+    "calibration_tokens": (1.0, 0.0, 0.0),
+    "calibration_activations": (1.0, 0.2, 3.0),
+    "similarity_npib": (5.0, 0.5, 0.0),
+    "similarity_cka": (5.0, 0.3, 0.0),
+    "similarity": (1.0, 0.05, 0.0),
+    "merge_plan": (0.2, 0.0, 0.0),
+    "merge_plan:sleb": (1.0, 0.0, 40.0),
+    "merge_plan:laco": (1.0, 0.0, 20.0),
+    "merge_plan:mka": (5.0, 1.0, 40.0),
+    "merge_plan:come": (1.0, 0.2, 9.0),
+    "merge_plan:come-p": (2.0, 0.2, 40.0),
+    "merge_plan:come-released": (2.0, 0.2, 10.0),
+    "merge_plan:concat": (1.0, 0.2, 1.0),
+    "merged_weights": (1.0, 0.0, 0.0),
+    "recovered_weights": (1.0, 0.2, 3.5),
+    "recovered_weights:distill-sp": (5.0, 0.0, 120.0),
+    "recovered_weights:distill-mp": (5.0, 0.0, 120.0),
+    "sparsity_plan": (0.3, 0.0, 3.0),
+    "sparse_weights": (1.0, 0.1, 2.5),
+    "sparse_weights:magnitude": (1.0, 0.05, 0.0),
+    "sparse_weights:admm": (1.0, 2.0, 4.0),
+    "quantization_plan": (10.0, 3.0, 20.0),
+    "quantized_weights": (1.0, 0.3, 5.0),
+    "quantized_weights:rtn": (1.0, 0.05, 0.0),
+    "quantized_weights:awq": (1.0, 1.0, 6.0),
+    "alternatives": (15.0, 3.5, 20.0),
+    "evaluation": (1.0, 0.05, 1.5),
+    "samples": (1.0, 0.1, 0.0),
+    "other": (0.2, 0.0, 0.0),
 }
 WEIGHTS = ("merged_weights", "recovered_weights", "sparse_weights", "quantized_weights")
 #: Resident memory without a model: Python, torch, transformers, Dagster.
@@ -134,11 +138,11 @@ def estimate(model: Model, steps: Iterable[Step], device: str, past: Past | None
 
 def predicted(kind: str, method: str, tokens: int, model: Model, device: str) -> float:
     """Seconds of one step by the built-in rates."""
-    name = "eval" if kind == "evaluation" else kind
-    family = name.split("_")[0]
-    fixed, passes = next(RATES[k] for k in (f"{name}:{method}", name, family, "other") if k in RATES)
-    moved = model.bytes / 200e6 if name == "base_model" or name in WEIGHTS else 0.0
-    return fixed + moved + passes * tokens * (model.parameters + BESIDE[device] * model.layers) / SPEED[device]
+    family = kind.split("_")[0]
+    fixed, a_layer, passes = next(RATES[k] for k in (f"{kind}:{method}", kind, family, "other") if k in RATES)
+    moved = model.bytes / COPIED if kind == "base_model" or kind in WEIGHTS else 0.0
+    work = tokens * (model.parameters + BESIDE[device] * model.layers)
+    return fixed + a_layer * model.layers + moved + passes * work / SPEED[device]
 
 
 def _disk(step: Step, model: Model) -> float:
