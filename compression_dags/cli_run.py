@@ -174,10 +174,12 @@ def stored_model(source: ModelSource, settings: Settings) -> Checkpoint:
     from assets.base_models import base_model
     from compression_dags.checkpoints.reader import Checkpoint
     from resources.artifact_store import ArtifactStore
+    from resources.model_hub import ModelHub
 
     if source.kind in {"embedded", "directory"}:
         return Checkpoint(source.location)
-    if ArtifactStore(home=str(settings.home)).recall(base_model.key, source.slug) is None:
+    held = ArtifactStore(home=str(settings.home)).recall(base_model.key, source.slug)
+    if held is None or held.inputs != ModelHub(home=str(settings.home)).identity(source):
         definitions = dg.Definitions(
             assets=[base_model], resources=settings.resources(), executor=dg.in_process_executor
         )

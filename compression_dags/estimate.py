@@ -18,7 +18,7 @@ from typing import Any
 from compression_dags.heartbeat import spoken
 
 #: Multiply-adds a second of a pass over tokens, and seconds before anything is computed (imports, the graph).
-SPEED = {"cpu": 4e10, "cuda": 3e14}
+SPEED = {"cpu": 6e10, "cuda": 3e14}
 START = {"cpu": 10.0, "cuda": 15.0}
 #: What a layer costs a token beside its weights (attention, norms, launches of kernels), in multiply-adds.
 BESIDE = {"cpu": 150_000, "cuda": 5_000_000}
@@ -28,7 +28,7 @@ COPIED = 200e6
 RATES: dict[str, tuple[float, float, float]] = {
     "base_model": (4.0, 0.0, 0.0),
     "calibration_tokens": (1.0, 0.0, 0.0),
-    "calibration_activations": (1.0, 0.2, 3.0),
+    "calibration_activations": (1.0, 0.6, 3.0),
     "similarity_npib": (5.0, 0.5, 0.0),
     "similarity_cka": (5.0, 0.3, 0.0),
     "similarity": (1.0, 0.05, 0.0),
@@ -45,14 +45,14 @@ RATES: dict[str, tuple[float, float, float]] = {
     "recovered_weights:distill-sp": (5.0, 0.0, 120.0),
     "recovered_weights:distill-mp": (5.0, 0.0, 120.0),
     "sparsity_plan": (0.3, 0.0, 3.0),
-    "sparse_weights": (1.0, 0.1, 2.5),
+    "sparse_weights": (1.0, 0.6, 2.5),
     "sparse_weights:magnitude": (1.0, 0.05, 0.0),
     "sparse_weights:admm": (1.0, 2.0, 4.0),
-    "quantization_plan": (10.0, 3.0, 20.0),
+    "quantization_plan": (10.0, 3.0, 25.0),
     "quantized_weights": (1.0, 0.3, 5.0),
     "quantized_weights:rtn": (1.0, 0.05, 0.0),
     "quantized_weights:awq": (1.0, 1.0, 6.0),
-    "alternatives": (15.0, 3.5, 20.0),
+    "alternatives": (15.0, 3.5, 30.0),
     "evaluation": (1.0, 0.05, 1.5),
     "samples": (1.0, 0.1, 0.0),
     "other": (0.2, 0.0, 0.0),

@@ -34,6 +34,7 @@ def test_a_live_bar_speaks_for_itself():
 def test_steps_are_counted_and_forgotten(capsys):
     with working_on("a"):
         work = heartbeat._current.get()
+        assert work is not None
         seen = []
         for outer in bar([1, 2], "outer"):
             for _ in tracked(iter("xyz"), "inner", 3):

@@ -16,7 +16,7 @@ from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import HarnessTask, PerplexityTask
 from compression_dags.planning.alternatives import BankOptions, Shapes, candidates, empty_bank
 from compression_dags.planning.bank import measure_bank
-from compression_dags.planning.bounds import check_plan, limits_of
+from compression_dags.planning.bounds import Measure, check_plan, limits_of
 from compression_dags.planning.emit import quantize_stage
 from compression_dags.planning.mixed import plan_schemes
 from compression_dags.planning.solve import solve
@@ -157,7 +157,10 @@ def test_a_file_of_one_s_own_is_not_measured_for(stories, tmp_path, monkeypatch)
 def test_units_belong_to_measures():
     assert parse_budget("1.5 GiB") == 1.5 * 2**30 and parse_budget("7B", "parameters") == 7e9
     assert budgets_of(("9MB", "9000KB"), (), ("4.5",)) == [("bytes", 9e6), ("bits", 4.5)]
-    for text, measure in (("4.5GB", "bits"), ("1_", "bytes"), ("١", "bytes"), ("-1", "bits"), ("1e999", "parameters")):
+    wrong: tuple[tuple[str, Measure], ...] = (
+        ("4.5GB", "bits"), ("1_", "bytes"), ("١", "bytes"), ("-1", "bits"), ("1e999", "parameters"),
+    )  # fmt: skip
+    for text, measure in wrong:
         with pytest.raises(InputError, match="is not a positive number"):
             parse_budget(text, measure)
 
@@ -321,3 +324,25 @@ def test_a_plan_s_limits_follow_its_options(stories):
     check_plan(source, options, calibration, [("bytes", 700e3), ("bits", 5.0), ("parameters", 230e3)])
     with pytest.raises(InputError, match="no layer removed"):
         check_plan(source, options.model_copy(update={"depth": False}), calibration, [("bytes", 240e3)])
+
+
+def test_a_model_from_the_hub_is_checked_as_soon_as_it_is_here(stories, tmp_path, monkeypatch):
+    """Imported first, and nothing else is computed for what cannot work."""
+    from compression_dags import cli_run
+
+    cached = tmp_path / "cache" / "models--tiny--stories" / "snapshots" / ("0" * 40)
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(stories)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    computed, execute = [], cli_run.execute
+    monkeypatch.setattr(
+        cli_run, "execute", lambda d, s, keys, x: computed.append([k.path[-1] for k in keys]) or execute(d, s, keys, x)
+    )
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("name: r\nstages:\n  - quantize: {method: gptq, scheme: W4A16, bits: 3.5}\n")
+    common = ["-m", "tiny/stories@" + "0" * 40, "--home", str(tmp_path / "home")]
+    ran = CliRunner().invoke(main, ["run", *common, "-r", "r"])
+    planned = CliRunner().invoke(main, ["plan", *common, "--bits", "3.5"])
+    for done in (ran, planned):
+        assert done.exit_code == 2 and "3.5 bits: the least that these schemes allow is 4.6582" in done.output
+    assert computed == [["base_model"]], "the second time its headers are known"
