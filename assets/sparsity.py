@@ -10,6 +10,7 @@ from assets.merging import recipe_key
 from assets.publishing import GPU_POOL, publish
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
+from compression_dags.sparsity.evidence import plan_identity
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore
 
@@ -21,7 +22,8 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
     reads = recipe.sparsity_reads
     ins = {"weights": dg.AssetIn(weights_key)}
     ins |= {name: dg.AssetIn(calibration_key(recipe.calibration, name)) for name in reads}
-    options = sparsify.plan_options()
+    samples, seed = recipe.calibration.samples, recipe.calibration.seed
+    options = plan_identity(sparsify, reads, samples, seed)
 
     @dg.asset(
         key=recipe_key(recipe, "sparsity_plan"),
@@ -57,7 +59,7 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
                 with accelerator.lease() as device:
                     on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
                     blocks = load_blocks(tokens / "tokens.safetensors")
-                    evidence = fresh_evidence(source, allocation, blocks, **on, track=bar)
+                    evidence = fresh_evidence(source, allocation, blocks, samples=samples, seed=seed, **on, track=bar)
                     plan, decisions = sparsify.plan(source, evidence, PruneBench(sparsify, source, blocks, **on))
             else:
                 evidence = stored_evidence(

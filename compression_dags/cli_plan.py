@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,30 @@ from pydantic import BaseModel, ValidationError
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.planning.alternatives import Bank, BankOptions
+from compression_dags.planning.bounds import Measure, check_plan
 from compression_dags.planning.emit import recipe_of, recipe_text
-from compression_dags.planning.solve import Measure, Solution, solve
+from compression_dags.planning.solve import Solution, solve
 from compression_dags.recipes import NAME, load_recipe, own_recipes
 
 if TYPE_CHECKING:
     from compression_dags.definitions import Settings
+    from resources.model_hub import ModelSource
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_THOUSANDS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+#: Units of a measure, in lower case. Bytes may end in B or iB; a B of parameters is a billion; bits have no unit.
+_UNITS: dict[Measure, dict[str, float]] = {
+    "bytes": {
+        **{k + b: v for k, v in _THOUSANDS.items() for b in ("", "b")},
+        **{f"{k}i{b}": 2.0**n for k, n in (("k", 10), ("m", 20), ("g", 30)) for b in ("", "b")},
+    },
+    "parameters": {**_THOUSANDS, "b": 1e9},
+    "bits": {"": 1.0},
+}
+_EXAMPLES: dict[Measure, str] = {
+    "bytes": "a unit; e.g. 120MB, 1.5GiB",
+    "parameters": "K, M or B (a billion); e.g. 90M",
+    "bits": "no unit; e.g. 4.5",
+}
 MADE = "# Made by `compression-dags plan`."
 
 
@@ -53,17 +70,18 @@ class Planned:
         )
 
 
-def parse_budget(text: str) -> float:
+def parse_budget(text: str, measure: Measure = "bytes") -> float:
     """`120MB`, `1.5GiB`, `90M`, `4.5` → a number.
 
     Raises:
-        InputError: not a positive number with one of the units.
+        InputError: not a positive finite number with one of the measure's units.
     """
-    found = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([a-zA-Z]*?)(?:[bB])?\s*", text)
-    unit = found[2].lower() if found else None
-    if found is None or unit not in _UNITS or float(found[1]) <= 0:
-        raise InputError(f"budget {text!r} is not a positive number with a unit; e.g. 120MB, 1.5GiB, 90M, 4.5")
-    return float(found[1]) * _UNITS[unit]
+    found = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
+    unit = _UNITS[measure].get(found[2].lower()) if found else None
+    value = float(found[1]) * unit if found and unit else 0.0
+    if not 0 < value < math.inf:
+        raise InputError(f"budget {text!r} is not a positive number with {_EXAMPLES[measure]} ({measure})")
+    return value
 
 
 def method_of(text: str) -> dict[str, Any]:
@@ -88,7 +106,8 @@ def _validated(model: type[BaseModel], options: dict[str, Any], label: str) -> A
     except ValidationError as error:
         first = error.errors()[0]
         where, value = ".".join(map(str, first["loc"])), "" if isinstance(first["input"], dict) else first["input"]
-        raise InputError(f"{label}: {where}: {value!r}: {first['msg']}") from None
+        shown = f"{where}: {value!r}: " if where else ""
+        raise InputError(f"{label}: {shown}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def budgets_of(
@@ -100,10 +119,10 @@ def budgets_of(
         InputError: none, or one that is no number.
     """
     asked: tuple[tuple[Measure, tuple[str, ...]], ...] = (("bytes", sizes), ("parameters", parameters), ("bits", bits))
-    found: list[tuple[Measure, float]] = [(m, parse_budget(text)) for m, texts in asked for text in texts]
+    found: list[tuple[Measure, float]] = [(m, parse_budget(text, m)) for m, texts in asked for text in texts]
     if not found:
         raise InputError("plan: give a budget: --bytes 120MB, --params 90M or --bits 4.5")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def planning_options(
@@ -147,23 +166,61 @@ def plan_budgets(
     """
     from compression_dags.architectures import architecture_of
 
-    slug, bank, config, cached = _bank(model, settings, options, calibration)
+    source = _checked(model, settings, options, calibration, budgets)
+    slug = source.slug
+    files = _files(slug, budgets, name, folder or own_recipes())
+    bank, config, cached = _bank(source, settings, options, calibration)
     solved = [solve(bank, measure, budget) for measure, budget in budgets]
     found: list[Planned] = []
-    for (measure, budget), solution in zip(budgets, solved, strict=True):
-        own = name if name and len(budgets) == 1 else f"{name or 'planned-' + slug}-{_spoken(measure, budget)}"
-        own = re.sub(r"[^a-z0-9]+", "-", own.lower()).strip("-")
-        path = (folder or own_recipes()) / f"{own}.yaml"
+    for (measure, budget), path, solution in zip(budgets, files, solved, strict=True):
         recipe = recipe_of(
             solution,
             bank,
             architecture_of(config),
-            name=own,
+            name=path.stem,
             description=f"{slug} in {_spoken(measure, budget)}: predicted KL {solution.cost:.4f} nats a token",
             calibration=calibration.model_dump(mode="json", exclude_defaults=True),
         )
-        _write(path, own, recipe, recipe_text(recipe, solution, bank))
-        found.append(Planned(own, path, solution, measure, budget, cached))
+        _write(path, recipe, recipe_text(recipe, solution, bank))
+        found.append(Planned(path.stem, path, solution, measure, budget, cached))
+    return found
+
+
+def _checked(
+    model: str,
+    settings: Settings,
+    options: BankOptions,
+    calibration: Calibration,
+    budgets: list[tuple[Measure, float]],
+) -> ModelSource:
+    """The model, registered and imported if it was not, once everything that shapes can tell has been checked."""
+    from compression_dags.cli_run import check_model, register, speak, stored_model
+
+    speak()
+    source = register(model, settings, None)
+    check_model(source, [], settings)
+    check_plan(stored_model(source, settings), options, calibration, budgets)
+    return source
+
+
+def _files(slug: str, budgets: list[tuple[Measure, float]], name: str | None, folder: Path) -> list[Path]:
+    """A recipe file for each budget.
+
+    Raises:
+        InputError: a name that no recipe may have, one that two budgets would share, or a file written by hand.
+    """
+    found: list[Path] = []
+    for measure, budget in budgets:
+        own = name if name and len(budgets) == 1 else f"{name or 'planned-' + slug}-{_spoken(measure, budget)}"
+        own = re.sub(r"[^a-z0-9]+", "-", own.lower()).strip("-")
+        path = folder / f"{own}.yaml"
+        if not NAME.fullmatch(own):
+            raise InputError(f"recipe name {own!r} must be lower-case words joined by hyphens")
+        if path in found:
+            raise InputError(f"two budgets would both be written to {path}; plan them one at a time, with --name")
+        if path.exists() and not path.read_text(encoding="utf-8").startswith(MADE):
+            raise InputError(f"{path} exists and was not made by plan; give another --name")
+        found.append(path)
     return found
 
 
@@ -173,13 +230,9 @@ def _spoken(measure: Measure, budget: float) -> str:
     return f"{budget / 1e6:g}m{'b' if measure == 'bytes' else ''}"
 
 
-def _write(path: Path, name: str, recipe: dict[str, Any], text: str) -> None:
+def _write(path: Path, recipe: dict[str, Any], text: str) -> None:
     if not recipe["stages"]:
-        raise InputError(f"{name}: the base model fits the budget as it is; there is nothing to compress")
-    if not NAME.fullmatch(name):
-        raise InputError(f"recipe name {name!r} must be lower-case words joined by hyphens")
-    if path.exists() and not path.read_text(encoding="utf-8").startswith(MADE):
-        raise InputError(f"{path} exists and was not made by plan; give another --name")
+        raise InputError(f"{path.stem}: the base model fits the budget as it is; there is nothing to compress")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
@@ -188,8 +241,12 @@ def _write(path: Path, name: str, recipe: dict[str, Any], text: str) -> None:
 
 
 def _bank(
-    model: str, settings: Settings, options: BankOptions, calibration: Calibration
-) -> tuple[str, Bank, dict[str, Any], bool]:
+    source: ModelSource,
+    settings: Settings,
+    options: BankOptions,
+    calibration: Calibration,
+) -> tuple[Bank, dict[str, Any], bool]:
+    """The bank, the base model's config, and whether the bank was stored already."""
     import dagster as dg
 
     from assets.base_models import base_model
@@ -197,11 +254,8 @@ def _bank(
     from assets.planning import NAME as ALTERNATIVES
     from assets.planning import build_alternatives
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.cli_run import check_model, execute, recall, register, speak
+    from compression_dags.cli_run import execute, recall
 
-    speak()
-    source = register(model, settings, None)
-    check_model(source, [], settings)
     assets = [base_model, *build_calibration_assets(calibration), build_alternatives(calibration, options)]
     definitions = dg.Definitions(assets=assets, resources=settings.resources(), executor=dg.in_process_executor)
     names = ["calibration_tokens", *["calibration_activations"] * bool(options.sparsities), ALTERNATIVES]
@@ -213,4 +267,4 @@ def _bank(
         if e.is_step_materialization and e.asset_key is not None
     }
     base, bank = (recall(settings, key, source.slug) for key in (wanted[0], wanted[-1]))
-    return source.slug, Bank.load(bank.path), Checkpoint(base.checkpoint).config, states[wanted[-1]] == "hit"
+    return Bank.load(bank.path), Checkpoint(base.checkpoint).config, states[wanted[-1]] == "hit"

@@ -22,6 +22,7 @@ from compression_dags.recipes import BASELINE, Recipe, load_recipes, pick_recipe
 if TYPE_CHECKING:
     import dagster as dg
 
+    from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.definitions import Graph, Settings
     from compression_dags.provenance.artifacts import Artifact
     from resources.model_hub import ModelSource
@@ -166,16 +167,35 @@ def register(model: str, settings: Settings, name: str | None) -> ModelSource:
     return source
 
 
+def stored_model(source: ModelSource, settings: Settings) -> Checkpoint:
+    """The checkpoint whose headers tell what fits: a directory as it lies, others imported first if they were not."""
+    import dagster as dg
+
+    from assets.base_models import base_model
+    from compression_dags.checkpoints.reader import Checkpoint
+    from resources.artifact_store import ArtifactStore
+    from resources.model_hub import ModelHub
+
+    if source.kind in {"embedded", "directory"}:
+        return Checkpoint(source.location)
+    held = ArtifactStore(home=str(settings.home)).recall(base_model.key, source.slug)
+    if held is None or held.inputs != ModelHub(home=str(settings.home)).identity(source):
+        definitions = dg.Definitions(
+            assets=[base_model], resources=settings.resources(), executor=dg.in_process_executor
+        )
+        execute(definitions, source.slug, [base_model.key], settings)
+    return Checkpoint(recall(settings, base_model.key, source.slug).checkpoint)
+
+
 def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
     """Architecture, recipes, device and disk, from the model's headers, before any compute."""
-    from compression_dags.checkpoints.reader import Checkpoint
     from resources.accelerator import Accelerator
     from resources.artifact_store import ArtifactStore
 
     Accelerator(home=str(settings.home), device=settings.device, dtype=settings.dtype).check()
-    if source.kind not in {"embedded", "directory"}:
-        return  # not downloaded yet: `base_model` and the plan assets check it
-    checkpoint = Checkpoint(source.location)
+    if source.kind not in {"embedded", "directory"} and not recipes:
+        return  # not downloaded yet: `base_model` checks it
+    checkpoint = stored_model(source, settings)
     for recipe in recipes:
         recipe.check(checkpoint.stated_facts)
     ArtifactStore(home=str(settings.home)).ensure_writable(checkpoint.nbytes * (1 + len(recipes)))
@@ -200,7 +220,9 @@ def execute(
     import dagster as dg
 
     from assets.base_models import base_models
+    from compression_dags.cli_estimate import announce
 
+    announce(definitions, slug, keys, settings)
     os.environ["DAGSTER_HOME"] = str(prepare_instance(settings.home))
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions(base_models.name or "", [slug])

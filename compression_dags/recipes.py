@@ -16,11 +16,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compression_dags.architectures import StackFacts
-from compression_dags.calibration.corpora import Calibration, resolve_corpus
+from compression_dags.calibration.corpora import Calibration, check_size
 from compression_dags.errors import InputError
 from compression_dags.merging.plan import MergeStage
 from compression_dags.merging.recovery import RecoverStage
 from compression_dags.paths import PROJECT
+from compression_dags.planning.bounds import check_bits
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.sparsity.stage import SparsifyStage
@@ -107,12 +108,15 @@ class Recipe:
         """
         try:
             for stage in self.stages:
-                stage.check(facts)
-            if self.reads_tokens:
-                resolve_corpus(self.calibration.corpus)
+                stage.check(self._before(stage, facts))
+            if self.quantize and self.quantize.bits:
+                check_bits(self.quantize, self._before(self.quantize, facts))
             context = int(facts.config.get("max_position_embeddings") or self.calibration.length)
-            for stage in self.recoveries:
-                stage.check_tokens(facts, self.calibration.sequences, min(self.calibration.length, context))
+            sequences, length = self.calibration.sequences, min(self.calibration.length, context)
+            if self.reads_tokens:
+                check_size(self.calibration.corpus, sequences, length)
+            for stage in self.stages:
+                stage.check_tokens(facts, sequences, length)
         except InputError as error:
             raise InputError(f"recipe {self.name}: {error}") from None
 
@@ -120,6 +124,12 @@ class Recipe:
         """The recipe with its defaults and the versions of its methods: what handles of its assets keep."""
         versions = {name: version for stage in self.stages for name, version in stage.versions.items()}
         return {**self.describe(), "versions": versions}
+
+    def _before(self, stage: Stage, facts: StackFacts) -> StackFacts:
+        """Facts of the model that a stage changes: without the layers that were merged away, for all but recovery."""
+        if self.merge is None or stage is self.merge or isinstance(stage, RecoverStage):
+            return facts
+        return facts.shortened(facts.layers - self.merge.removed(facts.layers))
 
     def describe(self) -> dict[str, Any]:
         """The recipe with every default written out, as it goes into `compression.json`."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
 from compression_dags.architectures import StackFacts
+from compression_dags.options import Options
 
 T = TypeVar("T")
 #: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ, max |x| a channel, or the
@@ -33,16 +32,14 @@ def silent(items: Iterable[T], description: str, total: int | None = None) -> It
 
 
 def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """A live bar on standard error when that is a terminal, nothing otherwise."""
-    from tqdm import tqdm
+    """A live bar on standard error when that is a terminal, a line a minute otherwise."""
+    from compression_dags.heartbeat import tracked
 
-    return tqdm(items, desc=description, total=total, disable=None, leave=False, dynamic_ncols=True)
+    return tracked(items, description, total)
 
 
-class Stage(BaseModel):
+class Stage(Options):
     """Options of one method. Subclasses set `stage`, `version` and the `method` literal."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stage: ClassVar[str]
     version: ClassVar[str]
@@ -64,6 +61,13 @@ class Stage(BaseModel):
     def code_version(self) -> str:
         """The versions of all methods that this stage runs, as they enter fingerprints."""
         return ".".join(self.versions.values())
+
+    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+        """Refuse a calibration set that is too small, before any compute.
+
+        Raises:
+            InputError: with the count, the need and the remedy.
+        """
 
     def options(self) -> dict[str, Any]:
         """All options, defaults included, as they enter the fingerprint."""

@@ -180,7 +180,10 @@ def test_shipped_tasks_resolve(book):
         "piqa",
     ]
     assert book.default_names("novella-13m") == book.suites["heldout"]
-    assert book.default_names("anything") == ["wikitext2"]
+    assert book.default_names("smollm2-135m") == ["wikitext2"]
+    (quick,) = book.resolve(book.default_names("anything"))
+    assert isinstance(quick, PerplexityTask) and quick.max_windows == 24, "short contexts have thousands of windows"
+    assert quick.file == book.tasks["wikitext2"].file
     for task in book.tasks.values():
         assert isinstance(task, HarnessTask) or task.path.is_file()
     book.check_harness([*book.tasks, *book.suites, "mmlu", "mmlu_anatomy"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,10 +163,15 @@ class Architecture:
 
 @dataclass(frozen=True)
 class StackFacts:
-    """What a planner needs to know of a model, without its weights."""
+    """What a planner needs to know of a model, without its weights.
+
+    Attributes:
+        tensors: name → what the headers say of it (`checkpoints.reader.TensorInfo`); empty where no file was read.
+    """
 
     architecture: Architecture
     config: dict[str, Any]
+    tensors: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> int:
@@ -196,6 +202,14 @@ class StackFacts:
     def expert_intermediate(self) -> int:
         """Channels between an expert's input and output projections."""
         return int(self.config.get("moe_intermediate_size") or self.intermediate)
+
+    def shortened(self, layers: int) -> StackFacts:
+        """The facts after others but the first so many layers went; these facts where layers are of several kinds."""
+        if layers == self.layers or len({self.kind(i) for i in range(self.layers)}) > 1:
+            return self
+        split = self.architecture.split_name
+        kept = {n: t for n, t in self.tensors.items() if (index := split(n)[0]) is None or index < layers}
+        return StackFacts(self.architecture, self.architecture.remap_config(self.config, list(range(layers))), kept)
 
     def kind(self, index: int) -> tuple[str, str]:
         return self.architecture.layer_kind(self.config, index)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compression_dags.errors import InputError
+from compression_dags.options import Options
 from compression_dags.paths import PROJECT
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ NAMED = {"novels": "novels/novels.jsonl.xz"}
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".parquet")
 
 
-class Calibration(BaseModel):
+class Calibration(Options):
     """What calibration data a recipe asks for.
 
     Attributes:
@@ -40,7 +41,6 @@ class Calibration(BaseModel):
         samples: n, tokens whose hidden states are kept for similarity metrics.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     version: ClassVar[str] = "1"
 
     corpus: str = "c4-sample"
@@ -100,6 +100,27 @@ def resolve_corpus(corpus: str) -> Path | None:
             f"not {path.suffix or 'bare'}"
         )
     return path
+
+
+#: Tokens that a byte of a plain text file can give at most, a mark at both ends of every document included.
+TOKENS_A_BYTE = 2
+
+
+def check_size(corpus: str, sequences: int, length: int) -> None:
+    """Refuse more tokens than a plain text file has bytes for, whatever the tokenizer. Others are counted when read.
+
+    Raises:
+        InputError: with the size, the need and the remedy.
+    """
+    path = resolve_corpus(corpus)
+    if path is None or path.suffix not in {".txt", ".jsonl"}:
+        return
+    size, need = path.stat().st_size, sequences * length
+    if need > TOKENS_A_BYTE * size:
+        raise InputError(
+            f"calibration corpus {corpus!r} has {size:,} bytes and cannot give {sequences:,} × {length:,} = {need:,} "
+            "tokens: lower `sequences` or `length`, or name a larger corpus"
+        )
 
 
 def _named(corpus: str) -> Path | None:

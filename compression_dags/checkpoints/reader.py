@@ -139,12 +139,12 @@ class Checkpoint:
 
     @property
     def facts(self) -> StackFacts:
-        return StackFacts(self.architecture, self.config)
+        return StackFacts(self.architecture, self.config, self.tensors)
 
     @property
     def stated_facts(self) -> StackFacts:
         """The same from `config.json` as it stands, without importing transformers: enough for checks before a run."""
-        return StackFacts(self.architecture, self.raw_config)
+        return StackFacts(self.architecture, self.raw_config, self.tensors)
 
     @property
     def num_layers(self) -> int:

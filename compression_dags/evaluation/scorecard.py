@@ -75,14 +75,25 @@ def is_headline(metric: str) -> bool:
     return metric.startswith("perplexity@") or metric in {"acc", "acc_norm", "exact_match", "f1", "perplexity"}
 
 
+def standard_error(metric: str, metrics: dict[str, float]) -> float | None:
+    """Of a score, over windows or documents; None where it is not known. Of a perplexity, by that of its NLL."""
+    name, _, window = metric.partition("@")
+    if name == "perplexity" and window:
+        found = metrics.get(f"nll_stderr@{window}")
+        return None if found is None else found * metrics[metric]
+    return metrics.get(f"{metric}_stderr")
+
+
 def leaderboard_frame(cards: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row a family, the baseline first, then by bytes; a column a headline metric and its change."""
+    """One row a family, the baseline first, then by bytes; a column a score, its change and its standard error."""
     rows = []
     for card in cards:
         row = {name: card[name] for name in ("family", "layers", "parameters", "bytes")}
         for task, metrics in sorted(card["scores"].items()):
             for metric in sorted(filter(is_headline, metrics)):
                 row[f"{task} {metric}"] = metrics[metric]
+                if (error := standard_error(metric, metrics)) is not None:
+                    row[f"{task} {metric} error"] = error
                 if metric in card["change"].get(task, {}):
                     row[f"{task} {metric} change"] = card["change"][task][metric]
         rows.append(row)
@@ -98,12 +109,14 @@ def scoreboard(model: str, cards: list[dict[str, Any]], hits: dict[str, str]) ->
 
 
 def frame_text(frame: pd.DataFrame) -> str:
-    """A leaderboard as aligned text; a change stands in brackets behind its score."""
+    """A leaderboard as aligned text; standard error and change stand behind a score."""
     columns: list[tuple[str, list[str]]] = []
     for name in frame.columns:
-        if name.endswith(" change"):
+        if name.endswith((" change", " error")):
             continue
         values = [_text(name, v) for v in frame[name]]
+        if f"{name} error" in frame:
+            values = [v + _error(e) for v, e in zip(values, frame[f"{name} error"], strict=True)]
         if f"{name} change" in frame:
             changes = frame[f"{name} change"]
             percent = "perplexity" in name
@@ -131,6 +144,10 @@ def _text(name: str, value: Any) -> str:
     if name in {"bytes", "parameters"}:
         return f"{value / 1e6:.2f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None or value != value else f" ± {value:.2g}"
 
 
 def _change(value: float | None, percent: bool) -> str:

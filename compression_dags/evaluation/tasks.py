@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compression_dags.errors import InputError
+from compression_dags.options import Options
 from compression_dags.paths import PROJECT
 
 TEXT_FILES = (".jsonl", ".txt", ".parquet")
@@ -24,8 +25,7 @@ TEXT_FILES = (".jsonl", ".txt", ".parquet")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
-class _Task(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Task(Options):
     version: ClassVar[str]
 
     name: Name

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compression_dags.architectures import StackFacts
-from compression_dags.calibration.corpora import corpus_digest, resolve_corpus
+from compression_dags.calibration.corpora import check_size, corpus_digest
 from compression_dags.errors import InputError
 from compression_dags.merging.recovery import RecoverStage, Recovery
 from compression_dags.stages import Track, silent
@@ -69,8 +69,8 @@ class Distillation(RecoverStage):
                 "leave the stage out for this model"
             )
         for corpus in self.corpora:
-            resolve_corpus(corpus)
-        if self.batch_tokens < min(self.length, int(facts.config.get("max_position_embeddings") or self.length)):
+            check_size(corpus, max(1, self.held_windows // len(self.corpora)) + 1, self._window(facts))
+        if self.batch_tokens < self._window(facts):
             raise InputError(f"recover: {self.method} has batch_tokens {self.batch_tokens}, less than one window")
 
     def data_digests(self) -> dict[str, str]:
@@ -78,6 +78,9 @@ class Distillation(RecoverStage):
 
     def computing_options(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"corpora"})
+
+    def _window(self, facts: StackFacts) -> int:
+        return min(self.length, int(facts.config.get("max_position_embeddings") or self.length))
 
     def recover(
         self,

@@ -33,6 +33,7 @@ from compression_dags.architectures import StackFacts
 from compression_dags.calibration.scored_rows import loss_sum
 from compression_dags.errors import InputError
 from compression_dags.merging.recovery import TOKENS_PER_UNKNOWN, RecoverStage, Recovery, write_recovered
+from compression_dags.options import Ridge
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
 from compression_dags.stages import Track, silent
@@ -59,7 +60,7 @@ class LeastSquares(RecoverStage):
     form: Literal["auto", "fold", "refit"] = Field(
         "auto", description="fold: a d×d map; refit: all I×d weights; auto: the better one on held-out tokens"
     )
-    alphas: tuple[float, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="ridge grid α")
+    alphas: tuple[Ridge, ...] = Field((1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="ridge grid α")
     holdout: float = Field(0.125, gt=0, lt=1, description="share of the calibration sequences held out")
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, where attention sinks sit")
     sink_weight: float = Field(32.0, ge=0, description="weight of a sink position against another token's")

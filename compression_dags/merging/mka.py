@@ -10,6 +10,8 @@ from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage
 from compression_dags.merging.recovery import TOKENS_PER_UNKNOWN
+from compression_dags.merging.windows import refuse_more
+from compression_dags.options import Ridge
 from compression_dags.provenance.decisions import Decision
 
 Form = Literal["first", "second", "concat", "mean"]
@@ -42,7 +44,7 @@ class MKA(MergeStage):
     )
     fit_tokens: int = Field(65_536, ge=1024, description="calibration tokens that the closed forms are fitted on")
     score_tokens: int = Field(8_192, ge=256, description="held-out calibration tokens that candidates are scored on")
-    alphas: tuple[float, ...] = Field((1e-3, 1e-2, 1e-1), min_length=1, description="ridge grid α")
+    alphas: tuple[Ridge, ...] = Field((1e-3, 1e-2, 1e-1), min_length=1, description="ridge grid α")
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, where attention sinks sit")
     sink_weight: float = Field(32.0, ge=0, description="weight of a sink position against another token's")
 
@@ -53,6 +55,23 @@ class MKA(MergeStage):
                 f"merge: mka cannot merge experts ({facts.architecture.model_type}); use sleb, shortgpt or angular"
             )
 
+        refuse_more(self, facts, facts.layers)
+
+    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+        """Refuse closed forms with fewer than 10 tokens an unknown.
+
+        Raises:
+            InputError: with the count, the need and the remedy.
+        """
+        fit, _ = self.rows(sequences, length)
+        need, tokens = TOKENS_PER_UNKNOWN * facts.hidden, len(fit) * length
+        if tokens < need and facts.architecture.residual_writer is not None:
+            raise InputError(
+                f"merge: mka has {tokens:,} fitting tokens and needs {need:,} ({TOKENS_PER_UNKNOWN} for each of the "
+                f"{facts.hidden} hidden channels): raise calibration.sequences (now {sequences}) or fit_tokens (now "
+                f"{self.fit_tokens})"
+            )
+
     def plan(
         self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
     ) -> tuple[MergePlan, list[Decision]]:
@@ -60,15 +79,9 @@ class MKA(MergeStage):
 
         assert bench is not None  # `measures`
         self.check(facts)
-        fit, held = self.rows(len(bench.blocks.lengths), int(bench.blocks.ids.shape[1]))
-        need = TOKENS_PER_UNKNOWN * facts.hidden
-        tokens = len(fit) * bench.blocks.ids.shape[1]
-        if tokens < need and facts.architecture.residual_writer is not None:
-            raise InputError(
-                f"merge: mka has {tokens:,} fitting tokens and needs {need:,} ({TOKENS_PER_UNKNOWN} for each of the "
-                f"{facts.hidden} hidden channels): raise calibration.sequences (now {len(bench.blocks.lengths)}) or "
-                f"fit_tokens (now {self.fit_tokens})"
-            )
+        sequences, length = map(int, bench.blocks.ids.shape)
+        self.check_tokens(facts, sequences, length)
+        fit, held = self.rows(sequences, length)
         return PairSearch(self, facts, evidence, bench, fit, held).run()
 
     def rows(self, sequences: int, length: int) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
-from compression_dags.merging.windows import cheapest_groups, influence_shares, window_distance
+from compression_dags.merging.windows import cheapest_groups, influence_shares, refuse_more, window_distance
 from compression_dags.provenance.decisions import Decision
 
 
@@ -30,6 +30,10 @@ class WeightedSum(MergeStage):
         1.0, ge=0, le=16, description="exponent p of block influence in the shares; 0 gives plain means"
     )
     largest_group: int = Field(4, ge=2, description="most layers merged into one")
+
+    def check(self, facts: StackFacts) -> None:
+        super().check(facts)
+        refuse_more(self, facts, self.largest_group)
 
     def plan(
         self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compression_dags.architectures import StackFacts
+from compression_dags.errors import InputError
+
+if TYPE_CHECKING:
+    from compression_dags.merging.plan import MergeStage
 
 
 def joinable(facts: StackFacts, free: range) -> list[bool]:
@@ -72,6 +77,21 @@ def most_removed(facts: StackFacts, free: range, largest: int) -> int:
     """The most layers that groups of at most `largest` unprotected layers of one kind can save."""
     alone = [range(i, i + 1) for i in range(facts.layers)]
     return facts.layers - fewest_groups(alone, joinable(facts, free), largest)
+
+
+def refuse_more(stage: MergeStage, facts: StackFacts, largest: int) -> None:
+    """Refuse to merge more layers away than groups of at most `largest` allow.
+
+    Raises:
+        InputError: with the count and the most.
+    """
+    count, most = stage.removed(facts.layers), most_removed(facts, stage.free_layers(facts.layers), largest)
+    if count > most:
+        raise InputError(
+            f"merge: {stage.method} is to remove {count} of {facts.layers} layers, but at most {most} can be merged "
+            f"away: groups of at most {largest} adjacent unprotected layers of one kind (protect_first "
+            f"{stage.protect_first}, protect_last {stage.protect_last})"
+        )
 
 
 def next_pair(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compression_dags.architectures import Architecture
 from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
 from compression_dags.errors import InputError
+from compression_dags.options import Options
 from compression_dags.quantization.formats import Choice
+from compression_dags.quantization.schemes import matches
 
 if TYPE_CHECKING:
     from compression_dags.merging.recovery import RecoverStage
@@ -58,10 +61,20 @@ def quantizer_stage(options: Mapping[str, Any], choice: Choice) -> QuantizeStage
     return cast("QuantizeStage", METHODS["quantize"][method].model_validate({**options, **choice.options()}))
 
 
-class BankOptions(BaseModel):
-    """Which alternatives are measured, and on how much text."""
+def _together(options: Mapping[str, Any], schemes: Sequence[str]) -> None:
+    """Refuse schemes that cannot share a checkpoint.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Raises:
+        InputError: naming them.
+    """
+    from compression_dags.registry import METHODS
+
+    asked = {"scheme": schemes[0], "candidates": list(schemes[1:]), "bits": 8.0}
+    METHODS["quantize"][options["method"]].model_validate({**options, **asked})
+
+
+class BankOptions(Options):
+    """Which alternatives are measured, and on how much text."""
 
     schemes: tuple[str, ...] = Field(
         ("W8A16", "W4A16", "W3A16", "W3A16/128"),
@@ -70,7 +83,9 @@ class BankOptions(BaseModel):
     )
     group_size: int | None = Field(64, gt=0, description="of schemes that leave it free and name none")
     units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
-    sparsities: tuple[float, ...] = Field((), description="shares of zeros that a layer may get (Wanda's masks)")
+    sparsities: tuple[float, ...] = Field(
+        (), max_length=32, description="shares of zeros that a layer may get (Wanda's masks)"
+    )
     depth: bool = Field(True, description="also drop layers, and merge neighbours")
     quantizer: dict[str, Any] = Field(
         QUANTIZER,
@@ -100,6 +115,7 @@ class BankOptions(BaseModel):
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
         for choice in self.choices():
             quantizer_stage(self.quantizer, choice)
+        _together(self.quantizer, [c.scheme for c in self.choices()])
         if isinstance(self.recover, dict):
             recovery_of(self.recover)
         if self.first_rows > self.rows:
@@ -112,8 +128,8 @@ class BankOptions(BaseModel):
         return "rtn" if self.quantizer["method"] == "rtn" else "gptq"
 
     def choices(self) -> list[Choice]:
-        """The schemes, with the group size where it is free."""
-        return [_choice(entry, self.group_size) for entry in self.schemes]
+        """The schemes, each once, with the group size where it is free."""
+        return list(dict.fromkeys(_choice(entry, self.group_size) for entry in self.schemes))
 
 
 def _choice(entry: str, group_size: int | None) -> Choice:
@@ -171,6 +187,16 @@ class Alternative:
         return [(layer, g) for layer in layers for g in groups if self.group in (None, g)]
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it leaves projections as they are."""
+        return self.kind == "quantize" and self.choice is None
+
+    @property
+    def usable(self) -> bool:
+        """Whether a plan may hold it: it went through the race, and its cost is a number."""
+        return self.alive and math.isfinite(self.cost)
+
+    @property
     def label(self) -> str:
         """What it does: `W4A16/64`, `as it is`, `drop`, `merge`, `merge W4A16/64`."""
         if self.kind == "sparsify":
@@ -219,7 +245,14 @@ class Bank:
 
     @property
     def most_removed(self) -> int:
-        return max((len(a.gone) for a in self.alternatives if a.alive), default=0)
+        """Layers of the largest cut that was measured: more may not go, whatever they go by."""
+        return max((len(a.gone) for a in self.alternatives if a.usable), default=0)
+
+    @property
+    def norm_bytes(self) -> int:
+        """Bytes of norms and biases in the layers, which no scheme touches."""
+        dense = sum(a.bytes for a in self.alternatives if a.is_dense)
+        return dense - self.projections * round(dense / max(1, self.projections))
 
     def scale(self, label: str) -> float:
         """By how much costs at a scheme or sparsity add up to more (or less) than their sum."""
@@ -244,45 +277,91 @@ def label_of(choice: Choice | None) -> str:
     return "as it is" if choice is None else f"{choice.scheme}/{choice.group_size or 'row'}"
 
 
-def candidates(source: Checkpoint, options: BankOptions) -> list[Alternative]:
-    """Every alternative, with exact bytes and parameters, not measured yet."""
-    groups = tuple(g.name for g in source.architecture.groups)
+@dataclass(frozen=True)
+class Shapes:
+    """Tensors of a model as their headers say; of a checkpoint, or of what `StackFacts` knows."""
+
+    architecture: Architecture
+    tensors: Mapping[str, TensorInfo]
+    num_layers: int
+
+    @classmethod
+    def of(cls, source: Checkpoint) -> Shapes:
+        return cls(source.architecture, source.tensors, source.num_layers)
+
+    def by_layer(self) -> list[dict[str, TensorInfo]]:
+        """Of every layer: local name → tensor."""
+        found: list[dict[str, TensorInfo]] = [{} for _ in range(self.num_layers)]
+        for name, info in self.tensors.items():
+            index, local = self.architecture.split_name(name)
+            if index is not None and index < self.num_layers:
+                found[index][local] = info
+        return found
+
+
+def removable(options: BankOptions, layers: int) -> int:
+    """How many of the layers may go; one stays."""
+    return min(layers - 1, max(1, int(options.most_removed * layers))) if options.depth else 0
+
+
+def candidates(source: Checkpoint | Shapes, options: BankOptions, merges: bool = True) -> list[Alternative]:
+    """Every alternative, with exact bytes and parameters, not measured yet; without merges for what knows no kinds."""
+    shapes = source if isinstance(source, Shapes) else Shapes.of(source)
+    kind = None if isinstance(source, Shapes) else source.facts.kind
+    names, ignored = tuple(g.name for g in shapes.architecture.groups), ignored_cells(shapes, options)
     found: list[Alternative] = []
-    for layer in range(source.num_layers):
-        for group in groups if options.units == "group" else (None,):
-            for choice in (None, *options.choices()):
-                found.append(Alternative("quantize", layer, group, choice, *_size(source, layer, group, choice)))
+    for layer, tensors in enumerate(shapes.by_layer()):
+        sized = functools.partial(_size, shapes.architecture, tensors)
+        fixed = {group for index, group in ignored if index == layer}
+        for group in names if options.units == "group" else (None,):
+            dense_only = bool(fixed) if group is None else group in fixed
+            for choice in (None, *(() if dense_only else options.choices())):
+                found.append(Alternative("quantize", layer, group, choice, *sized(group, choice)))
         for share in options.sparsities:
-            found.append(Alternative("sparsify", layer, None, None, *_sparse(source, layer, share), share=share))
-        if not options.depth:
+            sizes = _sparse(shapes.architecture, tensors, share)
+            found.append(Alternative("sparsify", layer, None, None, *sizes, share=share))
+        if not removable(options, shapes.num_layers):
             continue
         found.append(Alternative("drop", layer, None, None, 0, 0, layers=(layer,)))
-        if layer + 1 < source.num_layers and source.facts.kind(layer) == source.facts.kind(layer + 1):
-            for choice in (None, *options.choices()):
-                found.append(Alternative("merge", layer, None, choice, *_size(source, layer, None, choice)))
+        if merges and kind and layer + 1 < shapes.num_layers and kind(layer) == kind(layer + 1):
+            for choice in (None, *(() if fixed else options.choices())):
+                found.append(Alternative("merge", layer, None, choice, *sized(None, choice)))
     return found
 
 
-def _size(source: Checkpoint, layer: int, group: str | None, choice: Choice | None) -> tuple[int, int]:
+def ignored_cells(source: Shapes, options: BankOptions) -> set[Cell]:
+    """Groups of projections that the quantizer's `ignore` names one of: they stay as they are."""
+    ignore = quantizer_stage(options.quantizer, options.choices()[0]).ignore
+    if all(entry == "lm_head" for entry in ignore):
+        return set()
+    architecture = source.architecture
+    return {
+        (layer, group.name)
+        for layer in range(source.num_layers)
+        for group in architecture.groups
+        if any(matches(e, architecture.layer_prefix(layer) + p) for p in group.projections for e in ignore)
+    }
+
+
+def _size(
+    architecture: Architecture, tensors: Mapping[str, TensorInfo], group: str | None, choice: Choice | None
+) -> tuple[int, int]:
     """Stored bytes and parameters of a layer's group, norms counted with the first one."""
-    architecture, names = source.architecture, source.layer(layer)
     total = parameters = 0
-    for local, name in names.items():
+    for local, info in tensors.items():
         own = _group_of(architecture, local)
         if group is not None and group != (own or architecture.groups[0].name):
             continue
-        info = source.tensors[name]
         parameters += info.numel
         matrix = own is not None and local.endswith(".weight")
         total += stored_bytes(info, choice) if matrix else info.nbytes
     return total, parameters
 
 
-def _sparse(source: Checkpoint, layer: int, share: float) -> tuple[int, int]:
+def _sparse(architecture: Architecture, tensors: Mapping[str, TensorInfo], share: float) -> tuple[int, int]:
     """Stored bytes (zeros are stored too) and parameters that are not 0."""
-    total, parameters = _size(source, layer, None, None)
-    prefix = source.architecture.layer_prefix(layer)
-    weights = sum(source.tensors[f"{prefix}{p}.weight"].numel for p in source.architecture.projections())
+    total, parameters = _size(architecture, tensors, None, None)
+    weights = sum(tensors[f"{p}.weight"].numel for p in architecture.projections())
     return total, parameters - round(share * weights)
 
 
@@ -299,23 +378,20 @@ def stored_bytes(info: TensorInfo, choice: Choice | None) -> int:
     return sum(math.prod(shape) * _BYTES[dtype] for dtype, shape in layout.values())
 
 
-def empty_bank(source: Checkpoint, alternatives: list[Alternative]) -> Bank:
-    outside = [source.tensors[name] for name in source.outside_layers()]
-    projections = sum(source.tensors[f"{name}.weight"].numel for name in _projections(source))
-    groups = tuple(g.name for g in source.architecture.groups)
+def empty_bank(source: Checkpoint | Shapes, alternatives: list[Alternative]) -> Bank:
+    """The bank of these alternatives before anything is measured."""
+    architecture = source.architecture
+    split = [(*architecture.split_name(name), info) for name, info in source.tensors.items()]
+    outside = [info for index, _, info in split if index is None]
+    weights = {f"{p}.weight" for p in architecture.projections()}
     return Bank(
         source.num_layers,
-        groups,
+        tuple(g.name for g in architecture.groups),
         sum(t.nbytes for t in outside),
         sum(t.numel for t in outside),
-        projections,
+        sum(info.numel for index, local, info in split if index is not None and local in weights),
         tuple(alternatives),
     )
-
-
-def _projections(source: Checkpoint) -> Iterator[str]:
-    for layer in range(source.num_layers):
-        yield from (source.architecture.layer_prefix(layer) + p for p in source.architecture.projections())
 
 
 def measured(alternative: Alternative, costs: list[float]) -> Alternative:

@@ -27,6 +27,7 @@ from compression_dags.planning.alternatives import (
     empty_bank,
     measured,
     quantizer_stage,
+    removable,
 )
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stages import Track, silent
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from compression_dags.planning.rounded import RoundedLayers
     from compression_dags.planning.together import FittedRecovery
 
-VERSION = "4"
+VERSION = "5"
 #: Standard errors by which a cost must be worse before an alternative is given up.
 SURE = 2.0
 
@@ -127,7 +128,7 @@ def _with_cuts(
     drops = sorted((a for a in bank.alternatives if a.kind == "drop"), key=lambda a: a.cost)
     if not drops:
         return bank
-    most = max(1, int(options.most_removed * bank.layers))
+    most = removable(options, bank.layers)
     counts = counts_of(most, recovery is not None)
     sets = cut_sets(bank.layers, [a.layer for a in drops], counts, meters[0].blocks_of)
     found = []

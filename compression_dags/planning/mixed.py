@@ -74,11 +74,13 @@ def plan_schemes(
         InputError: fewer bits than the smallest candidate takes.
     """
     from compression_dags.planning.bank import measure_bank
+    from compression_dags.planning.bounds import check_bits
     from compression_dags.planning.emit import chosen_schemes
     from compression_dags.planning.solve import solve
 
     if stage.bits is None:
         raise InputError(f"quantize: {stage.method} asks for no average of bits")
+    check_bits(stage, source.facts)
     bank = measure_bank(source, blocks, bank_options(stage), device=device, dtype=dtype, track=track)
     solution = solve(bank, "bits", stage.bits)
     allowed, architecture = stage.choices(source.facts), source.architecture

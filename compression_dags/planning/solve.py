@@ -2,7 +2,7 @@
 
     min  Σ cost_a x_a
     s.t. every part of the model is decided by exactly one alternative, at most one of them drops layers,
-         Σ size_a x_a ≤ budget,   x ∈ {0, 1}
+         no more layers go than the largest cut that was measured,   Σ size_a x_a ≤ budget,   x ∈ {0, 1}
 
 Costs at a scheme are scaled by what all parts at that scheme cost together over the sum of their own; layers that are
 dropped together were measured together. A mixture of schemes is taken at what mixtures of about its size were measured
@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.planning.alternatives import Alternative, Bank
+from compression_dags.planning.bounds import Measure, limits_in
 
-Measure = Literal["bytes", "parameters", "bits"]
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
+
 #: A mixture must cost less than this share of one scheme everywhere, all layers kept, which was measured as a whole
 #: (with a cut beside it, it is a sum like the mixture, and they are compared as they are). Two runs of one mixture on
 #: SmolLM2, whose targets differed in the last bits, cost 0.209 and 0.142 nats: below a quarter is within that noise.
 CLEARLY = 0.75
 #: Schemes whose sizes differ by less (a group size) are one where mixtures are to be measured.
 CLOSE = 1.05
+#: By how much HiGHS may miss a constraint.
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -63,18 +68,19 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
     Raises:
         InputError: no plan of the bank is that small.
     """
-    alive = [a for a in bank.alternatives if a.alive]
+    alive = [a for a in bank.alternatives if a.usable]
     if measure == "bits":
         alive = [a for a in alive if a.kind == "quantize"]  # bits are of the weights; depth is another knob
-    mixed = _program(bank, alive, measure, budget)
+    limits = limits_in(bank, alive, measure, bank.most_removed)
+    mixed = _program(bank, alive, measure, budget) if budget >= limits.least else None
     if mixed is None:
-        raise InputError(_too_small(bank, alive, measure, budget))
+        raise InputError(limits.refusal(budget))
     if not bank.mixtures or len(mixed.labels) < 2:
         return mixed
     dearer = _program(bank, alive, measure, budget, _over_promised(bank, mixed.bits))
     depth = [a for a in alive if a.kind == "drop"]
     same = [[a for a in own if a.kind == "quantize" and np.isfinite(a.cost)] for own in bank.uniform().values()]
-    pure = [_program(bank, [*own, *depth], measure, budget) for own in same if own]
+    pure = [_program(bank, [*own, *_left(bank, own), *depth], measure, budget) for own in same if own]
     fair = [(s.cost * (1 if s.removed else CLEARLY), s) for s in pure if s]
     fair += [(dearer.cost, dearer)] if dearer else []
     return min(fair, key=lambda pair: pair[0])[1]
@@ -92,9 +98,13 @@ def mixture_sizes(bank: Bank) -> list[float]:
 
 def _bits(bank: Bank, own: list[Alternative]) -> float:
     """Stored bits a weight of one scheme everywhere."""
-    dense = [a for a in bank.alternatives if a.kind == "quantize" and a.choice is None]
-    norms = sum(a.bytes for a in dense) - bank.projections * dense_itemsize(bank)
-    return 8 * (sum(a.bytes for a in own) - norms) / bank.projections
+    return 8 * (sum(a.bytes for a in (*own, *_left(bank, own))) - bank.norm_bytes) / bank.projections
+
+
+def _left(bank: Bank, own: list[Alternative]) -> list[Alternative]:
+    """What these do not decide, as it is: groups that the quantizer ignores."""
+    decided = {cell for a in own for cell in a.cells(bank.groups)}
+    return [a for a in bank.alternatives if a.is_dense and decided.isdisjoint(a.cells(bank.groups))]
 
 
 def _over_promised(bank: Bank, bits: float) -> float:
@@ -110,33 +120,40 @@ def _program(
 ) -> Solution | None:
     """The cheapest of these alternatives, those of schemes at `mixing` times their cost; None if nothing fits."""
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
 
     sizes, limit = _sizes(bank, alive, measure, budget)
-    costs = [a.cost * _scale(bank, a) * (mixing if a.kind == "quantize" else 1) for a in alive]
+    costs = np.array([a.cost * _scale(bank, a) * (mixing if a.kind == "quantize" else 1) for a in alive])
+    scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
+    structure = _structure(bank, alive)
+    for spared in (0.0, 2 * TOLERANCE):  # a plan within the tolerance above the limit is asked for once more, below it
+        size = LinearConstraint(sizes[None] / scale, -np.inf, limit / scale - spared)
+        found = milp(
+            costs,
+            integrality=np.ones(len(alive)),
+            bounds=Bounds(0, 1),
+            constraints=[*structure, size],
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.status == 2 or found.x is None:
+            return None
+        if float(sizes[found.x > 0.5].sum()) <= limit * (1 + 1e-9):
+            taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
+            return _solution(bank, taken, float(found.fun))
+    raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
+
+
+def _structure(bank: Bank, alive: list[Alternative]) -> list[LinearConstraint]:
+    """Every part decided once, at most one cut, and no more layers gone than the largest cut."""
+    from scipy.optimize import LinearConstraint
+    from scipy.sparse import csr_array
+
     cells = {cell: i for i, cell in enumerate((n, g) for n in range(bank.layers) for g in bank.groups)}
     rows, columns = zip(*((cells[c], j) for j, a in enumerate(alive) for c in a.cells(bank.groups)), strict=True)
     cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), len(alive)))
     drops = np.array([a.kind == "drop" for a in alive], dtype=float)
-    scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
-    found = milp(
-        np.array(costs),
-        integrality=np.ones(len(alive)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(cover, 1, 1),
-            LinearConstraint(sizes[None] / scale, -np.inf, limit / scale),
-            LinearConstraint(drops[None], 0, 1),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.status == 2 or found.x is None:
-        return None
-    taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
-    solution = _solution(bank, taken, float(found.fun))
-    if float(sum(s for s, x in zip(sizes, found.x, strict=True) if x > 0.5)) > limit * (1 + 1e-9):
-        raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
-    return solution
+    gone = np.array([len(a.gone) for a in alive], dtype=float)
+    limits = [LinearConstraint(gone[None], 0, bank.most_removed)] if gone.any() else []
+    return [LinearConstraint(cover, 1, 1), LinearConstraint(drops[None], 0, 1), *limits]
 
 
 def _scale(bank: Bank, a: Alternative) -> float:
@@ -150,9 +167,7 @@ def _sizes(bank: Bank, alive: list[Alternative], measure: Measure, budget: float
     sizes = np.array([float(a.bytes) for a in alive])
     if measure == "bytes":
         return sizes, budget - bank.fixed_bytes
-    dense = [a for a in bank.alternatives if a.kind == "quantize" and a.choice is None]
-    norms = sum(a.bytes for a in dense) - bank.projections * dense_itemsize(bank)
-    return sizes, budget * bank.projections / 8 + norms
+    return sizes, budget * bank.projections / 8 + bank.norm_bytes
 
 
 def dense_itemsize(bank: Bank) -> int:
@@ -163,35 +178,12 @@ def dense_itemsize(bank: Bank) -> int:
 
 def _solution(bank: Bank, taken: tuple[Alternative, ...], cost: float) -> Solution:
     taken = tuple(sorted(taken, key=lambda a: (a.layer, bank.groups.index(a.group) if a.group else -1)))
-    dense = {(a.layer, a.group): a for a in bank.alternatives if a.kind == "quantize" and a.choice is None}
-    norms = sum(a.bytes for a in dense.values()) - bank.projections * dense_itemsize(bank)
+    dense = [a for a in bank.alternatives if a.is_dense]
     total = bank.fixed_bytes + sum(a.bytes for a in taken)
     parameters = bank.fixed_parameters + sum(a.parameters for a in taken)
     removed = sum(len(a.gone) for a in taken)
-    left = norms * (bank.layers - removed) / bank.layers
+    left = bank.norm_bytes * (bank.layers - removed) / bank.layers
     weights = bank.projections * (bank.layers - removed) / bank.layers
     bits = 8 * (total - bank.fixed_bytes - left) / max(1.0, weights)
-    whole = bank.fixed_bytes + sum(a.bytes for a in dense.values())
+    whole = bank.fixed_bytes + sum(a.bytes for a in dense)
     return Solution(taken, cost, total, parameters, bits, whole, removed)
-
-
-def _too_small(bank: Bank, alive: list[Alternative], measure: Measure, budget: float) -> str:
-    """What the least budget is, by the same program with the cost replaced by the size."""
-    sizes, _ = _sizes(bank, alive, measure, budget)
-    least: dict[tuple[int, str], float] = {}
-    for a, size in zip(alive, sizes, strict=True):
-        if not a.gone:
-            for cell in a.cells(bank.groups):
-                share = size / len(a.cells(bank.groups))
-                least[cell] = min(least.get(cell, np.inf), float(share))
-    floor = sum(least.values())
-    if measure == "bits":
-        norms = sum(a.bytes for a in alive if a.choice is None) - bank.projections * dense_itemsize(bank)
-        return f"{budget:g} bits: the least that these schemes allow is {8 * (floor - norms) / bank.projections:.4g}"
-    fixed = bank.fixed_bytes if measure == "bytes" else bank.fixed_parameters
-    most = bank.most_removed
-    at_least = fixed + floor * (bank.layers - most) / bank.layers
-    return (
-        f"{budget:,.0f} {measure}: no plan is that small. Embeddings, head and final norm take {fixed:,}, and with "
-        f"{most} of {bank.layers} layers removed and the smallest schemes about {at_least:,.0f} is the least"
-    )

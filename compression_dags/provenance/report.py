@@ -92,7 +92,7 @@ def _sample_row(sample: Sample) -> str:
 
 def _table(cards: list[dict[str, Any]]) -> str:
     frame = leaderboard_frame(cards)
-    shown = [c for c in frame.columns if not c.endswith(" change")]
+    shown = [c for c in frame.columns if not c.endswith((" change", " error"))]
     head = "".join(f"<th>{html.escape(c)}</th>" for c in ("recipe", *shown[1:]))
     rows = []
     for record in frame.to_dict("records"):

@@ -14,11 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from compression_dags.architectures import StackFacts
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
+from compression_dags.options import Options
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
 from compression_dags.stages import Follows, Stage, StatisticKind, Track, silent
@@ -70,10 +71,8 @@ class QuantizedModel:
     rounding: Rounding = field(repr=False)
 
 
-class Override(BaseModel):
+class Override(Options):
     """A scheme of some matrices' own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     scheme: Scheme
     group_size: int | None = Field(None, gt=0)
@@ -135,7 +134,7 @@ class QuantizeStage(Stage):
         return self.choice.format
 
     def asked(self, module: str) -> Choice:
-        own = next((o for entry, o in self.overrides.items() if _matches(entry, module)), None)
+        own = next((o for entry, o in self.overrides.items() if matches(entry, module)), None)
         return own.choice if own else self.choice
 
     def choices(self, facts: StackFacts) -> dict[str, Choice]:
@@ -150,7 +149,7 @@ class QuantizeStage(Stage):
         for layer in range(facts.layers):
             for group in architecture.groups:
                 names = [architecture.layer_prefix(layer) + p for p in group.projections]
-                names = [n for n in names if not any(_matches(entry, n) for entry in self.ignore)]
+                names = [n for n in names if not any(matches(entry, n) for entry in self.ignore)]
                 own = {name: self._fitted(name, columns[group.name]) for name in names}
                 if len(set(own.values())) > 1:
                     differ = ", ".join(f"{n}: {c.scheme}" for n, c in own.items())
@@ -192,7 +191,7 @@ class QuantizeStage(Stage):
         modules = [architecture.layer_prefix(i) + p for i in range(facts.layers) for p in architecture.projections()]
         for option, entries in (("ignore", self.ignore), ("overrides", tuple(self.overrides))):
             for entry in entries:
-                if not any(_matches(entry, module) for module in ("lm_head", *modules)):
+                if not any(matches(entry, module) for module in ("lm_head", *modules)):
                     raise InputError(f"{option} {entry!r} names no module; there are lm_head and e.g. {modules[0]}")
         if not self.choices(facts):
             raise InputError(f"ignore {list(self.ignore)} leaves nothing to quantize")
@@ -325,7 +324,7 @@ def _as_loaded(rounded: Rounded, choice: Choice, dtype: torch.dtype, early: bool
     return rounded.dequantize(rounded.scales.scale.dtype).to(dtype) if early else rounded.dequantize(dtype)
 
 
-def _matches(entry: str, module: str) -> bool:
+def matches(entry: str, module: str) -> bool:
     """compressed-tensors' rule: an equal name, or `re:` and a pattern that matches from the start."""
     try:
         return bool(re.match(entry[3:], module)) if entry.startswith("re:") else entry == module

@@ -80,7 +80,7 @@ class ALS(GriddedAllocation):
     spread: float = Field(0.2, gt=0, lt=1, description="without bounds: the target ± this")
     inner_bounds: Bounds | None = Field(None, description="hierarchical: of a matrix within its layer")
     inner_spread: float = Field(0.1, gt=0, lt=1, description="without inner_bounds: the layer's sparsity ± this")
-    granularity: float = Field(0.005, gt=0, le=0.1, description="grid that sparsities are rounded to")
+    granularity: float = Field(0.005, ge=1e-6, le=0.1, description="grid that sparsities are rounded to")
     objective: Literal["parameters", "printed"] = Field("parameters", description="Σ c p d, or Σ c d as printed")
     solver: Literal["greedy", "smooth"] = "greedy"
     anchor: float = Field(1.0, gt=0, description="smooth: λ, beside c scaled to at most 1")

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
@@ -23,12 +24,30 @@ from compression_dags.sparsity.allocation import (
     sizes,
 )
 
+#: By how much the mean of what is given may miss the target.
+NEAR = 0.005
+
 
 class Given(GriddedAllocation):
     """Every layer gets the sparsity that is written down for it, and those that are not named get none."""
 
     method: Literal["given"] = "given"
     layers: dict[int, float] = Field(min_length=1, description="layer → sparsity; the others keep all weights")
+
+    def check(self, target: float) -> None:
+        check_target(target)
+        for layer, share in self.layers.items():
+            if layer < 0 or not 0 <= share < 1:
+                raise InputError(f"given: layer {layer}: {share:g}: layers count from 0, and shares lie in [0, 1)")
+
+    def check_model(self, target: float, facts: StackFacts) -> None:
+        if missing := sorted(layer for layer in self.layers if layer >= facts.layers):
+            raise InputError(f"given: there is no layer {missing[0]}; the model has {facts.layers}")
+        if len({facts.kind(i) for i in range(facts.layers)}) > 1:
+            return  # layers of several sizes are weighed when they are read
+        mean = sum(self.layers.values()) / facts.layers
+        if abs(mean - target) > NEAR:
+            raise InputError(f"given: the layers' sparsities come to {mean:.4f} of the weights, not to {target:g}")
 
     def allocate(
         self,
@@ -45,7 +64,7 @@ class Given(GriddedAllocation):
                 raise InputError(f"given: there is no layer {layer}; the model has {len(units)}")
         shares = np.array([self.layers.get(u.layer, 0.0) for u in units])
         mean = float(shares @ sizes(units) / sizes(units).sum())
-        if abs(mean - target) > 0.005:
+        if abs(mean - target) > NEAR:
             raise InputError(f"given: the layers' sparsities come to {mean:.4f} of the weights, not to {target:g}")
         rows = per_matrix(units, [{"share": float(s)} for s in shares])
         return Allocated(on_grid(units, shares, mean, self.granularity), rows, {"mean": mean})

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.sparsity.allocation import (
     MOST,
@@ -24,7 +25,6 @@ from compression_dags.sparsity.allocation import (
     GriddedAllocation,
     Matrix,
     SparsityEvidence,
-    check_target,
     layer_units,
     make_plan,
     on_grid,
@@ -54,9 +54,29 @@ class Ramp(GriddedAllocation):
         return self.beta is None
 
     def check(self, target: float) -> None:
-        check_target(target)
+        super().check(target)
         if self.least_rise >= self.most_rise:
             raise InputError(f"ramp: least_rise {self.least_rise} must be below most_rise {self.most_rise}")
+
+        low, high = self._span(target)
+        if self.beta is None and low >= high:
+            raise InputError(
+                f"ramp: no rise between {self.least_rise} and {self.most_rise} fits sparsity {target}: no layer may "
+                f"leave 0 to {MOST}"
+            )
+
+    def check_model(self, target: float, facts: StackFacts) -> None:
+        room, rise = 2 * min(target, MOST - target), (self.beta or 0.0) * max(1, facts.layers - 1)
+        if abs(rise) > room + 1e-9:
+            raise InputError(
+                f"ramp: beta {self.beta:g} over {facts.layers} layers is a rise of {rise:g}; sparsity {target} leaves "
+                f"room for {room:g} (beta {room / max(1, facts.layers - 1):.4g}): no layer may leave 0 to {MOST}"
+            )
+
+    def _span(self, target: float) -> tuple[float, float]:
+        """Rises that are searched; beyond them some layer would leave [0, MOST] and the ramp would bend."""
+        room = 2 * min(target, MOST - target)
+        return max(self.least_rise, -room), min(self.most_rise, room)
 
     def allocate(
         self,
@@ -82,12 +102,7 @@ class Ramp(GriddedAllocation):
             tried.append({"rise": rise, "beta": rise / steps, "loss": losses[plan.digest]})
             return losses[plan.digest]
 
-        # beyond this some layer would leave [0, MOST] and the ramp would bend
-        room = 2 * min(target, MOST - target)
-        low, high = max(self.least_rise, -room), min(self.most_rise, room)
-        if low >= high:
-            raise InputError(f"ramp: no rise between {self.least_rise} and {self.most_rise} fits sparsity {target}")
-        best = search(score, low, high, self.points, self.refine)
+        best = search(score, *self._span(target), self.points, self.refine)
         return self._of(matrices, target, best, tried)
 
     def _of(self, matrices: Sequence[Matrix], target: float, rise: float, tried: list[dict]) -> Allocated:

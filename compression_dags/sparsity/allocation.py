@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator
 
-from compression_dags.architectures import Architecture
+from compression_dags.architectures import Architecture, StackFacts
 from compression_dags.errors import InputError
+from compression_dags.options import Options
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.sparsity.knapsack import fill_smooth
 from compression_dags.sparsity.redundancy import Redundancy
@@ -181,10 +182,8 @@ class SparsityPlan:
         return cls(evidence.pop("method"), raw["target"], raw["pattern"], patterns, evidence)
 
 
-class Allocation(BaseModel):
+class Allocation(Options):
     """Options of an allocator. Subclasses set the `method` literal and define `allocate`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: ClassVar[str] = "1"
     needs: ClassVar[tuple[str, ...]] = ()
@@ -212,6 +211,13 @@ class Allocation(BaseModel):
         """
         check_target(target)
 
+    def check_model(self, target: float, facts: StackFacts) -> None:
+        """Refuse what the model's shapes do not allow, before any compute.
+
+        Raises:
+            InputError: naming the option, its value and what is allowed.
+        """
+
     def allocate(
         self,
         matrices: Sequence[Matrix],
@@ -231,7 +237,22 @@ class Allocation(BaseModel):
 class GriddedAllocation(Allocation):
     """An allocator whose sparsities are rounded to a grid."""
 
-    granularity: float = Field(0.001, gt=0, le=0.1, description="grid that sparsities are rounded to")
+    granularity: float = Field(0.001, ge=1e-6, le=0.1, description="grid that sparsities are rounded to")
+
+    @field_validator("granularity")
+    @classmethod
+    def _divides_one(cls, value: float) -> float:
+        if not math.isclose(1 / value, round(1 / value), rel_tol=1e-9):
+            raise ValueError(f"granularity {value} does not divide 1; allowed: 1 / a whole number, such as 0.005")
+        return value
+
+    def check(self, target: float) -> None:
+        """See `Allocation.check`; also a target above `MOST`."""
+        super().check(target)
+        if target > MOST:
+            raise InputError(
+                f"sparsity {target} is more than {MOST}, the most a matrix may get from allocation {self.method}"
+            )
 
 
 def check_target(target: float) -> None:

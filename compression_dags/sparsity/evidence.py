@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compression_dags.calibration.statistics import load_statistics
 from compression_dags.errors import InputError
@@ -36,23 +37,53 @@ def stored_evidence(
     )
 
 
+def plan_identity(stage: SparsifyStage, reads: Sequence[str], samples: int, seed: int) -> dict[str, Any]:
+    """What a sparsity plan's fingerprint holds beside the digests of its inputs: JSON values.
+
+    An allocation that prunes to compare candidates hangs on the pruner, its options and its version. Evidence from a
+    pass of the plan's own hangs on that pass: the tokens that are sampled, and its version.
+
+    Args:
+        reads: `Recipe.sparsity_reads`.
+    """
+    from compression_dags.calibration.statistics import VERSION as PASS
+    from compression_dags.sparsity.redundancy import VERSION as REDUNDANCY
+
+    allocation = stage.allocation
+    found: dict[str, Any] = dict(stage.plan_options())
+    found["versions"] = {f"allocation: {allocation.method}": allocation.version}
+    if allocation.measures:
+        found["versions"] |= {f"sparsify: {stage.method}": stage.version}
+    if "calibration_tokens" in reads and (allocation.needs or allocation.reads_statistics):
+        found["evidence"] = {"samples": samples, "seed": seed}
+        found["versions"] |= {"calibration_activations": PASS}
+        found["versions"] |= {"similarity_redundancy": REDUNDANCY} if "redundancy" in allocation.needs else {}
+    return found
+
+
 def fresh_evidence(
     source: Checkpoint,
     allocation: Allocation,
     blocks: TokenBlocks,
     *,
+    samples: int = 2048,
+    seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
     track: Track = silent,
 ) -> SparsityEvidence:
-    """By a calibration pass of its own: weights that an earlier stage changed have no stored one."""
+    """By a calibration pass of its own: weights that an earlier stage changed have no stored one.
+
+    Args:
+        samples, seed: of the recipe's calibration: how many tokens' features are compared, and which.
+    """
     from compression_dags.calibration.activations import profile_activations
     from compression_dags.calibration.streaming import DecoderStream
 
     if not (allocation.needs or allocation.reads_statistics):
         return SparsityEvidence(source.architecture)
     stream = DecoderStream(source, device=device, dtype=dtype)
-    found = profile_activations(stream, blocks, track=track)
+    found = profile_activations(stream, blocks, samples=samples, seed=seed, track=track)
     stream.close()
     with tempfile.TemporaryDirectory() as folder:
         found.save(Path(folder))

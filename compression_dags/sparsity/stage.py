@@ -133,6 +133,7 @@ class SparsifyStage(Stage):
 
     def check(self, facts: StackFacts) -> None:
         self.allocation.check(self.asked.sparsity)
+        self.allocation.check_model(self.asked.sparsity, facts)
         kinds = {facts.kind(index)[1] for index in range(facts.layers)}
         widths = [(facts.hidden, "hidden size")]
         widths += [(facts.intermediate, "intermediate size")] if "dense" in kinds else []
@@ -140,6 +141,13 @@ class SparsifyStage(Stage):
         for width, what in widths:
             if self.asked.m and width % self.asked.m:
                 raise InputError(f"sparsify: pattern {self.pattern} does not divide the {what} {width}")
+
+    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+        if self.allocation.measures and sequences < 2:
+            raise InputError(
+                f"sparsify: allocation {self.allocation.method} scores candidates on sequences kept apart and needs 2, "
+                f"not {sequences}: raise calibration.sequences"
+            )
 
     def plan(
         self, source: Checkpoint, evidence: SparsityEvidence, bench: AllocationBench | None = None

@@ -1,0 +1,171 @@
+"""What budgets a model allows, from the shapes of its tensors alone: nothing is measured, torch is not imported.
+
+The sizes are those of the bank's alternatives, so that a budget that passes here is one that the solver can meet. Where
+layers differ in size the least is a lower bound: which layers may go together is decided by measuring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from compression_dags.errors import InputError
+from compression_dags.planning.alternatives import (
+    Alternative,
+    Bank,
+    BankOptions,
+    Shapes,
+    candidates,
+    empty_bank,
+    quantizer_stage,
+    recovery_of,
+    removable,
+)
+
+if TYPE_CHECKING:
+    from compression_dags.architectures import StackFacts
+    from compression_dags.calibration.corpora import Calibration
+    from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.quantization.schemes import QuantizeStage
+
+Measure = Literal["bytes", "parameters", "bits"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Least and most of one measure.
+
+    Attributes:
+        least: what the smallest plan takes.
+        most: what the model takes as it is; a budget lies below.
+        fixed: of it, what no plan touches (embeddings, head, final norm).
+        gone: layers that the smallest plan removes, of `layers`.
+    """
+
+    measure: Measure
+    least: float
+    most: float
+    fixed: int
+    gone: int
+    layers: int
+
+    def check(self, budget: float) -> None:
+        """Refuse a budget that no plan meets, or that the model meets as it is.
+
+        Raises:
+            InputError: with the least and the most.
+        """
+        if budget < self.least or not budget < self.most:
+            raise InputError(self.refusal(budget))
+
+    def refusal(self, budget: float) -> str:
+        """Why there is no plan of this size, with the least and the most."""
+        bits = self.measure == "bits"
+        asked = f"{budget:g} bits" if bits else f"{budget:,.0f} {self.measure}"
+        least = f"{_up(self.least):.9g}" if bits else f"{self.least:,.0f}"
+        most = f"{self.most:.4g}" if bits else f"{self.most:,.0f}"
+        if self.least >= self.most:
+            remedy = "allow depth, or give sparsities" if self.measure == "parameters" else "give smaller schemes"
+            return f"{asked}: the model has {most}, and nothing that may be chosen takes any away; {remedy}"
+        if budget >= self.most:
+            return f"{asked}: the model has {most} as it is; a budget lies below that, and is {least} or more"
+        if bits:
+            return f"{asked}: the least that these schemes allow is {least}; the weights as they are take {most}"
+        cut = f"{self.gone} of {self.layers} layers removed" if self.gone else "no layer removed"
+        rest = "smallest schemes" if self.measure == "bytes" else "most zeros that may be chosen"
+        known = f"{least} is the least" if budget < self.least else "the layers that may go together it takes more"
+        return (
+            f"{asked}: no plan is that small. Embeddings, head and final norm take {self.fixed:,}, and with {cut} and "
+            f"the {rest} {known}; the model as it is has {most}"
+        )
+
+
+def _up(value: float) -> float:
+    """Rounded up to four decimals, so that what is shown is allowed."""
+    return math.ceil(value * 1e4 - 1e-6) / 1e4
+
+
+def limits_of(source: Shapes, options: BankOptions) -> dict[Measure, Limits]:
+    """Least and most of every measure, for the alternatives that `options` ask for."""
+    bank = empty_bank(source, candidates(source, options, merges=False))
+    return {
+        m: limits_in(bank, bank.alternatives, m, removable(options, bank.layers))
+        for m in ("bytes", "parameters", "bits")
+    }
+
+
+def limits_in(bank: Bank, alternatives: Iterable[Alternative], measure: Measure, gone: int) -> Limits:
+    """The same for some alternatives of a bank, of which `gone` layers may go."""
+    if measure == "bits":
+        gone = 0
+    staying = [a for a in alternatives if not a.gone and (a.kind == "quantize" or measure != "bits")]
+    least, dense = _by_layer(staying, measure), _by_layer((a for a in bank.alternatives if a.is_dense), measure)
+    kept = sorted(least)[: bank.layers - gone]
+    total, whole = sum(kept), sum(dense)
+    if measure == "bits":
+        of = lambda size: 8 * (size - bank.norm_bytes) / max(1, bank.projections)  # noqa: E731
+        return Limits(measure, of(total), of(whole), 0, 0, bank.layers)
+    fixed = bank.fixed_bytes if measure == "bytes" else bank.fixed_parameters
+    return Limits(measure, fixed + total, fixed + whole, fixed, gone, bank.layers)
+
+
+def _by_layer(alternatives: Iterable[Alternative], measure: Measure) -> list[int]:
+    """The least size of every layer: its groups' smallest together, or the smallest of the layer as a whole."""
+    groups: dict[int, dict[str | None, int]] = {}
+    for a in alternatives:
+        own, size = groups.setdefault(a.layer, {}), a.parameters if measure == "parameters" else a.bytes
+        own[a.group] = min(own.get(a.group, size), size)
+    return [min(_ways(own)) for own in groups.values()]
+
+
+def _ways(own: dict[str | None, int]) -> list[int]:
+    """Sizes of one layer: as a whole (None), and group by group."""
+    parts = [size for group, size in own.items() if group is not None]
+    return ([own[None]] if None in own else []) + ([sum(parts)] if parts else [])
+
+
+def check_plan(
+    source: Checkpoint, options: BankOptions, calibration: Calibration, budgets: Iterable[tuple[Measure, float]]
+) -> None:
+    """Refuse what cannot be planned for a model, before anything is measured.
+
+    Raises:
+        InputError: a budget out of reach, a quantizer or a recovery stage that does not fit, too few tokens for it.
+    """
+    facts = source.stated_facts
+    for choice in options.choices():
+        quantizer_stage(options.quantizer, choice).check(facts)
+    if options.depth and isinstance(options.recover, dict):
+        stage = recovery_of(options.recover)
+        stage.check(facts)
+        context = int(facts.config.get("max_position_embeddings") or calibration.length)
+        measured = min(options.rows, calibration.sequences)
+        unseen = calibration.sequences - measured
+        fitting = unseen if unseen >= measured else calibration.sequences
+        stage.check_tokens(facts, fitting, min(calibration.length, context))
+    found = limits_of(Shapes.of(source), options)
+    for measure, budget in budgets:
+        found[measure].check(budget)
+
+
+def check_bits(stage: QuantizeStage, facts: StackFacts) -> None:
+    """Refuse an average of bits that no mixture of the stage's schemes has on this model.
+
+    Facts without the shapes of tensors are let pass.
+
+    Raises:
+        InputError: with the least and the most.
+    """
+    from compression_dags.planning.mixed import bank_options
+
+    if stage.bits is None or not facts.tensors:
+        return
+    found = limits_of(Shapes(facts.architecture, facts.tensors, facts.layers), bank_options(stage))["bits"]
+    try:
+        found.check(stage.bits)
+    except InputError as error:
+        raise InputError(
+            f"quantize: {stage.method}: {error}; candidates: {', '.join((stage.scheme, *stage.candidates))}"
+        ) from None

@@ -1,0 +1,65 @@
+"""What a measured bank hangs on: its options with every default written out, and the versions of all that it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compression_dags.planning.alternatives import PLANNED, BankOptions, quantizer_stage, recovery_of
+from compression_dags.planning.bank import VERSION
+from compression_dags.planning.mixed import VERSION as MIXED_VERSION
+from compression_dags.planning.mixed import bank_options
+from compression_dags.planning.together import AUTO
+
+if TYPE_CHECKING:
+    from compression_dags.quantization.schemes import QuantizeStage
+    from compression_dags.stages import Stage
+
+
+def bank_versions(options: BankOptions) -> dict[str, str]:
+    """Method → version, of every method that measures a bank with these options; the bank's own first."""
+    found = {"alternatives": VERSION}
+    for stage in _stages(options).values():
+        found |= versions_of(stage)
+    return found
+
+
+def bank_identity(options: BankOptions) -> dict[str, Any]:
+    """What a bank's fingerprint holds beside the digests of its inputs: JSON values.
+
+    A changed default of the quantizer, of the recovery, or of what measures single groups changes it.
+    """
+    stages = {role: _written_out(stage) for role, stage in _stages(options).items()}
+    return {"bank": options.model_dump(mode="json"), "stages": stages, "versions": bank_versions(options)}
+
+
+def mixed_identity(stage: QuantizeStage) -> dict[str, Any]:
+    """The same of a plan of mixed bits: its bank's, and what is solved from it."""
+    asked = {"bits": stage.bits, "ignore": list(stage.ignore)}
+    found = bank_identity(bank_options(stage))
+    return {**asked, **found, "versions": {"quantization_plan": MIXED_VERSION, **found["versions"]}}
+
+
+def versions_of(stage: Stage) -> dict[str, str]:
+    """Method → version, of every method that a stage runs."""
+    return getattr(stage, "versions", None) or {f"{stage.stage}: {stage.method}": stage.version}
+
+
+def _stages(options: BankOptions) -> dict[str, Stage]:
+    """Every stage that a bank runs, by what it is for."""
+    from compression_dags.quantization.gptq import GPTQ
+    from compression_dags.sparsity.wanda import Wanda
+
+    choice = options.choices()[0]
+    found: dict[str, Stage] = {"together": quantizer_stage(options.quantizer, choice)}
+    if options.rounding == "gptq":
+        found["single groups"] = GPTQ.model_validate({"scheme": choice.scheme, "target": "own"})
+    if options.depth and options.recover is not None:
+        found["removals"] = recovery_of(AUTO if options.recover == "auto" else options.recover)
+    if options.sparsities:
+        found["zeros"] = Wanda.model_validate({"sparsity": options.sparsities[0]})
+    return found
+
+
+def _written_out(stage: Stage) -> dict[str, Any]:
+    """All options but those that the plan chooses."""
+    return {name: value for name, value in stage.options().items() if name not in PLANNED | {"sparsity"}}
