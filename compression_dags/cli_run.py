@@ -112,11 +112,19 @@ def run_recipes(
     source = register(model, settings, name)
     check_model(source, chosen, settings)
 
-    from compression_dags.definitions import added_tasks, build_graph, evaluation_book
+    from compression_dags.definitions import build_graph, evaluation_book
+    from compression_dags.evaluation.added import added_tasks, asked_tasks, remember
+    from resources.evaluator import Evaluator
 
     book = evaluation_book(recipes_folder())
-    wanted = _wanted_tasks(book, source.slug, chosen, tasks, settings)
-    extra = book.resolve(added_tasks(settings.home, tasks.split(",") if tasks else ()))
+    extra = added_tasks(settings.home, book)
+    if tasks is None:
+        wanted = _wanted_tasks(book, source.slug, chosen, settings)
+    else:
+        asked = asked_tasks(tasks, book, extra, Evaluator(data_dirs=settings.eval_data).folders)
+        wanted = [task.name for task in asked]
+        remember(settings.home, asked, book)
+        extra = list({task.name: task for task in (*extra, *asked)}.values())
     graph = build_graph(recipes, book, settings, extra)
     result = execute(graph.definitions, source.slug, graph.keys([r.name for r in chosen], wanted), settings)
     return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start)
@@ -181,15 +189,12 @@ def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) 
     ArtifactStore(home=str(settings.home)).ensure_writable(checkpoint.nbytes * (1 + len(recipes)))
 
 
-def _wanted_tasks(book, slug: str, recipes: list[Recipe], tasks: str | None, settings: Settings) -> list[str]:
-    """Names of the tasks to score: the command line's, else the recipes' own, else the model's default suite."""
+def _wanted_tasks(book, slug: str, recipes: list[Recipe], settings: Settings) -> list[str]:
+    """Names of the tasks to score: the recipes' own, else the model's default suite."""
     from resources.evaluator import Evaluator
 
-    if tasks:
-        names = [t.strip() for t in tasks.split(",") if t.strip()]
-    else:
-        default = book.default_names(slug)
-        names = [t for r in recipes for t in (r.evaluate or default)] or default
+    default = book.default_names(slug)
+    names = [t for r in recipes for t in (r.evaluate or default)] or default
     book.check_harness(names, Evaluator(data_dirs=settings.eval_data).folders)
     return list(dict.fromkeys(task.name for task in book.resolve(names)))
 
