@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from compression_dags.calibration.corpora import Calibration
@@ -15,7 +15,10 @@ from compression_dags.errors import InputError
 from compression_dags.planning.alternatives import Bank, BankOptions
 from compression_dags.planning.emit import recipe_of, recipe_text
 from compression_dags.planning.solve import Measure, Solution, solve
-from compression_dags.recipes import NAME, load_recipe, recipes_folder
+from compression_dags.recipe_names import fault, made_name
+from compression_dags.recipes import read_recipe, recipes_folder
+from compression_dags.statefile import replace_text
+from compression_dags.yaml_reader import read_mapping, shown
 
 if TYPE_CHECKING:
     from compression_dags.definitions import Settings
@@ -72,13 +75,15 @@ def method_of(text: str) -> dict[str, Any]:
     Raises:
         InputError: neither a name nor a mapping with one.
     """
+    if re.fullmatch(r"\s*[\w.-]+\s*", text):
+        return {"method": text.strip()}
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    options = {"method": found} if isinstance(found, str) else found
-    if not isinstance(options, dict) or not isinstance(options.get("method"), str):
-        raise InputError(f"{text!r} is no method: give its name, or options as in a recipe: {{method: NAME, …}}")
+        options = read_mapping(text, "options", max_bytes=1 << 16).values
+    except InputError as error:
+        said = "give its name, or options as in a recipe: {method: NAME, …}"
+        raise InputError(f"{shown(text)} is no method: {said} ({error})") from None
+    if not isinstance(options.get("method"), str):
+        raise InputError(f"{shown(text)} is no method: give its name as `method` in {{method: NAME, …}}")
     return options
 
 
@@ -147,13 +152,186 @@ def plan_budgets(
     """
     from compression_dags.architectures import architecture_of
 
+    folder = folder or recipes_folder()
+    for measure, budget in budgets if name else []:
+        _check_target(_recipe_name(name, "", measure, budget, len(budgets)), folder)
     slug, bank, config, cached = _bank(model, settings, options, calibration)
     solved = [solve(bank, measure, budget) for measure, budget in budgets]
     found: list[Planned] = []
     for (measure, budget), solution in zip(budgets, solved, strict=True):
-        own = name if name and len(budgets) == 1 else f"{name or 'planned-' + slug}-{_spoken(measure, budget)}"
-        own = re.sub(r"[^a-z0-9]+", "-", own.lower()).strip("-")
-        path = (folder or recipes_folder()) / f"{own}.yaml"
+        own = _recipe_name(name, slug, measure, budget, len(budgets))
+        path = _check_target(own, folder)
+        recipe = recipe_of(
+            solution,
+            bank,
+            architecture_of(config),
+            name=own,
+            description=f"{slug} in {_spoken(measure, budget)}: predicted KL {solution.cost:.4f} nats a token",
+            calibration=calibration.model_dump(mode="json", exclude_defaults=True),
+        )
+        _write(path, own, recipe, recipe_text(recipe, solution, bank))
+        found.append(Planned(own, path, solution, measure, budget, cached))
+    return found
+
+
+def _spoken(measure: Measure, budget: float) -> str:
+    if measure == "bits":
+        return f"{budget:g}-bits"
+    return f"{budget / 1e6:g}m{'b' if measure == 'bytes' else ''}"
+
+
+def _recipe_name(name: str | None, slug: str, measure: Measure, budget: float, budgets: int) -> str:
+    """What the recipe of a budget is called: as asked, else after the model and the budget, and then always legal."""
+    if name:
+        asked = name if budgets == 1 else f"{name}-{_spoken(measure, budget)}"
+        return re.sub(r"[^a-z0-9]+", "-", asked.lower()).strip("-")
+    return made_name(f"planned-{slug}-{_spoken(measure, budget)}")
+
+
+def _check_target(name: str, folder: Path) -> Path:
+    """The file of a recipe that is to be written.
+
+    Raises:
+        InputError: a name that is not allowed, a file that was written by hand, a folder that cannot be written.
+    """
+    if wrong := fault(name):
+        raise InputError(f"recipe name {shown(name)} {wrong}; give another --name")
+    path = folder / f"{name}.yaml"
+    try:
+        if path.exists() and not path.read_bytes().startswith(MADE.encode()):
+            raise InputError(f"{path} exists and was not made by plan; give another --name")
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"recipes folder {folder} cannot be written; give another with --to")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return path
+
+
+def _write(path: Path, name: str, recipe: dict[str, Any], text: str) -> None:
+    """Put a recipe at `path` after it was read like any other; a refused one leaves nothing behind."""
+    if not recipe["stages"]:
+        raise InputError(f"{name}: the base model fits the budget as it is; there is nothing to compress")
+    read_recipe(read_mapping(text, str(path)))
+    replace_text(path, text)
+
+
+def _bank(self) -> str:
+        return "hit" if self.cached else "computed"
+
+    def line(self) -> str:
+        s = self.solution
+        return (
+            f"{self.name}: {s.bytes / 1e6:.1f} MB of {s.dense_bytes / 1e6:.1f}, {s.bits:.2f} bits a weight, "
+            f"{s.removed} layers fewer, predicted KL {s.cost:.4f} nats a token → {self.path}"
+        )
+
+
+def parse_budget(text: str) -> float:
+    """`120MB`, `1.5GiB`, `90M`, `4.5` → a number.
+
+    Raises:
+        InputError: not a positive number with one of the units.
+    """
+    found = re.fullmatch(r"\s*([0-9][0-9_]*\.?[0-9]*(?:e[0-9]+)?)\s*([a-zA-Z]*?)(?:[bB])?\s*", text)
+    unit = found[2].lower() if found else None
+    if found is None or unit not in _UNITS or float(found[1]) <= 0:
+        raise InputError(f"budget {text!r} is not a positive number with a unit; e.g. 120MB, 1.5GiB, 90M, 4.5")
+    return float(found[1]) * _UNITS[unit]
+
+
+def method_of(text: str) -> dict[str, Any]:
+    """`gptq`, or `{method: gptq, act_order: false}` → options.
+
+    Raises:
+        InputError: neither a name nor a mapping with one.
+    """
+    if re.fullmatch(r"\s*[\w.-]+\s*", text):
+        return {"method": text.strip()}
+    try:
+        options = read_mapping(text, "options", max_bytes=1 << 16).values
+    except InputError as error:
+        said = "give its name, or options as in a recipe: {method: NAME, …}"
+        raise InputError(f"{shown(text)} is no method: {said} ({error})") from None
+    if not isinstance(options.get("method"), str):
+        raise InputError(f"{shown(text)} is no method: give its name as `method` in {{method: NAME, …}}")
+    return options
+
+
+def _validated(model: type[BaseModel], options: dict[str, Any], label: str) -> Any:
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, value = ".".join(map(str, first["loc"])), "" if isinstance(first["input"], dict) else first["input"]
+        raise InputError(f"{label}: {where}: {value!r}: {first['msg']}") from None
+
+
+def budgets_of(
+    sizes: tuple[str, ...], parameters: tuple[str, ...], bits: tuple[str, ...]
+) -> list[tuple[Measure, float]]:
+    """Every budget that was asked for.
+
+    Raises:
+        InputError: none, or one that is no number.
+    """
+    asked: tuple[tuple[Measure, tuple[str, ...]], ...] = (("bytes", sizes), ("parameters", parameters), ("bits", bits))
+    found: list[tuple[Measure, float]] = [(m, parse_budget(text)) for m, texts in asked for text in texts]
+    if not found:
+        raise InputError("plan: give a budget: --bytes 120MB, --params 90M or --bits 4.5")
+    return found
+
+
+def planning_options(
+    schemes: str | None,
+    group_size: int | None,
+    sparsities: str | None,
+    depth: bool,
+    quantizer: str,
+    recover: str,
+    sequences: int | None,
+    length: int | None,
+) -> tuple[BankOptions, Calibration]:
+    """Options of the bank and of its calibration set, defaults where nothing is given.
+
+    Raises:
+        InputError: an unknown scheme, method or option.
+    """
+    asked: dict[str, Any] = {"depth": depth, "quantizer": method_of(quantizer)}
+    asked["recover"] = {"auto": "auto", "none": None}[recover] if recover in {"auto", "none"} else method_of(recover)
+    asked |= {"group_size": group_size} if group_size else {}
+    asked |= {"sparsities": [s.strip() for s in sparsities.split(",")]} if sparsities else {}
+    asked |= {"schemes": [s.strip() for s in schemes.split(",")]} if schemes else {}
+    given = {k: v for k, v in (("sequences", sequences), ("length", length)) if v is not None}
+    return _validated(BankOptions, asked, "plan"), _validated(Calibration, given, "plan")
+
+
+def plan_budgets(
+    model: str,
+    budgets: list[tuple[Measure, float]],
+    settings: Settings,
+    *,
+    options: BankOptions,
+    calibration: Calibration,
+    name: str | None = None,
+    folder: Path | None = None,
+) -> list[Planned]:
+    """Measure the bank if it is not stored, solve every budget, write a recipe file for each.
+
+    Raises:
+        InputError: a budget that cannot be met, an unknown method, a file that was written by hand.
+    """
+    from compression_dags.architectures import architecture_of
+
+    folder = folder or recipes_folder()
+    for measure, budget in budgets if name else []:
+        _check_target(_recipe_name(name, "", measure, budget, len(budgets)), folder)
+    slug, bank, config, cached = _bank(model, settings, options, calibration)
+    solved = [solve(bank, measure, budget) for measure, budget in budgets]
+    found: list[Planned] = []
+    for (measure, budget), solution in zip(budgets, solved, strict=True):
+        own = _recipe_name(name, slug, measure, budget, len(budgets))
+        path = _check_target(own, folder)
         recipe = recipe_of(
             solution,
             bank,

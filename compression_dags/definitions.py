@@ -17,8 +17,7 @@ from assets.summary import build_decision_ledger, build_leaderboard
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.evaluation.added import added_tasks
-from compression_dags.evaluation.tasks import Task, TaskBook, load_tasks
-from compression_dags.paths import PROJECT
+from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
 from compression_dags.planning.alternatives import BankOptions
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
 from resources.accelerator import Accelerator
@@ -84,16 +83,6 @@ class Graph:
         """Assets of a run: the baseline, the named recipes, and the summaries over all."""
         chosen = [self.families[name] for name in (BASELINE, *names)]
         return list(dict.fromkeys([*(k for f in chosen for k in f.keys(tasks)), *self.SUMMARY]))
-
-
-def evaluation_book(folder: Path) -> TaskBook:
-    """The tasks of a recipes folder: its own `evaluation.yaml` if it has one, else the project's.
-
-    Raises:
-        InputError: naming the file, the place in it and what is wrong there.
-    """
-    own = folder / "evaluation.yaml"
-    return load_tasks(own if os.path.lexists(own) else PROJECT / "recipes" / "evaluation.yaml")
 
 
 def build_graph(recipes: dict[str, Recipe], book: TaskBook, settings: Settings, extra: Sequence[Task] = ()) -> Graph:

@@ -11,8 +11,8 @@ MAX_NAME = 100
 BASELINE = "baseline"
 #: Names of jobs (`compress_<recipe>`), groups and assets that are not a recipe's.
 RESERVED = frozenset(
-    "all analysis base-model base-models baseline champion decision-ledger default evaluate-all leaderboard planning "
-    "recipe results summarise".split()
+    ("all", "analysis", "base-model", "base-models", BASELINE, "champion", "decision-ledger", "default")  # noqa: RUF005
+    + ("evaluate-all", "leaderboard", "planning", "recipe", "results", "summarise")
 )
 
 

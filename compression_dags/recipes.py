@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from compression_dags import recipe_names, yaml_reader
 from compression_dags.architectures import StackFacts
 from compression_dags.calibration.corpora import Calibration, check_corpus
 from compression_dags.errors import InputError
+from compression_dags.evaluation.tasks import TaskBook
 from compression_dags.merging.plan import MergeStage
 from compression_dags.merging.recovery import RecoverStage
 from compression_dags.paths import PROJECT, what_is
@@ -165,6 +166,21 @@ class Recipes(dict[str, Recipe]):
     def __init__(self) -> None:
         super().__init__()
         self.left_out: dict[Path, str] = {}
+        self.files: dict[str, Path] = {}
+
+    def resolve(self, tasks: Callable[[], TaskBook]) -> None:
+        """Leave out recipes whose `evaluate:` names a text that is not there, and an `evaluation.yaml` that is bad."""
+        try:
+            book = tasks()
+        except InputError as error:
+            self.left_out[Path("evaluation.yaml")] = str(error)
+            return
+        for name, recipe in list(self.items()):
+            try:
+                book.resolve(list(recipe.evaluate))
+            except InputError as error:
+                self.left_out[self.files[name]] = f"{self.files[name]}: evaluate: {error}"
+                del self[name]
 
 
 def load_recipes(folder: Path | None = None) -> Recipes:
@@ -175,17 +191,16 @@ def load_recipes(folder: Path | None = None) -> Recipes:
     """
     folder = folder or recipes_folder()
     found = Recipes()
-    files: dict[str, Path] = {}
     for path in _files(folder):
         try:
             recipe = load_recipe(path)
             if recipe.name in found:
-                raise InputError(f"{path}: a second recipe is named {recipe.name!r}, after {files[recipe.name]}")
+                raise InputError(f"{path}: a second recipe is named {recipe.name!r}, after {found.files[recipe.name]}")
         except InputError as error:
             found.left_out[path] = str(error)
             _warn_once(f"left out: {error}")
             continue
-        found[recipe.name], files[recipe.name] = recipe, path
+        found[recipe.name], found.files[recipe.name] = recipe, path
     return found
 
 
@@ -263,7 +278,8 @@ class _Reader:
             if key not in KEYS:
                 raise self.fail((key,), f"unknown key; allowed: {', '.join(KEYS)}")
         name = tree.get("name")
-        if fault := recipe_names.fault(name):
+        fault = recipe_names.fault(name)
+        if fault or not isinstance(name, str):
             raise self.fail(("name",), f"{yaml_reader.shown(name)} {fault}")
         evaluate = tree.get("evaluate") or []
         evaluate = [evaluate] if isinstance(evaluate, str) else evaluate

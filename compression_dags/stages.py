@@ -42,7 +42,7 @@ def bar(items: Iterable[T], description: str, total: int | None = None) -> Itera
 class Stage(BaseModel):
     """Options of one method. Subclasses set `stage`, `version` and the `method` literal."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     stage: ClassVar[str]
     version: ClassVar[str]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -223,6 +224,16 @@ def load_tasks(path: Path) -> TaskBook:
         where = ".".join(map(str, first["loc"]))
         said = f"{where + ': ' if where else ''}{first['msg']} (got {yaml_reader.shown(first['input'])})"
         raise InputError(f"{path}:{document.line(place)}: {said}") from None
+
+
+def evaluation_book(folder: Path) -> TaskBook:
+    """The tasks of a recipes folder: its own `evaluation.yaml` if it has one, else the project's.
+
+    Raises:
+        InputError: naming the file, the place in it and what is wrong there.
+    """
+    own = folder / "evaluation.yaml"
+    return load_tasks(own if os.path.lexists(own) else PROJECT / "recipes" / "evaluation.yaml")
 
 
 def data_digest(task: PerplexityTask | HarnessTask, data_dirs: Sequence[Path] = ()) -> str:

@@ -61,7 +61,7 @@ def quantizer_stage(options: Mapping[str, Any], choice: Choice) -> QuantizeStage
 class BankOptions(BaseModel):
     """Which alternatives are measured, and on how much text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     schemes: tuple[str, ...] = Field(
         ("W8A16", "W4A16", "W3A16", "W3A16/128"),

@@ -11,7 +11,11 @@ to cost over what they promised, and only if it is then clearly better than one 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,17 +123,18 @@ def _program(
     cover = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(cells), len(alive)))
     drops = np.array([a.kind == "drop" for a in alive], dtype=float)
     scale = max(1.0, float(np.max(sizes)))  # HiGHS' tolerances are absolute
-    found = milp(
-        np.array(costs),
-        integrality=np.ones(len(alive)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(cover, 1, 1),
-            LinearConstraint(sizes[None] / scale, -np.inf, limit / scale),
-            LinearConstraint(drops[None], 0, 1),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent_solver():
+        found = milp(
+            np.array(costs),
+            integrality=np.ones(len(alive)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(cover, 1, 1),
+                LinearConstraint(sizes[None] / scale, -np.inf, limit / scale),
+                LinearConstraint(drops[None], 0, 1),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if found.status == 2 or found.x is None:
         return None
     taken = tuple(a for a, x in zip(alive, found.x, strict=True) if x > 0.5)
@@ -137,6 +142,20 @@ def _program(
     if float(sum(s for s, x in zip(sizes, found.x, strict=True) if x > 0.5)) > limit * (1 + 1e-9):
         raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
     return solution
+
+
+@contextlib.contextmanager
+def _silent_solver() -> Iterator[None]:
+    """Standard output goes nowhere: HiGHS prints a line there at some budgets, whatever its options say."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _scale(bank: Bank, a: Alternative) -> float:

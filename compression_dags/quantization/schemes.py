@@ -73,7 +73,7 @@ class QuantizedModel:
 class Override(BaseModel):
     """A scheme of some matrices' own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     scheme: Scheme
     group_size: int | None = Field(None, gt=0)

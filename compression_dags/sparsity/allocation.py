@@ -184,7 +184,7 @@ class SparsityPlan:
 class Allocation(BaseModel):
     """Options of an allocator. Subclasses set the `method` literal and define `allocate`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     version: ClassVar[str] = "1"
     needs: ClassVar[tuple[str, ...]] = ()
