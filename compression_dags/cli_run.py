@@ -237,14 +237,13 @@ def execute(
 def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
     for event in result.all_events:
         if event.is_step_failure:
-            error = event.step_failure_data.error
+            error = whole = event.step_failure_data.error
             while error is not None and error.cause is not None:
                 error = error.cause
-            if error is None:
-                raise WorkFailed(f"{event.step_key}: unknown failure  (run {result.run_id})")
-            if failures.debugging():
-                print(event.step_failure_data.error.to_string(), file=sys.stderr)
-            raise failures.explain_step(event.step_key, error.cls_name, error.message, result.run_id)
+            if failures.debugging() and whole is not None:
+                print(whole.to_string(), file=sys.stderr)
+            kind, message = (error.cls_name or "", error.message) if error else ("", "unknown failure")
+            raise failures.explain_step(str(event.step_key), kind, message, result.run_id)
     raise WorkFailed(f"run {result.run_id} failed without a failed step")
 
 
