@@ -237,13 +237,14 @@ def execute(
 def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
     for event in result.all_events:
         if event.is_step_failure:
-            error = whole = event.step_failure_data.error
-            while error is not None and error.cause is not None:
+            whole = error = event.step_failure_data.error
+            chain: list[tuple[str, str]] = []  # outermost first
+            while error is not None:
+                chain.append((error.cls_name or "", error.message))
                 error = error.cause
             if failures.debugging() and whole is not None:
                 print(whole.to_string(), file=sys.stderr)
-            kind, message = (error.cls_name or "", error.message) if error else ("", "unknown failure")
-            raise failures.explain_step(str(event.step_key), kind, message, result.run_id)
+            raise failures.explain_step(str(event.step_key), chain, result.run_id)
     raise WorkFailed(f"run {result.run_id} failed without a failed step")
 
 

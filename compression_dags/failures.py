@@ -15,6 +15,7 @@ import sqlite3
 import sys
 import traceback
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compression_dags.errors import InputError, IntegrityError
@@ -28,6 +29,7 @@ _FULL_TEXT = re.compile(
 )
 _INTERRUPTED = {"KeyboardInterrupt", "DagsterExecutionInterruptedError"}
 _OUT_OF_MEMORY = {"MemoryError", "OutOfMemoryError", "ArrowMemoryError"}
+_OURS = {"InputError", "IntegrityError", "WorkFailed", "Failure"}
 _HINT = f"(--debug or {DEBUG}=1 shows where)"
 
 
@@ -55,12 +57,12 @@ def explain(error: BaseException) -> Failure:
     """The failure that an exception is."""
     if type(error).__name__ in _INTERRUPTED:
         return Failure(130, STOPPED)
-    if is_full(error):
-        return Failure(2, full_disk(_file_of(error)))
     if isinstance(error, InputError):
         return Failure(2, _one_line(str(error)))
     if isinstance(error, (WorkFailed, IntegrityError)):
         return Failure(1, _one_line(str(error)))
+    if is_full(error):
+        return Failure(2, full_disk(_file_of(error)))
     if isinstance(error, MemoryError) or type(error).__name__ in _OUT_OF_MEMORY:
         return Failure(1, f"out of memory: {_one_line(str(error)) or 'the host has none left'} {_HINT}")
     if isinstance(error, RecursionError):
@@ -75,24 +77,25 @@ def explain(error: BaseException) -> Failure:
     return Failure(1, f"{said} {_HINT}")
 
 
-def explain_step(step: str, kind: str, message: str, run_id: str) -> BaseException:
-    """The exception that stands for one raised inside an asset, of which only name and text are left.
+def explain_step(step: str, chain: Sequence[tuple[str, str]], run_id: str) -> BaseException:
+    """The exception that stands for one raised inside an asset, of which only names and texts are left.
 
     Args:
-        kind: name of the exception's class.
-        message: its text, with or without the class in front and a stack behind.
+        chain: class and text of the exception and of what caused it, outermost first; texts may have the class in front
+            and a stack behind.
     """
-    text = _one_line(message.split("\n\nStack")[0].strip())
-    text = text.removeprefix(f"compression_dags.errors.{kind}: ").removeprefix(f"{kind}: ")
-    if kind in _INTERRUPTED:
+    named = [(kind, _one_line(message.split("\n\nStack")[0])) for kind, message in chain] or [("", "unknown failure")]
+    if any(kind in _INTERRUPTED for kind, _ in named):
         return KeyboardInterrupt()
-    if kind == "InputError":
-        return InputError(text.split("compression_dags.errors.InputError: ")[-1])
-    if _FULL_TEXT.search(text):
+    if any(_FULL_TEXT.search(text) for kind, text in named if kind not in _OURS):
         return InputError(full_disk(None))
+    kind, text = next((pair for pair in named if pair[0] in _OURS), named[-1])
+    text = text.removeprefix(f"compression_dags.errors.{kind}: ").removeprefix(f"{kind}: ")
+    if kind == "InputError":
+        return InputError(text)
     if kind in _OUT_OF_MEMORY:
         text = f"out of memory: {text or 'the host has none left'}"
-    elif kind not in {"IntegrityError", "WorkFailed", "Failure"}:
+    elif kind and kind not in _OURS:
         text = f"{kind}: {text}"
     return WorkFailed(f"{step}: {text}  (run {run_id})")
 

@@ -113,7 +113,7 @@ class Recipe:
         try:
             for stage in self.stages:
                 stage.check(facts)
-            self.check_texts()
+            self._check_texts()
             context = int(facts.config.get("max_position_embeddings") or self.calibration.length)
             for stage in self.recoveries:
                 stage.check_tokens(facts, self.calibration.sequences, min(self.calibration.length, context))
@@ -124,8 +124,14 @@ class Recipe:
         """Read every corpus that the recipe uses once, and refuse what is no text, before any compute.
 
         Raises:
-            InputError: naming the file and its row.
+            InputError: beginning with the recipe's name, with the file and its row.
         """
+        try:
+            self._check_texts()
+        except InputError as error:
+            raise InputError(f"recipe {self.name}: {error}") from None
+
+    def _check_texts(self) -> None:
         if self.reads_tokens:
             check_corpus(self.calibration.corpus)
         for stage in self.stages:

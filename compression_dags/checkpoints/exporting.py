@@ -43,6 +43,9 @@ def new_directory(target: Path, *, outside: Path) -> Iterator[Path]:
         replace = not (real.is_dir() and (os.path.ismount(real) or not os.access(real.parent, os.W_OK)))
         parent = real.parent if replace else real
         missing = [p for p in (parent, *parent.parents) if not p.exists()]
+        above = next(p for p in (parent, *parent.parents) if p.exists())
+        if not above.is_dir():
+            raise InputError(f"--to {target} cannot be written: {above} is no directory")
         parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     except OSError as error:
