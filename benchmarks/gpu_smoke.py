@@ -5,7 +5,7 @@ Models: stories260k and a tiny random one of every architecture. Each model goes
 each device in float32, in a home of its own, and once more on the second device in that device's own dtype. A recipe
 that a model's headers refuse is run alone on both devices, and must be refused by both in the same words.
 
-A row passes when both devices chose the same layers, wrote as many layers, parameters and bytes, and scored perplexities
+A row passes when both devices chose the same layers, wrote as many layers, parameters and bytes, and scored perplexity
 within `TOLERANCE`. Weights are compared after dequantization, relative to their Frobenius norm: within `SAME_WEIGHTS`
 for methods that choose layers or round each weight alone. Methods that search or carry rounding errors on (`CHAOTIC`)
 amplify the last bit of a sum; for them the difference is shown and only the perplexity decides.

@@ -10,31 +10,40 @@ from typing import Any
 
 import click
 
+from compression_dags import failures
 from compression_dags.errors import InputError
+from compression_dags.failures import WorkFailed as WorkFailed
+from compression_dags.paths import what_is
 
 DEMO = ("reverse-20", "shortgpt-20", "shortgpt-20-ls", "weighted-sum-20-ls", "rtn-w4", "angular-20-ls-rtn-w4")
 
 
 class Cli(click.Group):
-    """Turns the two kinds of failure into one line and an exit code: bad input 2, failed work 1."""
+    """Turns every failure into one line on standard error and an exit code (see `failures`)."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except InputError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-        except WorkFailed as error:
-            click.echo(f"failed: {error}", err=True)
-            ctx.exit(1)
-
-
-class WorkFailed(RuntimeError):
-    """A run started and did not finish."""
+            found = super().invoke(ctx)
+            sys.stdout.flush()
+            return found
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except BrokenPipeError:  # the reader has what it wanted, as in `recipes | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            ctx.exit(141)
+        except (Exception, KeyboardInterrupt) as error:
+            failures.show_traceback(error)
+            failure = failures.explain(KeyboardInterrupt() if isinstance(error, click.Abort) else error)
+            click.echo(failure.spoken(), err=True)
+            ctx.exit(failure.exit_code)
 
 
 def _home(_: click.Context, __: click.Parameter, value: str | None) -> Path:
     path = Path(value or os.environ.get("COMPRESSION_DAGS_HOME") or ".compression_dags").absolute()
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(f"home {path} cannot be read: Permission denied")
+    if os.path.lexists(path) and not path.is_dir():
+        raise InputError(f"home {path} {what_is(path)}; give a folder with --home")
     os.environ["COMPRESSION_DAGS_HOME"] = str(path)
     return path
 
@@ -52,8 +61,11 @@ def emit(value: Any, as_json: bool, text: str) -> None:
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="compression-dags")
-def main() -> None:
+@click.option("--debug", is_flag=True, help=f"Show where a failure came from; so does {failures.DEBUG}=1.")
+def main(debug: bool) -> None:
     """Turn base LLMs into compressed, measured, servable checkpoints, as one Dagster asset graph."""
+    if debug:
+        os.environ[failures.DEBUG] = "1"
 
 
 def run_options(command: Any) -> Any:
@@ -197,15 +209,23 @@ def models_add(model: str, name: str | None, home: Path, as_json: bool) -> None:
 @main.command()
 @json_option
 def recipes(as_json: bool) -> None:
-    """List and validate recipes: your own in ./recipes, and those that the project ships."""
-    from compression_dags.recipes import load_recipes
+    """List and validate recipes, your own in ./recipes and those shipped; exit 2 if a file had to be left out."""
+    from compression_dags.evaluation.tasks import evaluation_book
+    from compression_dags.recipes import load_recipes, recipes_folder
 
     found = load_recipes()
+    found.resolve(lambda: evaluation_book(recipes_folder()))
     lines = [
         f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {r.description}"
         for r in found.values()
     ]
-    emit({name: r.describe() for name, r in found.items()}, as_json, "\n".join(lines))
+    described: dict[str, Any] = {name: r.describe() for name, r in found.items()}
+    if found.left_out:  # no recipe can have this name
+        described["left_out"] = {str(path): why for path, why in found.left_out.items()}
+        lines += ["", f"left out: {len(found.left_out)}", *(f"  {why}" for why in found.left_out.values())]
+    emit(described, as_json, "\n".join(lines))
+    if found.left_out:
+        sys.exit(2)
 
 
 @main.command()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from compression_dags.calibration.corpora import Calibration
@@ -17,7 +17,10 @@ from compression_dags.planning.alternatives import Bank, BankOptions
 from compression_dags.planning.bounds import Measure, check_plan
 from compression_dags.planning.emit import recipe_of, recipe_text
 from compression_dags.planning.solve import Solution, solve
-from compression_dags.recipes import NAME, load_recipe, own_recipes
+from compression_dags.recipe_names import fault, made_name
+from compression_dags.recipes import own_recipes, read_recipe
+from compression_dags.statefile import replace_text
+from compression_dags.yaml_reader import read_mapping, shown
 
 if TYPE_CHECKING:
     from compression_dags.definitions import Settings
@@ -90,13 +93,15 @@ def method_of(text: str) -> dict[str, Any]:
     Raises:
         InputError: neither a name nor a mapping with one.
     """
+    if re.fullmatch(r"\s*[\w.-]+\s*", text):
+        return {"method": text.strip()}
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
-        found = None
-    options = {"method": found} if isinstance(found, str) else found
-    if not isinstance(options, dict) or not isinstance(options.get("method"), str):
-        raise InputError(f"{text!r} is no method: give its name, or options as in a recipe: {{method: NAME, …}}")
+        options = read_mapping(text, "options", max_bytes=1 << 16).values
+    except InputError as error:
+        said = "give its name, or options as in a recipe: {method: NAME, …}"
+        raise InputError(f"{shown(text)} is no method: {said} ({error})") from None
+    if not isinstance(options.get("method"), str):
+        raise InputError(f"{shown(text)} is no method: give its name as `method` in {{method: NAME, …}}")
     return options
 
 
@@ -181,7 +186,7 @@ def plan_budgets(
             description=f"{slug} in {_spoken(measure, budget)}: predicted KL {solution.cost:.4f} nats a token",
             calibration=calibration.model_dump(mode="json", exclude_defaults=True),
         )
-        _write(path, recipe, recipe_text(recipe, solution, bank))
+        _write(path, path.stem, recipe, recipe_text(recipe, solution, bank))
         found.append(Planned(path.stem, path, solution, measure, budget, cached))
     return found
 
@@ -211,15 +216,9 @@ def _files(slug: str, budgets: list[tuple[Measure, float]], name: str | None, fo
     """
     found: list[Path] = []
     for measure, budget in budgets:
-        own = name if name and len(budgets) == 1 else f"{name or 'planned-' + slug}-{_spoken(measure, budget)}"
-        own = re.sub(r"[^a-z0-9]+", "-", own.lower()).strip("-")
-        path = folder / f"{own}.yaml"
-        if not NAME.fullmatch(own):
-            raise InputError(f"recipe name {own!r} must be lower-case words joined by hyphens")
+        path = _check_target(_recipe_name(name, slug, measure, budget, len(budgets)), folder)
         if path in found:
             raise InputError(f"two budgets would both be written to {path}; plan them one at a time, with --name")
-        if path.exists() and not path.read_text(encoding="utf-8").startswith(MADE):
-            raise InputError(f"{path} exists and was not made by plan; give another --name")
         found.append(path)
     return found
 
@@ -230,14 +229,40 @@ def _spoken(measure: Measure, budget: float) -> str:
     return f"{budget / 1e6:g}m{'b' if measure == 'bytes' else ''}"
 
 
-def _write(path: Path, recipe: dict[str, Any], text: str) -> None:
+def _recipe_name(name: str | None, slug: str, measure: Measure, budget: float, budgets: int) -> str:
+    """What the recipe of a budget is called: as asked, else after the model and the budget, and then always legal."""
+    if name:
+        asked = name if budgets == 1 else f"{name}-{_spoken(measure, budget)}"
+        return re.sub(r"[^a-z0-9]+", "-", asked.lower()).strip("-")
+    return made_name(f"planned-{slug}-{_spoken(measure, budget)}")
+
+
+def _check_target(name: str, folder: Path) -> Path:
+    """The file of a recipe that is to be written.
+
+    Raises:
+        InputError: a name that is not allowed, a file that was written by hand, a folder that cannot be written.
+    """
+    if wrong := fault(name):
+        raise InputError(f"recipe name {shown(name)} {wrong}; give another --name")
+    path = folder / f"{name}.yaml"
+    try:
+        if path.exists() and not path.read_bytes().startswith(MADE.encode()):
+            raise InputError(f"{path} exists and was not made by plan; give another --name")
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"recipes folder {folder} cannot be written; give another with --to")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return path
+
+
+def _write(path: Path, name: str, recipe: dict[str, Any], text: str) -> None:
+    """Put a recipe at `path` after it was read like any other; a refused one leaves nothing behind."""
     if not recipe["stages"]:
-        raise InputError(f"{path.stem}: the base model fits the budget as it is; there is nothing to compress")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    load_recipe(partial)  # it must run like any other
-    partial.replace(path)
+        raise InputError(f"{name}: the base model fits the budget as it is; there is nothing to compress")
+    read_recipe(read_mapping(text, str(path)))
+    replace_text(path, text)
 
 
 def _bank(

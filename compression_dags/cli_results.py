@@ -10,8 +10,10 @@ from typing import Any
 import pandas as pd
 
 from assets.base_models import base_model
-from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
+from compression_dags.checkpoints.exporting import copy_checkpoint, new_directory
+from compression_dags.definitions import Graph, Settings, build_graph
 from compression_dags.errors import InputError
+from compression_dags.evaluation.tasks import evaluation_book
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import load_recipes, pick_recipes, recipes_folder
 from resources.artifact_store import ArtifactStore
@@ -67,7 +69,7 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
         raise InputError(f"no recipe was run on {slug} yet")
     frame = pd.read_parquet(found.path / "ledger.parquet")
     runs = {f: store.run_of(f) for f in frame["fingerprint"].unique()}
-    frame["run_id"] = frame["fingerprint"].map(runs)
+    frame["run_id"] = [runs[f] for f in frame["fingerprint"]]
     for column, value in (("recipe", recipe), ("stage", stage)):
         if value is not None:
             allowed = sorted(set(frame[column]))
@@ -81,7 +83,8 @@ def export_checkpoint(home: Path, model: str, recipe: str, target: Path) -> Path
     """Copy the last weights of a recipe with model card and `compression.json`.
 
     Raises:
-        InputError: not run yet, or the target is not an empty or new directory.
+        InputError: not run yet, or the target is not an empty or new directory that can be written.
+        IntegrityError: the stored weights are damaged; nothing was exported.
     """
     from compression_dags.provenance.model_card import write_card
 
@@ -92,17 +95,11 @@ def export_checkpoint(home: Path, model: str, recipe: str, target: Path) -> Path
     base = store.recall(base_model.key, slug)
     if weights is None or card is None or base is None:
         raise InputError(f"recipe {recipe} was not run on {slug}: compression-dags run -m {slug} -r {recipe}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"--to {target} must be a new or empty directory")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # real copies: what a user does to an export must not reach the store
-        shutil.copytree(weights.checkpoint, target, dirs_exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--to {target} cannot be written: {error.strerror}") from None
     lineage = {key.to_user_string(): a for key in family.keys([]) if (a := store.recall(key, slug))}
     scores = json.loads((card.path / "scorecard.json").read_text())
-    write_card(target, chosen.describe(), slug, base, weights, _lineage(lineage), scores, _stage_decisions(lineage))
+    with new_directory(target, outside=home) as work:
+        copy_checkpoint(weights, work)
+        write_card(work, chosen.describe(), slug, base, weights, _lineage(lineage), scores, _stage_decisions(lineage))
     return target
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.cli import WorkFailed
+from compression_dags import failures
 from compression_dags.errors import InputError
+from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, pick_recipes, recipes_folder
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.definitions import Graph, Settings
+    from compression_dags.evaluation.tasks import TaskBook
     from compression_dags.provenance.artifacts import Artifact
     from resources.model_hub import ModelSource
 
@@ -110,15 +112,32 @@ def run_recipes(
         changed = {r.name: replace(r, calibration=_changed(r, calibration)) for r in chosen}
         recipes |= changed
         chosen = list(changed.values())
-    source = register(model, settings, name)
-    check_model(source, chosen, settings)
+    for recipe in chosen:
+        recipe.check_texts()
 
-    from compression_dags.definitions import added_tasks, build_graph, evaluation_book
+    from compression_dags.definitions import build_graph
+    from compression_dags.evaluation.added import added_tasks, asked_tasks, remember
+    from compression_dags.evaluation.tasks import evaluation_book
+    from resources.evaluator import Evaluator
 
     book = evaluation_book(recipes_folder())
-    wanted = _wanted_tasks(book, source.slug, chosen, tasks, settings)
-    extra = book.resolve(added_tasks(settings.home, tasks.split(",") if tasks else ()))
+    extra = added_tasks(settings.home, book)
+    folders = Evaluator(data_dirs=settings.eval_data).folders
+    asked = None if tasks is None else asked_tasks(tasks, book, extra, folders)
+    for recipe in chosen:
+        book.check_harness(recipe.evaluate, folders)
+    source = register(model, settings, name)
+    check_model(source, chosen, settings)
+    if asked is None:
+        wanted = _wanted_tasks(book, source.slug, chosen, folders)
+    else:
+        wanted = [task.name for task in asked]
+        remember(settings.home, asked, book)
+        extra = list({task.name: task for task in (*extra, *asked)}.values())
     graph = build_graph(recipes, book, settings, extra)
+    for recipe in chosen:
+        if recipe.name not in graph.families:
+            raise InputError(f"recipe {recipe.name}: another recipe calls another text by the name of one of its tasks")
     result = execute(graph.definitions, source.slug, graph.keys([r.name for r in chosen], wanted), settings)
     return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start)
 
@@ -129,7 +148,8 @@ def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
     source = register(model, settings, name)
     check_model(source, [], settings)
     from assets.base_models import base_model
-    from compression_dags.definitions import build_graph, evaluation_book
+    from compression_dags.definitions import build_graph
+    from compression_dags.evaluation.tasks import evaluation_book
 
     graph = build_graph({}, evaluation_book(recipes_folder()), settings)
     execute(graph.definitions, source.slug, [base_model.key], settings)
@@ -201,16 +221,11 @@ def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) 
     ArtifactStore(home=str(settings.home)).ensure_writable(checkpoint.nbytes * (1 + len(recipes)))
 
 
-def _wanted_tasks(book, slug: str, recipes: list[Recipe], tasks: str | None, settings: Settings) -> list[str]:
-    """Names of the tasks to score: the command line's, else the recipes' own, else the model's default suite."""
-    from resources.evaluator import Evaluator
-
-    if tasks:
-        names = [t.strip() for t in tasks.split(",") if t.strip()]
-    else:
-        default = book.default_names(slug)
-        names = [t for r in recipes for t in (r.evaluate or default)] or default
-    book.check_harness(names, Evaluator(data_dirs=settings.eval_data).folders)
+def _wanted_tasks(book: TaskBook, slug: str, recipes: list[Recipe], folders: list[Path]) -> list[str]:
+    """Names of the tasks to score: the recipes' own, else the model's default suite."""
+    default = book.default_names(slug)
+    names = [t for r in recipes for t in (r.evaluate or default)] or default
+    book.check_harness(names, folders)
     return list(dict.fromkeys(task.name for task in book.resolve(names)))
 
 
@@ -244,18 +259,14 @@ def execute(
 def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
     for event in result.all_events:
         if event.is_step_failure:
-            error = event.step_failure_data.error
-            while error is not None and error.cause is not None:
+            whole = error = event.step_failure_data.error
+            chain: list[tuple[str, str]] = []  # outermost first
+            while error is not None:
+                chain.append((error.cls_name or "", error.message))
                 error = error.cause
-            text = (
-                (error.message if error else "unknown failure")
-                .strip()
-                .removeprefix(f"{error.cls_name}: " if error else "")
-            )
-            line = " ".join(text.split("\n\nStack")[0].split())
-            if error is not None and error.cls_name == "InputError":
-                raise InputError(line.split("compression_dags.errors.InputError: ")[-1])
-            raise WorkFailed(f"{event.step_key}: {line}  (run {result.run_id})")
+            if failures.debugging() and whole is not None:
+                print(whole.to_string(), file=sys.stderr)
+            raise failures.explain_step(str(event.step_key), chain, result.run_id)
     raise WorkFailed(f"run {result.run_id} failed without a failed step")
 
 

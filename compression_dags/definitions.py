@@ -1,6 +1,6 @@
 """The composition root: recipes → assets, resources, jobs, schedule, sensor. Imports no torch."""
 
-import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,17 @@ from assets.planning import NAME as ALTERNATIVES
 from assets.planning import build_alternatives
 from assets.summary import build_decision_ledger, build_leaderboard
 from compression_dags.calibration.corpora import Calibration
-from compression_dags.evaluation.tasks import TEXT_FILES, Task, TaskBook, load_tasks
-from compression_dags.paths import PROJECT
+from compression_dags.errors import InputError
+from compression_dags.evaluation.added import added_tasks
+from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
 from compression_dags.planning.alternatives import BankOptions
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore, HandleIO
 from resources.evaluator import Evaluator
 from resources.model_hub import ModelHub
+
+logger = logging.getLogger("compression_dags")
 
 
 @dataclass(frozen=True)
@@ -82,37 +85,22 @@ class Graph:
         return list(dict.fromkeys([*(k for f in chosen for k in f.keys(tasks)), *self.SUMMARY]))
 
 
-def added_tasks(home: Path, more: Sequence[str] = ()) -> list[str]:
-    """Tasks asked for with `--tasks` in this home, so that the UI shows them too; `more` are added.
-
-    Texts are remembered by absolute path, and forgotten when they are gone.
-    """
-    file = home / "tasks.json"
-    known = json.loads(file.read_text()) if file.is_file() else []
-    named = [str(Path(t).absolute()) if Path(t).suffix in TEXT_FILES else t for t in (*known, *more)]
-    wanted = [t for t in dict.fromkeys(named) if Path(t).suffix not in TEXT_FILES or Path(t).is_file()]
-    if wanted != known:
-        home.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(wanted))
-    return wanted
-
-
-def evaluation_book(folder: Path) -> TaskBook:
-    own = folder / "evaluation.yaml"
-    return load_tasks(own if own.is_file() else PROJECT / "recipes" / "evaluation.yaml")
-
-
 def build_graph(recipes: dict[str, Recipe], book: TaskBook, settings: Settings, extra: Sequence[Task] = ()) -> Graph:
-    """All assets of all recipes. `extra` are tasks asked for on the command line, offered to every family."""
-    defaults = book.resolve(sorted({task for suite in book.default_suites.values() for task in book.suites[suite]}))
+    """All assets of all recipes. `extra` are tasks asked for on the command line, offered to every family.
 
-    def tasks_of(recipe: Recipe | None) -> list[Task]:
-        own = book.resolve(list(recipe.evaluate)) if recipe and recipe.evaluate else defaults
-        return list({t.name: t for t in [*own, *extra]}.values())
-
-    everything = {t.name: t for r in (None, *recipes.values()) for t in tasks_of(r)}
+    A recipe whose tasks do not resolve is left out and said, and so is an extra task whose name a recipe uses.
+    """
+    own, everything = _tasks_of_recipes(recipes, book)
+    recipes = {name: recipe for name, recipe in recipes.items() if name in own}
+    for task in extra:
+        if everything.setdefault(task.name, task) != task:
+            logger.warning("task %s of tasks.json is left out: a recipe has another task of that name", task.name)
+    offered = [task for task in extra if everything[task.name] == task]
     families = {BASELINE: build_baseline(list(everything.values()))}
-    families |= {name: build_recipe_family(recipe, tasks_of(recipe)) for name, recipe in recipes.items()}
+    families |= {
+        name: build_recipe_family(recipe, list({t.name: t for t in [*own[name], *offered]}.values()))
+        for name, recipe in recipes.items()
+    }
     calibrations = _calibrations(recipes)
     assets = [
         base_model,
@@ -133,6 +121,25 @@ def build_graph(recipes: dict[str, Recipe], book: TaskBook, settings: Settings, 
         executor=dg.in_process_executor,
     )
     return Graph(definitions, recipes, families, book)
+
+
+def _tasks_of_recipes(recipes: dict[str, Recipe], book: TaskBook) -> tuple[dict[str, list[Task]], dict[str, Task]]:
+    """Recipe → its tasks, and all tasks by name, which are the baseline's; without recipes that do not resolve."""
+    defaults = book.resolve(sorted({task for suite in book.default_suites.values() for task in book.suites[suite]}))
+    everything: dict[str, Task] = {task.name: task for task in defaults}
+    own: dict[str, list[Task]] = {}
+    for name, recipe in recipes.items():
+        try:
+            tasks = book.resolve(list(recipe.evaluate)) if recipe.evaluate else defaults
+            for task in tasks:
+                if everything.get(task.name, task) != task:
+                    raise InputError(f"its task {task.name!r} is another one than that of the other recipes")
+        except InputError as error:
+            logger.warning("recipe %s is left out: evaluate: %s", name, error)
+            continue
+        everything |= {task.name: task for task in tasks}
+        own[name] = list(tasks)
+    return own, everything
 
 
 def _calibrations(recipes: dict[str, Recipe]) -> list[Calibration]:
@@ -235,5 +242,4 @@ def defs() -> dg.Definitions:
     """What Dagster's tools load: the recipes folder and the home of the environment."""
     settings = Settings.from_environment()
     book = evaluation_book(recipes_folder())
-    extra = book.resolve(added_tasks(settings.home))
-    return build_graph(load_recipes(), book, settings, extra).definitions
+    return build_graph(load_recipes(), book, settings, added_tasks(settings.home, book)).definitions

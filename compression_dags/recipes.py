@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from compression_dags import recipe_names, yaml_reader
 from compression_dags.architectures import StackFacts
-from compression_dags.calibration.corpora import Calibration, check_size
+from compression_dags.calibration.corpora import Calibration, check_corpus, check_size
 from compression_dags.errors import InputError
+from compression_dags.evaluation.tasks import TaskBook
 from compression_dags.merging.plan import MergeStage
 from compression_dags.merging.recovery import RecoverStage
-from compression_dags.paths import PROJECT
+from compression_dags.paths import PROJECT, what_is
 from compression_dags.planning.bounds import check_bits
 from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.recipe_names import BASELINE, NAME
 from compression_dags.registry import METHODS
 from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stages import Stage
 
 ORDER = ("merge", "recover", "sparsify", "quantize")
 REPEATABLE = ("recover",)
-NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 KEYS = ("name", "description", "calibration", "stages", "evaluate")
-BASELINE = "baseline"
+__all__ = ["BASELINE", "NAME", "Recipe", "Recipes", "load_recipe", "load_recipes", "pick_recipes", "recipes_folder"]
+logger = logging.getLogger("compression_dags")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Recipe:
                 stage.check(self._before(stage, facts))
             if self.quantize and self.quantize.bits:
                 check_bits(self.quantize, self._before(self.quantize, facts))
+            self._check_texts()
             context = int(facts.config.get("max_position_embeddings") or self.calibration.length)
             sequences, length = self.calibration.sequences, min(self.calibration.length, context)
             if self.reads_tokens:
@@ -130,6 +136,24 @@ class Recipe:
         if self.merge is None or stage is self.merge or isinstance(stage, RecoverStage):
             return facts
         return facts.shortened(facts.layers - self.merge.removed(facts.layers))
+
+    def check_texts(self) -> None:
+        """Read every corpus that the recipe uses once, and refuse what is no text, before any compute.
+
+        Raises:
+            InputError: beginning with the recipe's name, with the file and its row.
+        """
+        try:
+            self._check_texts()
+        except InputError as error:
+            raise InputError(f"recipe {self.name}: {error}") from None
+
+    def _check_texts(self) -> None:
+        if self.reads_tokens:
+            check_corpus(self.calibration.corpus)
+        for stage in self.stages:
+            for corpus in getattr(stage, "corpora", ()):
+                check_corpus(corpus)
 
     def describe(self) -> dict[str, Any]:
         """The recipe with every default written out, as it goes into `compression.json`."""
@@ -158,39 +182,115 @@ def recipes_folder() -> Path:
     return own if own.is_dir() or os.environ.get("COMPRESSION_DAGS_RECIPES") else PROJECT / "recipes"
 
 
-def load_recipes(folder: Path | None = None) -> dict[str, Recipe]:
-    """All recipes of a folder, by name.
+class Recipes(dict[str, Recipe]):
+    """Recipes by name, and the files that hold none.
+
+    Attributes:
+        left_out: file → why it was left out, one line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: dict[Path, str] = {}
+        self.files: dict[str, Path] = {}
+
+    def join(self, other: Recipes) -> None:
+        """Take over what `other` holds; of two recipes of one name its."""
+        self.update(other)
+        self.left_out |= other.left_out
+        self.files |= other.files
+
+    def resolve(self, tasks: Callable[[], TaskBook]) -> None:
+        """Leave out recipes whose `evaluate:` names a text that is not there, and an `evaluation.yaml` that is bad."""
+        try:
+            book = tasks()
+        except InputError as error:
+            self.left_out[Path("evaluation.yaml")] = str(error)
+            return
+        for name, recipe in list(self.items()):
+            try:
+                book.resolve(list(recipe.evaluate))
+            except InputError as error:
+                self.left_out[self.files[name]] = f"{self.files[name]}: evaluate: {error}"
+                del self[name]
+
+
+def load_recipes(folder: Path | None = None) -> Recipes:
+    """All good recipes of a folder, by name; a bad file costs itself and is said once a process.
 
     Without a folder: the user's own, and the project's that have other names; a folder that
     `COMPRESSION_DAGS_RECIPES` names counts alone.
 
     Raises:
-        InputError: an invalid recipe, or two of one name.
+        InputError: the folder cannot be read.
     """
-    if folder is None:
-        own, shipped = recipes_folder(), PROJECT / "recipes"
-        alone = os.environ.get("COMPRESSION_DAGS_RECIPES") or own.samefile(shipped)
-        return ({} if alone else load_recipes(shipped)) | load_recipes(own)
-    if not folder.is_dir():
-        raise InputError(f"recipes folder {folder} does not exist")
-    found: dict[str, Recipe] = {}
-    for path in sorted(folder.glob("*.yaml")):
-        if path.name == "evaluation.yaml":
-            continue
-        recipe = load_recipe(path)
-        if recipe.name in found:
-            raise InputError(f"{path}: a second recipe is named {recipe.name!r}; names must differ")
-        found[recipe.name] = recipe
+    if folder is not None:
+        return _of_folder(folder)
+    own, shipped = recipes_folder(), PROJECT / "recipes"
+    if os.environ.get("COMPRESSION_DAGS_RECIPES") or (own.is_dir() and own.samefile(shipped)):
+        return _of_folder(own)
+    found = _of_folder(shipped)
+    found.join(_of_folder(own))
     return found
 
 
-def pick_recipes(recipes: dict[str, Recipe], names: list[str]) -> list[Recipe]:
+def _of_folder(folder: Path) -> Recipes:
+    found = Recipes()
+    for path in _files(folder):
+        try:
+            recipe = load_recipe(path)
+            if recipe.name in found:
+                raise InputError(f"{path}: a second recipe is named {recipe.name!r}, after {found.files[recipe.name]}")
+        except InputError as error:
+            found.left_out[path] = str(error)
+            _warn_once(f"left out: {error}")
+            continue
+        found[recipe.name], found.files[recipe.name] = recipe, path
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """What a recipes folder holds that is named like a recipe; hidden names are other programs'."""
+    if not folder.is_dir():
+        raise InputError(f"recipes folder {folder} {what_is(folder)}")
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except OSError as error:
+        raise InputError(f"recipes folder {folder} cannot be read: {error.strerror}") from None
+    return [folder / n for n in names if n.endswith(".yaml") and not n.startswith(".") and n != "evaluation.yaml"]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def pick_recipes(recipes: Mapping[str, Recipe], names: list[str]) -> list[Recipe]:
+    """The recipes of these names, each once.
+
+    Raises:
+        InputError: an unknown name, with near ones; or what is wrong with the file that should hold it.
+    """
+    left_out = recipes.left_out if isinstance(recipes, Recipes) else {}
     for name in names:
         if name not in recipes:
+            for path, message in left_out.items():
+                if name in (path.stem, _claimed_name(path)):
+                    raise InputError(f"recipe {name!r} is left out: {message}")
             near = difflib.get_close_matches(name, recipes, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise InputError(f"recipe {name!r} is unknown{hint} Known: {', '.join(recipes)}")
     return [recipes[name] for name in dict.fromkeys(names)]
+
+
+def _claimed_name(path: Path) -> str | None:
+    """The name that a bad file gives itself, if its beginning shows one."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as handle:
+                found = re.search(rb"^name:[ \t]*[\"']?([^\s\"'#]+)", handle.read(1 << 16), re.MULTILINE)
+            return found[1].decode("utf-8", "replace") if found else None
+    return None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -199,57 +299,43 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         InputError: `file:line: key: what is wrong, and what is allowed`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(
-            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}"
-        ) from None
-    return _Reader(path, root).recipe(tree)
+    return read_recipe(yaml_reader.read_file(path))
+
+
+def read_recipe(document: yaml_reader.Document) -> Recipe:
+    """The recipe that a mapping says.
+
+    Raises:
+        InputError: as `load_recipe`.
+    """
+    return _Reader(document).recipe()
 
 
 class _Reader:
     """Turns a YAML tree into a Recipe and every fault into one line with its place."""
 
-    def __init__(self, path: Path, root: yaml.Node | None):
-        self.path, self.root = path, root
+    def __init__(self, document: yaml_reader.Document):
+        self.document, self.fail = document, document.fail
 
-    def fail(self, keys: tuple[str | int, ...], message: str) -> InputError:
-        where = ".".join(map(str, keys))
-        return InputError(f"{self.path}:{self.line(keys)}: {where + ': ' if where else ''}{message}")
-
-    def line(self, keys: tuple[str | int, ...]) -> int:
-        """Line of the deepest node on the way to `keys`."""
-        node, line = self.root, 1
-        for key in keys:
-            if isinstance(node, yaml.MappingNode):
-                pair = next(((k, v) for k, v in node.value if k.value == str(key)), None)
-                if pair is None:
-                    return line
-                line, node = pair[0].start_mark.line + 1, pair[1]
-            elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
-                node = node.value[key]
-                line = node.start_mark.line + 1
-        return line
-
-    def recipe(self, tree: Any) -> Recipe:
-        if not isinstance(tree, dict):
-            raise self.fail((), f"a recipe is a mapping with the keys {', '.join(KEYS)}")
+    def recipe(self) -> Recipe:
+        tree = self.document.values
         for key in tree:
             if key not in KEYS:
                 raise self.fail((key,), f"unknown key; allowed: {', '.join(KEYS)}")
         name = tree.get("name")
-        if not isinstance(name, str) or not NAME.fullmatch(name) or name == BASELINE:
-            raise self.fail(("name",), f"{name!r} must be lower-case words joined by hyphens, and not {BASELINE!r}")
+        fault = recipe_names.fault(name)
+        if fault or not isinstance(name, str):
+            raise self.fail(("name",), f"{yaml_reader.shown(name)} {fault}")
         evaluate = tree.get("evaluate") or []
         evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         if not isinstance(evaluate, list) or not all(isinstance(t, str) for t in evaluate):
             raise self.fail(("evaluate",), "must be a task, a suite, or a list of them")
+        description = tree.get("description") or ""
+        if not isinstance(description, str):
+            raise self.fail(("description",), f"{yaml_reader.shown(description)} must be text; put it in quotes")
         calibration = self.validate(Calibration, tree.get("calibration") or {}, ("calibration",))
         stages = self.stages(tree.get("stages"))
-        return Recipe(name, str(tree.get("description") or ""), calibration, stages, tuple(evaluate))
+        return Recipe(name, description, calibration, stages, tuple(evaluate))
 
     def stages(self, entries: Any) -> tuple[Stage, ...]:
         if not isinstance(entries, list) or not entries:
@@ -276,15 +362,17 @@ class _Reader:
         if kind not in METHODS:
             raise self.fail((*at, kind), f"unknown stage; allowed: {', '.join(METHODS)}")
         method = options.get("method")
-        if method not in METHODS[kind]:
-            raise self.fail((*at, kind, "method"), f"{method!r} is unknown; allowed: {', '.join(METHODS[kind])}")
+        if not isinstance(method, str) or method not in METHODS[kind]:
+            raise self.fail(
+                (*at, kind, "method"), f"{yaml_reader.shown(method)} is unknown; allowed: {', '.join(METHODS[kind])}"
+            )
         return self.validate(METHODS[kind][method], options, (*at, kind))
 
     def validate(self, model: type[BaseModel], values: Any, at: tuple[str | int, ...]) -> Any:
         if not isinstance(values, dict):
-            raise self.fail(at, f"must be a mapping, not {values!r}")
+            raise self.fail(at, f"must be a mapping, not {yaml_reader.shown(values)}")
         try:
-            return model.model_validate(values)
+            found = model.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             where = (*at, *first["loc"])
@@ -292,5 +380,9 @@ class _Reader:
                 allowed = ", ".join(model.model_fields)
                 raise self.fail(where, f"unknown key; allowed: {allowed}") from None
             message = first["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(first["input"], dict) else f"{first['input']!r}: "
-            raise self.fail(where, shown + message[0].lower() + message[1:]) from None
+            given = "" if isinstance(first["input"], dict) else f"{yaml_reader.shown(first['input'])}: "
+            raise self.fail(where, given + message[0].lower() + message[1:]) from None
+        for key, value in values.items():
+            if isinstance(value, bool) and not isinstance(getattr(found, key), bool):  # pydantic takes true for 1
+                raise self.fail((*at, key), f"{str(value).lower()} is not allowed here; it is not true or false")
+        return found

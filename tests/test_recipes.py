@@ -80,8 +80,9 @@ def test_not_yaml(tmp_path):
 def test_two_recipes_of_one_name(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.yaml").write_text(GOOD)
-    with pytest.raises(InputError, match="second recipe"):
-        load_recipes(tmp_path)
+    found = load_recipes(tmp_path)
+    assert list(found) == ["try-20"] and list(found.left_out) == [tmp_path / "b.yaml"]
+    assert "second recipe" in found.left_out[tmp_path / "b.yaml"] and "a.yaml" in found.left_out[tmp_path / "b.yaml"]
 
 
 def test_unknown_recipe_suggests():

@@ -1,10 +1,12 @@
 """Calibration corpora → exact blocks of tokens.
 
-A corpus is an embedded name, a local .txt / .jsonl / .parquet file, or a hub data set (`hub:org/name[/config][:split]`)
+A corpus is an embedded name, a local file that `texts` reads, or a hub data set (`hub:org/name[/config][:split]`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from compression_dags.calibration import texts
 from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.paths import PROJECT
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 EMBEDDED = {"c4-sample": PROJECT / "data" / "c4-sample" / "c4_1800.jsonl"}
 #: Named corpora that are not shipped: where they are looked for, under $COMPRESSION_DAGS_DATA and the project's data/.
 NAMED = {"novels": "novels/novels.jsonl.xz"}
-SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".parquet")
+#: Rows taken of a hub data set.
+HUB_ROWS = 20_000
 
 
 class Calibration(Options):
@@ -89,16 +93,12 @@ def resolve_corpus(corpus: str) -> Path | None:
     if corpus.startswith("hub:"):
         return None
     path = EMBEDDED.get(corpus) or _named(corpus) or Path(corpus).expanduser()
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise InputError(
-            f"calibration corpus {corpus!r} is unknown; allowed: {', '.join(EMBEDDED)}, a .txt/.jsonl/.parquet file, "
-            "or hub:org/name[/config][:split]"
+            f"calibration corpus {corpus!r} is unknown; allowed: {', '.join(EMBEDDED)}, a file that ends in "
+            f"{', '.join(texts.SUFFIXES)}, or hub:org/name[/config][:split]"
         )
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(
-            f"calibration corpus {corpus!r} must be {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, "
-            f"not {path.suffix or 'bare'}"
-        )
+    texts.regular(path)
     return path
 
 
@@ -143,48 +143,103 @@ def _named(corpus: str) -> Path | None:
     )
 
 
-def corpus_digest(corpus: str) -> str:
-    """sha256 of the corpus file; for a hub data set, of its reference."""
+def check_corpus(corpus: str) -> None:
+    """Read a corpus once, and refuse what `read_documents` would; of a hub data set only whether it is there.
+
+    Raises:
+        InputError: naming the file and its row.
+    """
     path = resolve_corpus(corpus)
-    return hashlib.sha256(path.read_bytes() if path else corpus.encode()).hexdigest()
+    if path is None:
+        _hub_revision(corpus)
+    elif not texts.check(path):
+        raise _empty(corpus)
+
+
+def corpus_digest(corpus: str) -> str:
+    """sha256 of the corpus file; of a hub data set, of its reference and its commit."""
+    path = resolve_corpus(corpus)
+    if path is not None:
+        return texts.digest(path)
+    return hashlib.sha256(f"{corpus}@{_hub_revision(corpus)}".encode()).hexdigest()
+
+
+def corpora_digests(corpora: Iterable[str]) -> dict[str, str]:
+    """Corpus → its digest, of every corpus named."""
+    return {name: corpus_digest(name) for name in corpora}
 
 
 def read_documents(corpus: str) -> list[str]:
-    """All non-empty documents of a corpus, in file order.
+    """All non-empty documents of a corpus, in file order; those of a .txt are separated by empty lines.
 
     Raises:
-        InputError: the corpus is empty or has no `text` column.
+        InputError: the corpus is empty, or a row is no text.
     """
     path = resolve_corpus(corpus)
-    texts = [t for t in (_read_file(path) if path else _read_hub(corpus)) if t and t.strip()]
-    if not texts:
-        raise InputError(f"calibration corpus {corpus!r} is empty: it holds no text")
-    return texts
+    found = _read_hub(corpus) if path is None else texts.rows(path)
+    if path is not None and path.name.lower().endswith(".txt"):
+        found = (part for text in found for part in text.split("\n\n"))
+    kept = [text for text in found if text.strip()]
+    if not kept:
+        raise _empty(corpus)
+    return kept
 
 
-def _read_file(path: Path) -> Iterable[str]:
-    if path.suffix == ".txt":
-        return path.read_text(encoding="utf-8").split("\n\n")
-    import pandas as pd
-
-    if path.stat().st_size == 0:
-        return []
-    frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path, lines=True)
-    if "text" not in frame:
-        raise InputError(f"calibration corpus {path} needs a `text` column; it has {', '.join(map(str, frame))}")
-    return frame["text"].astype(str).tolist()
+def _empty(corpus: str) -> InputError:
+    return InputError(f"calibration corpus {corpus!r} is empty: it holds no text")
 
 
-def _read_hub(corpus: str) -> Iterable[str]:
-    from datasets import load_dataset
+def _hub_parts(corpus: str) -> tuple[str, list[str], str]:
+    """Repository, configuration if any, split.
 
+    Raises:
+        InputError: not of the form `hub:org/name[/config][:split]`.
+    """
     name, _, split = corpus.removeprefix("hub:").partition(":")
     parts = name.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise InputError(f"calibration corpus {corpus!r} must look like hub:org/name[/config][:split]")
+    return "/".join(parts[:2]), parts[2:3], split or "train"
+
+
+@functools.cache
+def _hub_revision(corpus: str) -> str:
+    """Commit of a hub data set: what the hub says, asked once a process; offline, what its cache holds.
+
+    Raises:
+        InputError: neither knows it.
+    """
+    from huggingface_hub import HfApi, constants
+
+    repository, _, _ = _hub_parts(corpus)
+    reason = "HF_HUB_OFFLINE is set"
     try:
-        data = load_dataset("/".join(parts[:2]), *parts[2:3], split=split or "train", streaming=True)
-        return [row["text"] for _, row in zip(range(20_000), data, strict=False)]
+        if not constants.HF_HUB_OFFLINE and (sha := HfApi().dataset_info(repository, timeout=15).sha):
+            return sha
+    except Exception as error:  # every HTTP client and proxy has its own types
+        reason = type(error).__name__
+    cached = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}" / "refs" / "main"
+    with contextlib.suppress(OSError):
+        return cached.read_text(encoding="utf-8").strip()
+    raise InputError(f"calibration corpus {corpus!r}: the hub does not say its commit ({reason}); give a local file")
+
+
+def _read_hub(corpus: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    repository, config, split = _hub_parts(corpus)
+    revision = _hub_revision(corpus)
+    try:
+        data = load_dataset(repository, *config, split=split, streaming=True, revision=revision)
+        for number, row in zip(range(1, HUB_ROWS + 1), data, strict=False):
+            if "text" not in row:
+                raise InputError(f"{corpus}: row {number}: needs a `text` column; it has {', '.join(row)}")
+            yield texts.checked_text(row["text"], f"{corpus}: row {number}")
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"calibration corpus {corpus!r} could not be read from the hub: {error}") from None
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"calibration corpus {corpus!r} could not be read from the hub: {said}") from None
 
 
 def make_blocks(

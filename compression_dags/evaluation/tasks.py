@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compression_dags import yaml_reader
+from compression_dags.calibration import texts
 from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.paths import PROJECT
 
-TEXT_FILES = (".jsonl", ".txt", ".parquet")
+#: Characters of a task's name; `eval_<name>` is an asset and a folder.
+MAX_NAME = 80
 #: Task names become Dagster asset names (`eval_<task>`), which allow nothing else.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=MAX_NAME)]
 
 
 class _Task(Options):
@@ -40,8 +42,7 @@ class PerplexityTask(_Task):
     """Perplexity of a text in non-overlapping windows (see `perplexity.py` for the protocol).
 
     Attributes:
-        file: .jsonl rows with `text`, .parquet with a `text` column, or .txt (one row); absolute, or relative to the
-            working directory or else to the project's own files.
+        file: a file that `texts` reads; absolute, or relative to the project's root.
         window: tokens in a window; clipped to the model's context, and the clipped value names the metric.
         max_windows: at most so many windows, spaced evenly over the text; None takes all.
     """
@@ -62,14 +63,25 @@ class PerplexityTask(_Task):
         """The text: all rows, empty ones included, joined by two newlines.
 
         Raises:
-            InputError: no such file, an unknown form, a row without `text`, or nothing but white space.
+            InputError: no such file, a row that is no text, or nothing but white space.
         """
-        if not self.path.is_file():
+        self.check()
+        return "\n\n".join(texts.rows(self.path))
+
+    def check(self) -> None:
+        """Refuse a text that cannot be scored, before any compute.
+
+        Raises:
+            InputError: as `read`.
+        """
+        if not self.path.exists():
             raise InputError(f"task {self.name}: the text {self.file} does not exist")
-        text = "\n\n".join(_rows(self.path))
-        if not text.strip():
+        try:
+            filled = texts.check(self.path)
+        except InputError as error:
+            raise InputError(f"task {self.name}: {error}") from None
+        if not filled:
             raise InputError(f"task {self.name}: the text {self.file} is empty")
-        return text
 
 
 class HarnessTask(_Task):
@@ -149,15 +161,22 @@ class TaskBook(BaseModel):
         return list(found.values())
 
     def check_harness(self, names: Sequence[str], data_dirs: Sequence[Path] = ()) -> None:
-        """Refuse names that are neither tasks, suites, files nor defined by lm-eval or beside local data.
+        """Refuse bad texts, and names that are neither tasks, suites, files, nor known to lm-eval or local data.
 
         Raises:
-            InputError: naming the tasks, the suites and the nearest known names.
+            InputError: naming the tasks, the suites and the nearest known names; or a text, and its row.
         """
+        self.check_tasks(self.resolve(names), data_dirs)
+
+    def check_tasks(self, tasks: Sequence[PerplexityTask | HarnessTask], data_dirs: Sequence[Path] = ()) -> None:
+        """Refuse tasks that cannot be scored, as `check_harness` does."""
         from compression_dags.evaluation.harness import builtin_tasks, definition
 
-        for task in self.resolve(names):
-            if isinstance(task, PerplexityTask) or definition(task.task, data_dirs):
+        for task in tasks:
+            if isinstance(task, PerplexityTask):
+                task.check()
+                continue
+            if definition(task.task, data_dirs):
                 continue
             known = dict.fromkeys([*self.tasks, *self.suites, *builtin_tasks()])
             near = difflib.get_close_matches(task.task, known, n=3)
@@ -168,16 +187,23 @@ class TaskBook(BaseModel):
             )
 
     def _from_outside(self, name: str) -> PerplexityTask | HarnessTask:
+        if not texts.is_text_file(name):
+            return HarnessTask(name=slug(name), task=name)
         path = Path(name).expanduser()
-        if path.suffix in TEXT_FILES:
-            if not path.is_file():
-                raise InputError(f"evaluation text {name!r} does not exist")
-            return PerplexityTask(name=slug(path.stem), file=str(path.resolve()))
-        return HarnessTask(name=slug(name), task=name)
+        if not path.exists():
+            raise InputError(f"evaluation text {name!r} does not exist")
+        texts.regular(path)
+        return PerplexityTask(name=slug(texts.stem(path)), file=str(path.resolve()))
 
 
 def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "text"
+    """A task's name made of any text: letters, digits and underscores, at most `MAX_NAME` of them."""
+    name = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_") or "text"
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 7]}_{short_hash(text)}"
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:6]
 
 
 def load_tasks(path: Path) -> TaskBook:
@@ -186,23 +212,29 @@ def load_tasks(path: Path) -> TaskBook:
     Raises:
         InputError: naming the file, the place in it and what is wrong there.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("tasks"), dict):
-        raise InputError(f"{path}: `tasks:` must map names to tasks")
+    document = yaml_reader.read_file(path)
+    raw = document.values
+    if not isinstance(raw.get("tasks"), dict):
+        raise document.fail(("tasks",), "`tasks:` must map names to tasks")
     tasks = {name: {**fields, "name": name} if isinstance(fields, dict) else fields for name, fields in _items(raw)}
     try:
         return TaskBook.model_validate({**raw, "tasks": tasks})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"{path}: {place + ': ' if place else ''}{first['msg']} (got {first['input']!r:.80})"
-        ) from None
+        place = tuple(k for i, k in enumerate(first["loc"]) if i != 2 or first["loc"][0] != "tasks")  # 2: the kind
+        where = ".".join(map(str, first["loc"]))
+        said = f"{where + ': ' if where else ''}{first['msg']} (got {yaml_reader.shown(first['input'])})"
+        raise InputError(f"{path}:{document.line(place)}: {said}") from None
+
+
+def evaluation_book(folder: Path) -> TaskBook:
+    """The tasks of a recipes folder: its own `evaluation.yaml` if it has one, else the project's.
+
+    Raises:
+        InputError: naming the file, the place in it and what is wrong there.
+    """
+    own = folder / "evaluation.yaml"
+    return load_tasks(own if os.path.lexists(own) else PROJECT / "recipes" / "evaluation.yaml")
 
 
 def data_digest(task: PerplexityTask | HarnessTask, data_dirs: Sequence[Path] = ()) -> str:
@@ -215,9 +247,7 @@ def data_digest(task: PerplexityTask | HarnessTask, data_dirs: Sequence[Path] = 
         InputError: the text does not exist, or lm-eval does not know the task.
     """
     if isinstance(task, PerplexityTask):
-        if not task.path.is_file():
-            raise InputError(f"task {task.name}: the text {task.file} does not exist")
-        return hashlib.sha256(task.path.read_bytes()).hexdigest()
+        return texts.digest(task.path)
     from compression_dags.evaluation.harness import harness_digest
 
     return harness_digest(task.task, data_dirs)
@@ -225,30 +255,4 @@ def data_digest(task: PerplexityTask | HarnessTask, data_dirs: Sequence[Path] = 
 
 def _items(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, fields in raw["tasks"].items():
-        yield str(name), {} if fields is None else fields
-
-
-def _rows(path: Path) -> list[str]:
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    if path.suffix == ".jsonl":
-        return [_row(path, number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
-    if path.suffix != ".parquet":
-        raise InputError(f"{path} must be one of {', '.join(TEXT_FILES)}")
-    import pyarrow.parquet
-
-    if "text" not in (names := pyarrow.parquet.read_schema(path).names):
-        raise InputError(f"{path} needs a `text` column; it has {', '.join(names)}")
-    return [text or "" for text in pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()]
-
-
-def _lines(path: Path) -> list[str]:
-    # not splitlines(): JSON strings may hold U+2028 and the like unescaped
-    return path.read_text(encoding="utf-8").split("\n")
-
-
-def _row(path: Path, number: int, line: str) -> str:
-    try:
-        return str(json.loads(line)["text"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}:{number} is not a JSON object with a `text`") from None
+        yield name, {} if fields is None else fields

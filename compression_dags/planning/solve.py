@@ -11,7 +11,11 @@ to cost over what they promised, and only if it is then clearly better than one 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,13 +131,14 @@ def _program(
     structure = _structure(bank, alive)
     for spared in (0.0, 2 * TOLERANCE):  # a plan within the tolerance above the limit is asked for once more, below it
         size = LinearConstraint(sizes[None] / scale, -np.inf, limit / scale - spared)
-        found = milp(
-            costs,
-            integrality=np.ones(len(alive)),
-            bounds=Bounds(0, 1),
-            constraints=[*structure, size],
-            options={"mip_rel_gap": 0.0},
-        )
+        with _silent_solver():
+            found = milp(
+                costs,
+                integrality=np.ones(len(alive)),
+                bounds=Bounds(0, 1),
+                constraints=[*structure, size],
+                options={"mip_rel_gap": 0.0},
+            )
         if found.status == 2 or found.x is None:
             return None
         if float(sizes[found.x > 0.5].sum()) <= limit * (1 + 1e-9):
@@ -154,6 +159,20 @@ def _structure(bank: Bank, alive: list[Alternative]) -> list[LinearConstraint]:
     gone = np.array([len(a.gone) for a in alive], dtype=float)
     limits = [LinearConstraint(gone[None], 0, bank.most_removed)] if gone.any() else []
     return [LinearConstraint(cover, 1, 1), LinearConstraint(drops[None], 0, 1), *limits]
+
+
+@contextlib.contextmanager
+def _silent_solver() -> Iterator[None]:
+    """Standard output goes nowhere: HiGHS prints a line there at some budgets, whatever its options say."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _scale(bank: Bank, a: Alternative) -> float:
