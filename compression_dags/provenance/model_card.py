@@ -14,7 +14,7 @@ import yaml
 
 from compression_dags.evaluation.scorecard import is_headline, samples_note, samples_of
 from compression_dags.provenance.artifacts import Artifact, describe_files
-from compression_dags.sparsity.masks import MASKS
+from compression_dags.sparsity.masks import MASKS, settle_masks
 
 
 def write_card(
@@ -28,6 +28,7 @@ def write_card(
     decisions: pd.DataFrame,
 ) -> None:
     """Write `README.md` and `compression.json` beside the weights in `directory`."""
+    masked = settle_masks(directory)
     record = {
         "base_model": {"slug": slug, "digest": base.digest, **{k: base.facts.get(k) for k in ("origin", "revision")}},
         "recipe": recipe,
@@ -39,7 +40,7 @@ def write_card(
         "files": describe_files(directory),
     }
     (directory / "compression.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    zeros = weights.facts.get("sparsity") if (directory / MASKS).is_file() else None
+    zeros = weights.facts.get("sparsity") if masked else None
     (directory / "README.md").write_text(_readme(recipe, slug, base, card, decisions, zeros), encoding="utf-8")
 
 
