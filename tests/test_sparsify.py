@@ -261,7 +261,7 @@ def test_equal_masks_are_equal_bytes(tmp_path):
     packed = {f"model.layers.{i}.mlp.up_proj": np.full((2, 3), i, np.uint8) for i in range(12)}
     columns = dict.fromkeys(packed, 24)
     first = save_masks(packed, columns, tmp_path / "a").read_bytes()
-    backwards = {name: packed[name] for name in reversed(packed)}, {name: 24 for name in reversed(columns)}
+    backwards = {name: packed[name] for name in reversed(packed)}, dict.fromkeys(reversed(columns), 24)
     assert all(save_masks(*backwards, tmp_path / "b").read_bytes() == first for _ in range(8))
 
 
@@ -274,4 +274,4 @@ def test_masks_of_older_artifacts_are_read_and_moved(tmp_path):
     assert {name: mask.tolist() for name, mask in load_masks(tmp_path).items()} == wanted
     assert settle_masks(tmp_path) and not (tmp_path / BESIDE).exists() and (tmp_path / MASKS).is_file()
     assert {name: mask.tolist() for name, mask in load_masks(tmp_path).items()} == wanted
-    assert not settle_masks(tmp_path / "sparsity")
+    assert not settle_masks(tmp_path / "none")

@@ -115,7 +115,7 @@ def _stray(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _unlisted(checkpoint: Checkpoint) -> Iterator[str]:
-    """Weight files that vLLM would read though no tensor of the model is in them: it takes all, if there is no index."""
+    """Files that vLLM would read though no tensor of the model is in them: without an index it takes all."""
     if (checkpoint.path / INDEX).is_file():
         return
     for file in sorted(checkpoint.path.glob("*.safetensors")):
