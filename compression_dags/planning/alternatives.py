@@ -15,6 +15,7 @@ from compression_dags.architectures import Architecture
 from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
 from compression_dags.errors import InputError
 from compression_dags.quantization.formats import Choice
+from compression_dags.quantization.schemes import check_together
 
 if TYPE_CHECKING:
     from compression_dags.merging.recovery import RecoverStage
@@ -100,6 +101,7 @@ class BankOptions(BaseModel):
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
         for choice in self.choices():
             quantizer_stage(self.quantizer, choice)
+        check_together({f"schemes {entry}": c for entry, c in zip(self.schemes, self.choices(), strict=True)})
         if isinstance(self.recover, dict):
             recovery_of(self.recover)
         if self.first_rows > self.rows:
@@ -293,9 +295,10 @@ def _group_of(architecture: Architecture, local: str) -> str | None:
 
 def stored_bytes(info: TensorInfo, choice: Choice | None) -> int:
     """Bytes of a matrix on disk, scales, zero points and shape included."""
-    if choice is None:
+    fitted = choice and choice.fitted(info.shape[1])
+    if fitted is None:
         return info.nbytes
-    layout = choice.fitted(info.shape[1]).layout(info.shape, info.dtype)
+    layout = fitted.layout(info.shape, info.dtype)
     return sum(math.prod(shape) * _BYTES[dtype] for dtype, shape in layout.values())
 
 
