@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -313,18 +312,24 @@ def store(prune: bool, yes: bool, home: Path, as_json: bool) -> None:
 
 @main.command()
 @home_option
-@click.option("--port", default=3000, show_default=True)
-@click.option("--host", default="127.0.0.1", show_default=True)
-def ui(home: Path, port: int, host: str) -> None:
-    """Start `dagster dev` on the workspace with this home."""
-    from compression_dags.cli_run import prepare_instance
-    from compression_dags.paths import PROJECT
+@click.option("--port", type=click.IntRange(0, 65535), default=3000, show_default=True, help="0: any that is free.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--allow-host",
+    "allowed",
+    multiple=True,
+    metavar="NAME[:PORT]",
+    help="A further name that browsers may use for it, e.g. of a reverse proxy. May be repeated.",
+)
+@click.option("--read-only", is_flag=True, help="Show everything, change nothing; sensors and schedules rest.")
+def ui(home: Path, port: int, host: str, allowed: tuple[str, ...], read_only: bool) -> None:
+    """Open Dagster on this home, with its sensors and schedules.
 
-    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
-    workspace = str(PROJECT / "workspace.yaml")
-    command = [sys.executable, "-m", "dagster", "dev", "-w", workspace, "-p", str(port), "-h", host]
-    click.echo(f"http://{host}:{port}", err=True)
-    os.execv(sys.executable, command)
+    Requests must carry a name that the UI listens on, and must not come from foreign web pages.
+    """
+    from compression_dags.cli_ui import open_ui
+
+    open_ui(home, host, port, allowed, read_only)
 
 
 if __name__ == "__main__":
