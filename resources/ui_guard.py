@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SCHEMES = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 #: Largest body that is read in order to look for mutations.
 LIMIT = 16 * 2**20
+_HOST = re.compile(r"[A-Za-z0-9._-]+(:\d+)?|\[[0-9A-Fa-f:.]+\](:\d+)?")
 _log = logging.getLogger("compression_dags.ui")
 
 
@@ -48,7 +50,7 @@ class Address:
             host, port = parts.hostname, parts.port
         except ValueError:
             return None
-        if not host or text != parts.netloc or "@" in text or text.endswith(":") or not text.isascii():
+        if not host or text != parts.netloc or text.endswith(":") or not _HOST.fullmatch(text):
             return None
         return cls(plain_host(host), default if port is None else port)
 
@@ -101,7 +103,7 @@ class Guard:
         try:
             self._check_origin(scope)
             if scope["type"] == "websocket":
-                await self.app(scope, self._listened(receive) if self.read_only else receive, send)
+                await self.app(scope, self._listened(receive, send) if self.read_only else receive, send)
                 return
             receive = await self._checked_request(scope, receive)
         except Refused as refused:
@@ -160,8 +162,8 @@ class Guard:
         _check_queries(_queries_in(body), "this UI is read-only")
         return _replayed(body, receive)
 
-    def _listened(self, receive: Receive) -> Receive:
-        """A websocket whose client is gone once it asks for a mutation."""
+    def _listened(self, receive: Receive, send: Send) -> Receive:
+        """A websocket that closes once its client asks for a mutation."""
 
         async def heard() -> Message:
             message = await receive()
@@ -171,6 +173,7 @@ class Guard:
                     _check_queries(_queries_in(text), "this UI is read-only")
                 except Refused as refused:
                     _log.warning("closed a websocket: %s", refused)
+                    await _close(send)
                     return {"type": "websocket.disconnect", "code": 1008}
             return message
 
