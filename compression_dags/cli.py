@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from compression_dags.errors import InputError
+from compression_dags.provenance.escaping import line, visible
 
 DEMO = ("reverse-20", "shortgpt-20", "shortgpt-20-ls", "weighted-sum-20-ls", "rtn-w4", "angular-20-ls-rtn-w4")
 
@@ -21,10 +22,10 @@ class Cli(click.Group):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(visible(f"error: {error}"), err=True)
             ctx.exit(2)
         except WorkFailed as error:
-            click.echo(f"failed: {error}", err=True)
+            click.echo(visible(f"failed: {error}"), err=True)
             ctx.exit(1)
 
 
@@ -46,7 +47,7 @@ model_option = click.option(
 
 
 def emit(value: Any, as_json: bool, text: str) -> None:
-    click.echo(json.dumps(value, indent=1) if as_json else text)
+    click.echo(json.dumps(value, indent=1) if as_json else visible(text))
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -177,7 +178,7 @@ def models(ctx: click.Context, home: Path, as_json: bool) -> None:
     rows = {slug: {"kind": s.kind, "location": s.location, "revision": s.revision} for slug, s in registered.items()}
     embedded = {p.name: {"kind": "embedded", "location": str(p), "revision": None} for p in EMBEDDED_MODELS}
     listed = {**embedded, "smollm2-135m": {"kind": "wheel", "location": "smollm2-135m", "revision": None}, **rows}
-    emit(listed, as_json, "\n".join(f"{slug:32} {r['kind']:10} {r['location']}" for slug, r in listed.items()))
+    emit(listed, as_json, "\n".join(f"{slug:32} {r['kind']:10} {line(r['location'])}" for slug, r in listed.items()))
 
 
 @models.command("add")
@@ -201,7 +202,7 @@ def recipes(as_json: bool) -> None:
 
     found = load_recipes(recipes_folder())
     lines = [
-        f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {r.description}"
+        f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {line(r.description)}"
         for r in found.values()
     ]
     emit({name: r.describe() for name, r in found.items()}, as_json, "\n".join(lines))
