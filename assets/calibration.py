@@ -8,6 +8,7 @@ from compression_dags.calibration.corpora import Calibration, corpus_digest
 from compression_dags.calibration.statistics import VERSION
 from compression_dags.merging.similarity import VERSION as SIMILARITY_VERSION
 from compression_dags.provenance.artifacts import Artifact, Request
+from compression_dags.provenance.escaping import markdown_code
 from compression_dags.recipes import options_digest
 from compression_dags.sparsity.redundancy import VERSION as REDUNDANCY_VERSION
 from resources.accelerator import Accelerator
@@ -43,8 +44,8 @@ def _tokens(calibration: Calibration) -> dg.AssetsDefinition:
         kinds={"parquet"},
         code_version=f"{calibration.version}:{options_digest(options)}",
         ins={"base": dg.AssetIn(base_model.key)},
-        description=f"{calibration.sequences} × {calibration.length} tokens of `{calibration.corpus}`, packed by "
-        f"`{calibration.packing}`, seed {calibration.seed}: exact counts, clipped to the model's context.",
+        description=f"{calibration.sequences} × {calibration.length} tokens of {markdown_code(calibration.corpus)}, "
+        f"packed by `{calibration.packing}`, seed {calibration.seed}: exact counts, clipped to the model's context.",
     )
     def calibration_tokens(
         context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact

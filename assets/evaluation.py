@@ -12,6 +12,7 @@ from compression_dags.evaluation.samples import NEW_TOKENS, NO_TOKENIZER, PROMPT
 from compression_dags.evaluation.samples import VERSION as SAMPLES_VERSION
 from compression_dags.evaluation.tasks import Task
 from compression_dags.provenance.artifacts import Artifact, Request, write_metrics
+from compression_dags.provenance.escaping import markdown_code, markdown_line, markdown_text
 from compression_dags.recipes import BASELINE, options_digest
 from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore
@@ -42,7 +43,7 @@ def build_evaluations(family: str, weights_key: dg.AssetKey, tasks: Sequence[Tas
             partitions_def=base_models,
             skippable=True,
             code_version=f"{task.version}:{options_digest(task.options())}",
-            description=task.description or f"lm-eval task `{task.name}`.",
+            description=markdown_line(task.description) or f"lm-eval task {markdown_code(task.name)}.",
         )
         for task in tasks
     ]
@@ -113,7 +114,8 @@ def build_evaluations(family: str, weights_key: dg.AssetKey, tasks: Sequence[Tas
 def _shown_samples(artifact: Artifact) -> Mapping[str, Any]:
     found = json.loads((artifact.path / SAMPLES).read_text())
     texts = found["texts"] or []
-    shown = [f"**{prompt}**{text}" for prompt, text in zip(found["prompts"], texts, strict=False)]
+    pairs = zip(found["prompts"], texts, strict=False)
+    shown = [f"**{markdown_text(prompt)}** {markdown_text(text)}" for prompt, text in pairs]
     return {"samples": dg.MetadataValue.md("\n\n".join(shown))} if shown else {}
 
 

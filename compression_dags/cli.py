@@ -14,6 +14,7 @@ from compression_dags import failures
 from compression_dags.errors import InputError
 from compression_dags.failures import WorkFailed as WorkFailed
 from compression_dags.paths import what_is
+from compression_dags.provenance.escaping import line, visible
 
 DEMO = ("reverse-20", "shortgpt-20", "shortgpt-20-ls", "weighted-sum-20-ls", "rtn-w4", "angular-20-ls-rtn-w4")
 
@@ -34,7 +35,7 @@ class Cli(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             failures.show_traceback(error)
             failure = failures.explain(KeyboardInterrupt() if isinstance(error, click.Abort) else error)
-            click.echo(failure.spoken(), err=True)
+            click.echo(visible(failure.spoken()), err=True)
             ctx.exit(failure.exit_code)
 
 
@@ -56,7 +57,7 @@ model_option = click.option(
 
 
 def emit(value: Any, as_json: bool, text: str) -> None:
-    click.echo(json.dumps(value, indent=1) if as_json else text)
+    click.echo(json.dumps(value, indent=1) if as_json else visible(text))
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -190,7 +191,7 @@ def models(ctx: click.Context, home: Path, as_json: bool) -> None:
     rows = {slug: {"kind": s.kind, "location": s.location, "revision": s.revision} for slug, s in registered.items()}
     embedded = {p.name: {"kind": "embedded", "location": str(p), "revision": None} for p in EMBEDDED_MODELS}
     listed = {**embedded, "smollm2-135m": {"kind": "wheel", "location": "smollm2-135m", "revision": None}, **rows}
-    emit(listed, as_json, "\n".join(f"{slug:32} {r['kind']:10} {r['location']}" for slug, r in listed.items()))
+    emit(listed, as_json, "\n".join(f"{slug:32} {r['kind']:10} {line(r['location'])}" for slug, r in listed.items()))
 
 
 @models.command("add")
@@ -216,7 +217,7 @@ def recipes(as_json: bool) -> None:
     found = load_recipes()
     found.resolve(lambda: evaluation_book(recipes_folder()))
     lines = [
-        f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {r.description}"
+        f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {line(r.description)}"
         for r in found.values()
     ]
     described: dict[str, Any] = {name: r.describe() for name, r in found.items()}
@@ -333,18 +334,24 @@ def store(prune: bool, yes: bool, home: Path, as_json: bool) -> None:
 
 @main.command()
 @home_option
-@click.option("--port", default=3000, show_default=True)
-@click.option("--host", default="127.0.0.1", show_default=True)
-def ui(home: Path, port: int, host: str) -> None:
-    """Start `dagster dev` on the workspace with this home."""
-    from compression_dags.cli_run import prepare_instance
-    from compression_dags.paths import PROJECT
+@click.option("--port", type=click.IntRange(0, 65535), default=3000, show_default=True, help="0: any that is free.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--allow-host",
+    "allowed",
+    multiple=True,
+    metavar="NAME[:PORT]",
+    help="A further name that browsers may use for it, e.g. of a reverse proxy. May be repeated.",
+)
+@click.option("--read-only", is_flag=True, help="Show everything, change nothing; sensors and schedules rest.")
+def ui(home: Path, port: int, host: str, allowed: tuple[str, ...], read_only: bool) -> None:
+    """Open Dagster on this home, with its sensors and schedules.
 
-    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
-    workspace = str(PROJECT / "workspace.yaml")
-    command = [sys.executable, "-m", "dagster", "dev", "-w", workspace, "-p", str(port), "-h", host]
-    click.echo(f"http://{host}:{port}", err=True)
-    os.execv(sys.executable, command)
+    Requests must carry a name that the UI listens on, and must not come from foreign web pages.
+    """
+    from compression_dags.cli_ui import open_ui
+
+    open_ui(home, host, port, allowed, read_only)
 
 
 if __name__ == "__main__":

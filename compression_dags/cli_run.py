@@ -18,6 +18,7 @@ from compression_dags import failures
 from compression_dags.errors import InputError
 from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
+from compression_dags.provenance.escaping import visible
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, pick_recipes, recipes_folder
 
 if TYPE_CHECKING:
@@ -163,13 +164,20 @@ def speak() -> None:
     ours = logging.getLogger("compression_dags")
     ours.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Visible("%(message)s"))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours say for themselves when they show
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class _Visible(logging.Formatter):
+    """Messages in which foreign text cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def _changed(recipe: Recipe, values: dict[str, int]):

@@ -287,7 +287,7 @@ def facts(**changes) -> StackFacts:
         (
             RTN(scheme="NVFP4A16", fallback="refuse"),
             {},
-            "down_proj: .* its 172 inputs.* would take W8A16 with one scale",
+            "down_proj: .* its 172 inputs.* would leave it as it is",
         ),
         (
             RTN(scheme="W8A16", overrides={"re:.*up_proj": {"scheme": "W4A16", "group_size": 16}}),

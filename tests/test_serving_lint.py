@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,6 +116,19 @@ def test_sharded_files_are_read_by_their_index(broken):
         save_file({name: tensors[name] for name in held}, path / file, metadata={"format": "pt"})
     index = {"weight_map": {name: file for file, held in files.items() for name in held}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert lint(path) == []
+
+
+@pytest.mark.parametrize("name", ["dense", "W8A8"])
+def test_a_file_that_vllm_would_read_too(name: str, broken, tiny_model, tmp_path):
+    from safetensors.torch import save_file
+
+    path = broken(name) if name != "dense" else Path(shutil.copytree(tiny_model("llama"), tmp_path / "dense"))
+    save_file({"model.layers.0.mlp.up_proj": torch.ones(1)}, path / "masks.safetensors")
+    (line,) = lint(path)
+    assert line.startswith("masks.safetensors: vLLM reads every .safetensors file")
+    (path / "sparsity").mkdir()
+    (path / "masks.safetensors").rename(path / "sparsity" / "masks.safetensors")
     assert lint(path) == []
 
 

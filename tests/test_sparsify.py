@@ -17,7 +17,17 @@ from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.sweep import Rows, prune_sweep
 from compression_dags.sparsity.allocation import SparsityEvidence, SparsityPlan
-from compression_dags.sparsity.masks import load_masks, mask_of_matrix, mask_of_rows, pack_mask, unpack_mask
+from compression_dags.sparsity.masks import (
+    BESIDE,
+    MASKS,
+    load_masks,
+    mask_of_matrix,
+    mask_of_rows,
+    pack_mask,
+    save_masks,
+    settle_masks,
+    unpack_mask,
+)
 from compression_dags.sparsity.walk import PruneWalk
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "opt"]
@@ -99,6 +109,7 @@ def test_counts_masks_and_reload(tiny_model, tmp_path, family, method, asked):
     source, blocks = Checkpoint(tiny_model(family)), random_blocks()
     found = sparsify(stage(method, **asked), source, tmp_path / "out", blocks)
     masks = load_masks(tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     for decision in found.decisions:
         weight = found.checkpoint.tensor(f"{decision.target}.weight")
         before = source.tensor(f"{decision.target}.weight")
@@ -242,5 +253,25 @@ def test_the_card_says_that_zeros_save_nothing():
     from compression_dags.provenance.model_card import _on_zeros
 
     text = " ".join(_on_zeros(0.5))
-    assert "50.00%" in text and "neither smaller nor faster" in text and "masks.safetensors" in text
+    assert "50.00%" in text and "neither smaller nor faster" in text and "sparsity/masks.safetensors" in text
     assert _on_zeros(None) == []
+
+
+def test_equal_masks_are_equal_bytes(tmp_path):
+    packed = {f"model.layers.{i}.mlp.up_proj": np.full((2, 3), i, np.uint8) for i in range(12)}
+    columns = dict.fromkeys(packed, 24)
+    first = save_masks(packed, columns, tmp_path / "a").read_bytes()
+    backwards = {name: packed[name] for name in reversed(packed)}, dict.fromkeys(reversed(columns), 24)
+    assert all(save_masks(*backwards, tmp_path / "b").read_bytes() == first for _ in range(8))
+
+
+def test_masks_of_older_artifacts_are_read_and_moved(tmp_path):
+    from safetensors.numpy import save_file
+
+    packed = {"a": np.array([[0b10100000]], np.uint8), "b": np.array([[255]], np.uint8)}
+    save_file(packed, tmp_path / BESIDE, metadata={"a": "3", "b": "8"})
+    wanted = {"a": [[True, False, True]], "b": [[True] * 8]}
+    assert {name: mask.tolist() for name, mask in load_masks(tmp_path).items()} == wanted
+    assert settle_masks(tmp_path) and not (tmp_path / BESIDE).exists() and (tmp_path / MASKS).is_file()
+    assert {name: mask.tolist() for name, mask in load_masks(tmp_path).items()} == wanted
+    assert not settle_masks(tmp_path / "none")

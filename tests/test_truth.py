@@ -173,7 +173,7 @@ def test_the_digest_of_a_checkpoint_is_what_it_computes(tmp_path):
 
 MANY = """
 name: many
-calibration: {sequences: 12, length: 64, samples: 64}
+calibration: {sequences: 24, length: 64, samples: 64}
 stages:
   - merge: {method: shortgpt, ratio: 0.2}
   - recover: {method: least-squares}

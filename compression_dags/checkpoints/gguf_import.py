@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Part of converted models' identity and cache name. Raise it when this module writes other bytes for the same file.
 CONVERSION = "1"
 NAME = "SmolLM2-135M-Instruct, Q4_1 de-quantized"
+#: The model on the hub that was quantized.
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {

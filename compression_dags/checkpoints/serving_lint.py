@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
+from compression_dags.checkpoints.reader import INDEX, Checkpoint, TensorInfo
 from compression_dags.checkpoints.serving_schemes import (
     FLOATS,
     FORMATS,
@@ -66,7 +66,7 @@ def examine(path: str | Path) -> Findings:
     checkpoint = Checkpoint(path)
     config = checkpoint.raw_config.get("quantization_config")
     if config is None:
-        return Findings(damaged=tuple(_stray(checkpoint)))
+        return Findings(tuple(_stray(checkpoint)), tuple(_unlisted(checkpoint)))
     if not isinstance(config, dict) or config.get("quant_method") != METHOD:
         method = config.get("quant_method") if isinstance(config, dict) else config
         return Findings(refused=(f"quant_method {method!r}; allowed: {METHOD!r}",))
@@ -114,6 +114,15 @@ def _stray(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{name}: a quantized tensor, but config.json has no quantization_config"
 
 
+def _unlisted(checkpoint: Checkpoint) -> Iterator[str]:
+    """Files that vLLM would read though no tensor of the model is in them: without an index it takes all."""
+    if (checkpoint.path / INDEX).is_file():
+        return
+    for file in sorted(checkpoint.path.glob("*.safetensors")):
+        if file.name not in checkpoint.files:
+            yield f"{file.name}: vLLM reads every .safetensors file of a directory without {INDEX}"
+
+
 class _Examination:
     """One quantized checkpoint, its config groups and what was found so far."""
 
@@ -126,6 +135,7 @@ class _Examination:
 
     def findings(self) -> Findings:
         self._check_config()
+        self.refused.extend(_unlisted(self.checkpoint))
         if self.architecture.experts is not None:
             self.refused.append(f"model_type {self.architecture.model_type!r}: quantized experts are not checked")
         elif self.groups:

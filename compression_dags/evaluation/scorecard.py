@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from compression_dags.evaluation.samples import NO_TOKENIZER
+from compression_dags.provenance.escaping import line
 
 
 def make_scorecard(
@@ -135,15 +137,14 @@ def frame_text(frame: pd.DataFrame) -> str:
 
 
 def _heading(name: str) -> str:
-    return {"family": "recipe", "bytes": "MB", "parameters": "M params"}.get(name, name.replace("perplexity", "ppl"))
+    known = {"family": "recipe", "bytes": "MB", "parameters": "M params"}
+    return known.get(name, line(name).replace("perplexity", "ppl"))
 
 
 def _text(name: str, value: Any) -> str:
-    if value is None or value != value:
-        return "-"
     if name in {"bytes", "parameters"}:
         return f"{value / 1e6:.2f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return number_text(value) if value is None or isinstance(value, float) else line(value)
 
 
 def _error(value: float | None) -> str:
@@ -151,6 +152,31 @@ def _error(value: float | None) -> str:
 
 
 def _change(value: float | None, percent: bool) -> str:
+    return f" ({said})" if (said := change_text(value, percent)) else ""
+
+
+def number_text(value: float | None, missing: str = "-") -> str:
+    """A score as people read it: four digits, no exponent between 0.001 and a billion, `missing` for none or NaN."""
+    if value is None or value != value:
+        return missing
+    size = abs(value)
+    if size in (0.0, float("inf")) or 0.001 <= size < 999.95:
+        decimals = 1 if size >= 99.995 else 2 if size >= 9.9995 else 3 if size >= 0.99995 else 4
+        return _unsigned_zero(f"{value:.{decimals}f}")
+    return f"{value:,.0f}" if 999.95 <= size < 1e9 else f"{value:.3e}"
+
+
+def change_text(value: float | None, relative: bool) -> str:
+    """A change with its sign; a relative one in per cent, from 100 % on without decimals. Empty for none or NaN."""
     if value is None or value != value:
         return ""
-    return f" ({value:+.1%})" if percent else f" ({value:+.3f})"
+    if not relative:
+        return _unsigned_zero(f"{value:+.4f}")
+    if abs(value) == float("inf"):
+        return f"{value:+} %"
+    return _unsigned_zero(f"{100 * value:+,.{0 if abs(value) >= 0.9995 else 1}f} %")
+
+
+def _unsigned_zero(text: str) -> str:
+    """`-0.0` and `+0.0` are 0.0."""
+    return text if re.search("[1-9i]", text) else text.lstrip("+-")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,7 +17,7 @@ from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
 from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.quantization.formats import Choice
-from compression_dags.quantization.schemes import matches
+from compression_dags.quantization.schemes import check_together, matches
 
 if TYPE_CHECKING:
     from compression_dags.merging.recovery import RecoverStage
@@ -59,18 +59,6 @@ def quantizer_stage(options: Mapping[str, Any], choice: Choice) -> QuantizeStage
     if given := sorted(PLANNED & options.keys()):
         raise InputError(f"quantizer: {given[0]} is what plan decides; leave it out")
     return cast("QuantizeStage", METHODS["quantize"][method].model_validate({**options, **choice.options()}))
-
-
-def _together(options: Mapping[str, Any], schemes: Sequence[str]) -> None:
-    """Refuse schemes that cannot share a checkpoint.
-
-    Raises:
-        InputError: naming them.
-    """
-    from compression_dags.registry import METHODS
-
-    asked = {"scheme": schemes[0], "candidates": list(schemes[1:]), "bits": 8.0}
-    METHODS["quantize"][options["method"]].model_validate({**options, **asked})
 
 
 class BankOptions(Options):
@@ -115,7 +103,7 @@ class BankOptions(Options):
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
         for choice in self.choices():
             quantizer_stage(self.quantizer, choice)
-        _together(self.quantizer, [c.scheme for c in self.choices()])
+        check_together({f"schemes {entry}": c for entry, c in zip(self.schemes, self.choices(), strict=True)})
         if isinstance(self.recover, dict):
             recovery_of(self.recover)
         if self.first_rows > self.rows:
@@ -372,9 +360,10 @@ def _group_of(architecture: Architecture, local: str) -> str | None:
 
 def stored_bytes(info: TensorInfo, choice: Choice | None) -> int:
     """Bytes of a matrix on disk, scales, zero points and shape included."""
-    if choice is None:
+    fitted = choice and choice.fitted(info.shape[1])
+    if fitted is None:
         return info.nbytes
-    layout = choice.fitted(info.shape[1]).layout(info.shape, info.dtype)
+    layout = fitted.layout(info.shape, info.dtype)
     return sum(math.prod(shape) * _BYTES[dtype] for dtype, shape in layout.values())
 
 

@@ -92,7 +92,8 @@ def plan_schemes(
         names = [architecture.layer_prefix(layer) + p for p in architecture.group(group)]
         columns = {source.tensors[f"{name}.weight"].shape[1] for name in names}.pop()
         if choice is not None:
-            choices |= {name: choice.fitted(columns) for name in names if name in allowed}
+            fitted = choice.fitted(columns)
+            choices |= {name: fitted for name in names if fitted and name in allowed}
         costs = {a.label: a.cost for a in tried[layer, group]}
         value = next(a.cost for a in tried[layer, group] if a.choice == choice)
         action = "keep" if choice is None else "quantize"

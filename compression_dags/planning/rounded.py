@@ -47,6 +47,8 @@ class RoundedLayers:
 
     def _rounded(self, layer: int, group: str, weights: dict[str, Tensor], choice: Choice) -> dict[str, Tensor]:
         fitted = choice.fitted(next(iter(weights.values())).shape[1])
+        if fitted is None:
+            return weights
         if self.rounding == "rtn":
             return {p: round_to_nearest(w, fitted.grid()).dequantize() for p, w in weights.items()}
         stage = GPTQ.model_validate({"scheme": fitted.scheme, "target": "own"})

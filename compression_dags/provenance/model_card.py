@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections import Counter
@@ -12,9 +11,13 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from compression_dags.evaluation.scorecard import is_headline, samples_note, samples_of
+from compression_dags.checkpoints.gguf_import import HUB_ID, NAME
+from compression_dags.evaluation.scorecard import change_text, is_headline, number_text, samples_note, samples_of
 from compression_dags.provenance.artifacts import Artifact, describe_files
-from compression_dags.sparsity.masks import MASKS
+from compression_dags.provenance.escaping import line, markdown_block, markdown_line
+from compression_dags.sparsity.masks import MASKS, settle_masks
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def write_card(
@@ -28,6 +31,7 @@ def write_card(
     decisions: pd.DataFrame,
 ) -> None:
     """Write `README.md` and `compression.json` beside the weights in `directory`."""
+    masked = settle_masks(directory)
     record = {
         "base_model": {"slug": slug, "digest": base.digest, **{k: base.facts.get(k) for k in ("origin", "revision")}},
         "recipe": recipe,
@@ -39,7 +43,7 @@ def write_card(
         "files": describe_files(directory),
     }
     (directory / "compression.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    zeros = weights.facts.get("sparsity") if (directory / MASKS).is_file() else None
+    zeros = weights.facts.get("sparsity") if masked else None
     (directory / "README.md").write_text(_readme(recipe, slug, base, card, decisions, zeros), encoding="utf-8")
 
 
@@ -51,43 +55,29 @@ def _readme(
     decisions: pd.DataFrame,
     zeros: float | None,
 ) -> str:
-    stages = {name for stage in recipe["stages"] for name in stage}
-    kind = "quantized" if "quantize" in stages else "merge" if "merge" in stages else "finetune"
-    front = {
-        "base_model": base.facts.get("origin") if "/" in str(base.facts.get("origin")) else slug,
-        "base_model_relation": kind,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **({"license": base.facts["licence"]} if base.facts.get("licence") else {}),
-        "tags": ["compression-dags", *(f"{s}-{o['method']}" for e in recipe["stages"] for s, o in e.items())],
-    }
-    if str(front["base_model"]).startswith(("/", ".")):
-        front["base_model"] = slug  # a path of the machine that made it says nothing to a reader
     sizes = [
         f"| {name} | {base.facts[name]:,} | {card[name]:,} | {card[f'{name}_ratio']:.4f} |"
         for name in ("layers", "parameters", "bytes")
     ]
     scores = [
-        f"| {task} | {metric} | {value:.5g} | {_change(card, task, metric)} |"
+        f"| {markdown_line(task)} | {markdown_line(metric)} | {_number(value)} | {_change(card, task, metric)} |"
         for task, metrics in card["scores"].items()
         for metric, value in metrics.items()
         if is_headline(metric)
     ]
     counts = Counter(zip(decisions["stage"], decisions["method"], decisions["action"], strict=True))
-    rows = [f"| {stage} | {method} | {action} | {n} |" for (stage, method, action), n in counts.items()]
+    rows = [f"| {' | '.join(map(markdown_line, names))} | {n} |" for names, n in counts.items()]
     return "\n".join(
         [
             "---",
-            yaml.safe_dump(front, sort_keys=False).strip(),
+            yaml.safe_dump(_front(recipe, base), sort_keys=False).strip(),
             "---",
-            f"# {slug}, {recipe['name']}",
+            f"# {markdown_line(slug)}, {markdown_line(recipe['name'])}",
             "",
-            f"{recipe['description']}. Made by compression_dags; loads in stock transformers.",
+            f"{markdown_line(recipe['description']).rstrip('.')}. Made by compression_dags; loads in transformers.",
             "",
             *_on_zeros(zeros),
-            "```yaml",
-            yaml.safe_dump({"stages": recipe["stages"]}, sort_keys=False).strip(),
-            "```",
+            markdown_block(yaml.safe_dump({"stages": recipe["stages"]}, sort_keys=False).strip(), "yaml"),
             "",
             "| | base | this | ratio |",
             "| --- | --- | --- | --- |",
@@ -108,6 +98,25 @@ def _readme(
     )
 
 
+def _front(recipe: dict[str, Any], base: Artifact) -> dict[str, Any]:
+    """The card's metadata. The hub knows a base model by its id, so a local one is not named.
+
+    Of the hub's four relations (adapter, finetune, merge, quantized), `merge` is of several models into one; a model
+    that lost layers or weights is a finetune of one.
+    """
+    stages = [(name, options) for stage in recipe["stages"] for name, options in stage.items()]
+    relation = "quantized" if any(name == "quantize" for name, _ in stages) else "finetune"
+    origin, licence = str(base.facts.get("origin") or ""), base.facts.get("licence")
+    origin = HUB_ID if origin == NAME else origin
+    return {
+        **({"base_model": origin, "base_model_relation": relation} if _HUB_ID.fullmatch(origin) else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"license": line(licence)} if licence else {}),
+        "tags": ["compression-dags", *(line(f"{name}-{options['method']}") for name, options in stages)],
+    }
+
+
 def _on_zeros(share: float | None) -> list[str]:
     if share is None:
         return []
@@ -122,18 +131,14 @@ def _on_samples(card: dict[str, Any]) -> list[str]:
     """What both models write, side by side."""
     if note := samples_note(card):
         return [f"Samples: {note}.", ""]
-    rows = [f"| {' | '.join(map(_cell, (s.prompt, s.base, s.this)))} |" for s in samples_of(card)]
+    rows = [f"| {' | '.join(map(markdown_line, (s.prompt, s.base, s.this)))} |" for s in samples_of(card)]
     head = ["Greedy continuations of fixed prompts:", "", "| prompt | base | this |", "| --- | --- | --- |"]
     return [*head, *rows, ""]
 
 
-def _cell(text: str) -> str:
-    """Text that no Markdown or HTML in it can turn into something else, on one line."""
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+def _number(value: float) -> str:
+    return number_text(value, missing="nan")
 
 
 def _change(card: dict[str, Any], task: str, metric: str) -> str:
-    value = card["change"].get(task, {}).get(metric)
-    if value is None:
-        return ""
-    return f"{value:+.2%}" if metric.startswith("perplexity") else f"{value:+.4f}"
+    return change_text(card["change"].get(task, {}).get(metric), metric.startswith("perplexity"))

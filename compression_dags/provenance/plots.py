@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from compression_dags.provenance.escaping import plot_text
+
 INK, SOFT, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2563eb", "#d97706"
 
 
@@ -21,6 +23,10 @@ def _figure(width: float, height: float):
     return figure, axes
 
 
+def _name_axes(axes, x: str, y: str) -> None:
+    axes.set(xlabel=plot_text(x), ylabel=plot_text(y))
+
+
 def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -31,8 +37,8 @@ def heatmap_png(matrix: np.ndarray, axis: str, label: str) -> bytes:
     """A square matrix; small values dark."""
     figure, axes = _figure(5.6, 4.6)
     image = axes.imshow(matrix, cmap="viridis", origin="upper", interpolation="nearest")
-    axes.set(xlabel=axis, ylabel=axis)
-    figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    _name_axes(axes, axis, axis)
+    figure.colorbar(image, ax=axes, label=plot_text(label), shrink=0.85)
     return _png(figure)
 
 
@@ -47,8 +53,8 @@ def merge_tree_png(matrix: np.ndarray, merges: Sequence[tuple[range, range, floa
     tree.remove()
     tree, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3.4])
     image = axes.imshow(matrix, cmap="viridis", origin="upper", interpolation="nearest", aspect="auto")
-    axes.set(xlabel=axis, ylabel=axis)
-    figure.colorbar(image, ax=axes, label=label, shrink=0.85)
+    _name_axes(axes, axis, axis)
+    figure.colorbar(image, ax=axes, label=plot_text(label), shrink=0.85)
     # (centre, height) of every group so far, by its first index
     place: dict[int, tuple[float, float | None]] = {i: (float(i), None) for i in range(len(matrix))}
     top = max((value for *_, value in merges), default=1.0)
@@ -70,7 +76,7 @@ def merge_tree_png(matrix: np.ndarray, merges: Sequence[tuple[range, range, floa
 def bars_png(values: np.ndarray, errors: np.ndarray | None, axis: str, label: str) -> bytes:
     figure, axes = _figure(6.4, 3.2)
     axes.bar(np.arange(len(values)), values, yerr=errors, color=ACCENT, ecolor=INK, capsize=2)
-    axes.set(xlabel=axis, ylabel=label)
+    _name_axes(axes, axis, label)
     axes.set_xticks(np.arange(0, len(values), max(1, len(values) // 16)))
     return _png(figure)
 
@@ -80,11 +86,11 @@ def scatter_png(points: dict[str, tuple[float, float]], xlabel: str, ylabel: str
     figure, axes = _figure(7.2, 4.2)
     for name, (x, y) in points.items():
         axes.scatter([x], [y], s=46, color=SECOND if name == baseline else ACCENT, zorder=3)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, color=INK)
+        axes.annotate(plot_text(name), (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8, color=INK)
     ys = [y for _, y in points.values() if y > 0]
     if ys and max(ys) > 5 * min(ys):
         axes.set_yscale("log")
     axes.grid(True, color=SOFT, alpha=0.3)
     axes.margins(x=0.15, y=0.12)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+    _name_axes(axes, xlabel, ylabel)
     return _png(figure)

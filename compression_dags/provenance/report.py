@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import base64
-import html
 from pathlib import Path
 from typing import Any
 
-from compression_dags.evaluation.scorecard import Sample, is_headline, leaderboard_frame, samples_note, samples_of
+from compression_dags.evaluation.scorecard import (
+    Sample,
+    change_text,
+    is_headline,
+    leaderboard_frame,
+    number_text,
+    samples_note,
+    samples_of,
+)
+from compression_dags.provenance.escaping import html_text
 from compression_dags.provenance.plots import scatter_png
 from compression_dags.recipes import BASELINE
 
@@ -35,10 +43,10 @@ def write_report(
     for name, png in plots.items():
         if name == next(iter(plots)):
             (directory / "scores.png").write_bytes(png)
-    facts = f"{base['architecture']}, {base['layers']} layers, {base['parameters'] / 1e6:.2f} M parameters"
-    licence = html.escape(str(base.get("licence") or "not stated"))
+    facts = f"{html_text(base['architecture'])}, {base['layers']} layers, {base['parameters'] / 1e6:.2f} M parameters"
+    licence = html_text(base.get("licence") or "not stated")
     parts = [
-        f"<h1>{html.escape(model)}</h1><p class=soft>{facts}; licence {licence}</p>",
+        f"<h1>{html_text(model)}</h1><p class=soft>{facts}; licence {licence}</p>",
         "<h2>Recipes against the uncompressed model</h2>",
         _table(cards),
         "<h2>Scores against size</h2><div class=plots>",
@@ -50,7 +58,7 @@ def write_report(
         *(_image(name, png) for name, png in similarity_plots.items()),
         "</div>",
     ]
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(model)}</title><style>{STYLE}</style>"
+    page = f"<!doctype html><meta charset=utf-8><title>{html_text(model)}</title><style>{STYLE}</style>"
     (directory / "report.html").write_text(page + "\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -72,9 +80,9 @@ def score_plots(cards: list[dict[str, Any]]) -> dict[str, bytes]:
 
 def _samples(card: dict[str, Any]) -> str:
     """One recipe's continuations beside the base model's."""
-    title = f"<summary>{html.escape(card['family'])}</summary>"
+    title = f"<summary>{html_text(card['family'])}</summary>"
     if note := samples_note(card):
-        return f"<details>{title}<p class=soft>{html.escape(note)}</p></details>"
+        return f"<details>{title}<p class=soft>{html_text(note)}</p></details>"
     head = "<tr><th>prompt</th><th>base model</th><th>this recipe</th></tr>"
     rows = "".join(_sample_row(sample) for sample in samples_of(card))
     return f"<details open>{title}<table>{head}{rows}</table></details>"
@@ -84,16 +92,16 @@ def _sample_row(sample: Sample) -> str:
     pairs = enumerate(zip(sample.base, sample.this, strict=False))
     agreed = next((i for i, (a, b) in pairs if a != b), min(len(sample.base), len(sample.this)))
     cells = "".join(
-        f"<td class=text><span class=soft>{html.escape(text[:agreed])}</span>{html.escape(text[agreed:])}</td>"
+        f"<td class=text><span class=soft>{html_text(text[:agreed])}</span>{html_text(text[agreed:])}</td>"
         for text in (sample.base, sample.this)
     )
-    return f"<tr><td class=text>{html.escape(sample.prompt)}</td>{cells}</tr>"
+    return f"<tr><td class=text>{html_text(sample.prompt)}</td>{cells}</tr>"
 
 
 def _table(cards: list[dict[str, Any]]) -> str:
     frame = leaderboard_frame(cards)
     shown = [c for c in frame.columns if not c.endswith((" change", " error"))]
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in ("recipe", *shown[1:]))
+    head = "".join(f"<th>{html_text(c)}</th>" for c in ("recipe", *shown[1:]))
     rows = []
     for record in frame.to_dict("records"):
         cells = "".join(f"<td>{_cell(record, c)}</td>" for c in shown)
@@ -104,23 +112,19 @@ def _table(cards: list[dict[str, Any]]) -> str:
 
 def _cell(record: dict[Any, Any], column: str) -> str:
     value = record[column]
-    if value is None or value != value:
-        return "–"
-    if not isinstance(value, float):
-        return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
-    text, change = f"{value:.4g}", record.get(f"{column} change")
-    if change is None or change != change:
-        return text
+    if isinstance(value, str):
+        return html_text(value)
+    if not isinstance(value, float) and value is not None:
+        return f"{value:,}"
+    text, change = number_text(value, missing="–"), record.get(f"{column} change")
     perplexity = "perplexity" in column
-    kind = "worse" if (change > 0) == perplexity and change else "better"
-    return (
-        f"{text} <span class={kind}>({change:+.1%})</span>"
-        if perplexity
-        else f"{text} <span class={kind}>({change:+.3f})</span>"
-    )
+    if not (said := change_text(change, perplexity)):
+        return text
+    kind = "soft" if not change else "worse" if (change > 0) == perplexity else "better"
+    return f"{text} <span class={kind}>({said})</span>"
 
 
 def _image(caption: str, png: bytes) -> str:
-    text, data = html.escape(caption), base64.b64encode(png).decode()
+    text, data = html_text(caption), base64.b64encode(png).decode()
     picture = f"<img alt='{text}' src='data:image/png;base64,{data}'>"
     return f"<figure>{picture}<figcaption class=soft>{text}</figcaption></figure>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +29,7 @@ class Format:
         name: compressed-tensors' name of the format.
         group_size: the default (None: one scale a channel); it may be chosen only where `free`.
         activations: bits of the inputs, rounded while the model runs; 16 leaves them.
-        fallback: what a matrix gets whose inputs the fixed group size does not divide.
+        fallback: what a matrix gets whose inputs the fixed group size does not divide; None: it stays as it is.
         preset: compressed-tensors' name of the scheme, where it is another; `activations` of 16 then leave the inputs.
     """
 
@@ -53,8 +54,8 @@ FORMATS: dict[str, Format] = {
     "FP8A16": Format("naive-quantized", "fp8", 8, preset="FP8_DYNAMIC"),
     "FP8_DYNAMIC": Format("float-quantized", "fp8", 8, activations=8),
     "FP8_BLOCK": Format("float-quantized", "fp8", 8, 128, activations=8, block_rows=128, fallback="FP8_DYNAMIC"),
-    "NVFP4A16": Format("nvfp4-pack-quantized", "fp4", 4, group_size=16, scaling="nvfp4", fallback="W8A16"),
-    "MXFP4A16": Format("mxfp4-pack-quantized", "fp4", 4, group_size=32, scaling="mx", fallback="W8A16"),
+    "NVFP4A16": Format("nvfp4-pack-quantized", "fp4", 4, group_size=16, scaling="nvfp4"),
+    "MXFP4A16": Format("mxfp4-pack-quantized", "fp4", 4, group_size=32, scaling="mx"),
 }
 FREE = ", ".join(name for name, format in FORMATS.items() if format.free)
 #: Smaller groups cost more bits for scales than they are worth, and no kernel reads them.
@@ -90,6 +91,12 @@ class Choice:
             raise InputError(f"symmetric false: {scheme} is always symmetric; zero points exist for {FREE}")
         return cls(scheme, group_size or format.group_size, symmetric)
 
+    @property
+    def label(self) -> str:
+        """`W4A16` with its group size and zero points where they are free, for messages."""
+        groups = f" in groups of {self.group_size}" if self.format.free and self.group_size else ""
+        return f"{self.scheme}{groups}{'' if self.symmetric else ', asymmetric'}"
+
     def options(self) -> dict[str, str | int | bool]:
         """As in a recipe: what `of` needs."""
         group = {"group_size": self.group_size} if self.format.free and self.group_size else {}
@@ -104,7 +111,8 @@ class Choice:
         """Whether config.json must ask transformers to rebuild dense weights while loading (docs/quantization-rtn.md).
 
         transformers' default path expects unpacked zero points, and leaves FP4 weights in bfloat16 in a model of
-        another dtype. Only weight-only schemes may set this: it drops the rounding of activations.
+        another dtype. Only weight-only schemes may set this: it drops the rounding of activations. Nor may such a
+        checkpoint hold a second scheme: transformers 5.23 rebuilds every matrix by the first one.
         """
         return not self.symmetric or self.format.kind == "fp4"
 
@@ -114,21 +122,38 @@ class Choice:
         f = self.format
         return Grid(f.kind, f.bits, self.group_size, self.symmetric, f.block_rows, f.scaling)
 
-    def fitted(self, columns: int) -> Choice:
-        """This choice, or the nearest that fits a matrix of so many inputs.
+    def fits(self, columns: int) -> bool:
+        """Whether groups fill the rows of a matrix of so many inputs."""
+        return not self.group_size or columns % self.group_size == 0
+
+    def smaller(self) -> Iterator[Choice]:
+        """The same with fewer inputs a scale, the most first: powers of two; empty where the scheme fixes the group."""
+        if self.group_size and self.format.free:
+            for size in (2**k for k in range(12, 3, -1)):
+                if LEAST_GROUP <= size < self.group_size:
+                    yield Choice(self.scheme, size, self.symmetric)
+
+    def fitted(self, columns: int) -> Choice | None:
+        """This choice, or the nearest that fits a matrix of so many inputs; None: the matrix stays as it is.
 
         Where groups are free, the largest power of two that divides, else one scale a row at 8 bits; where the scheme
-        fixes the group, its fallback.
+        fixes the group, its fallback. A scheme that is rebuilt while loading shares its checkpoint with no other, so
+        there is none at 8 bits for it.
         """
-        if not self.group_size or columns % self.group_size == 0:
+        if self.fits(columns):
             return self
         if self.format.fallback:
             return Choice.of(self.format.fallback)
-        sizes = (2**k for k in range(12, 3, -1))
-        size = next((s for s in sizes if LEAST_GROUP <= s < self.group_size and columns % s == 0), None)
-        if size:
-            return Choice(self.scheme, size, self.symmetric)
-        return Choice("W8A8" if self.format.activations == 8 else "W8A16", None, self.symmetric)
+        if found := next((c for c in self.smaller() if c.fits(columns)), None):
+            return found
+        if self.dequantize_on_load:
+            return None
+        return Choice("W8A8" if self.format.activations == 8 else "W8A16", None)
+
+    def common(self, widths: Iterable[int]) -> Choice:
+        """This choice with the largest group that fits all of these widths (inputs), those aside that no group fits."""
+        wanted = [w for w in widths if self.fitted(w)]
+        return next((c for c in (self, *self.smaller()) if all(map(c.fits, wanted))), self)
 
     def layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
         """Tensors that stand for one `weight` on disk: local name → (safetensors dtype, shape).

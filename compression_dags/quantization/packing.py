@@ -146,7 +146,7 @@ class Packer:
             before = info.nbytes if info else 0  # a tied head is stored nowhere
             evidence = {"bytes_before": before, "bytes_after": after.get(module, before)}
             kept = module not in after
-            action, more = ("keep", {"tied": info is None}) if kept else ("quantize", self._quantized(module))
+            action, more = ("keep", self._kept_because(module)) if kept else ("quantize", self._quantized(module))
             origin, error = [] if layer is None else [layer], self.errors.get(module)
             row = Decision("quantize", stage.method, len(rows), module, action, origin, error, UNIT, evidence | more)
             rows.append(row)
@@ -157,9 +157,21 @@ class Packer:
         named = {"scheme": choice.scheme, "bits": choice.format.bits, "group_size": choice.group_size}
         named["symmetric"] = choice.symmetric
         if choice != asked and self.stage.bits is None:
-            named["asked"] = f"{asked.scheme}, group size {asked.group_size}, which does not divide"
+            named["asked"] = self._asked(module)
         own = self.rounding.evidence.get(module, {})
         return named | {k: v for k, v in own.items() if k != "weight_error"}
+
+    def _kept_because(self, module: str) -> dict[str, Any]:
+        tied, stage = f"{module}.weight" not in self.source.tensors, self.stage
+        if tied or stage.bits is not None or module not in stage.wished(self.source.facts):
+            return {"tied": tied}
+        return {"tied": False, "asked": self._asked(module)}
+
+    def _asked(self, module: str) -> str:
+        asked, columns = self.stage.asked(module), self.source.tensors[f"{module}.weight"].shape[1]
+        if asked.fits(columns):
+            return f"{asked.scheme}, group size {asked.group_size}, which does not divide other matrices' inputs"
+        return f"{asked.scheme}, group size {asked.group_size}, which does not divide"
 
     def _embeddings(self) -> list[str]:
         """Matrices outside the layers that are no Linear modules."""

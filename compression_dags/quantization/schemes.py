@@ -107,7 +107,8 @@ class QuantizeStage(Stage):
     )
     fallback: Literal["smaller", "refuse"] = Field(
         "smaller",
-        description="where a group size does not divide a matrix: the largest that does (the ledger says so), or stop",
+        description="where a group size does not divide a matrix: the largest that does, or the matrix stays as it is "
+        "(the ledger says so); or stop",
     )
 
     bits: float | None = Field(
@@ -121,7 +122,7 @@ class QuantizeStage(Stage):
         if self.bits is not None and self.overrides:
             raise InputError("bits and overrides: give one; bits chooses every scheme itself")
         if self.bits is not None:
-            self._together({name: Choice.of(name) for name in (self.scheme, *self.candidates)})
+            check_together({f"candidate {name}": Choice.of(name) for name in (self.scheme, *self.candidates)})
         return self
 
     @property
@@ -137,8 +138,17 @@ class QuantizeStage(Stage):
         own = next((o for entry, o in self.overrides.items() if matches(entry, module)), None)
         return own.choice if own else self.choice
 
+    def _ignored(self, module: str) -> bool:
+        return any(matches(entry, module) for entry in self.ignore)
+
+    def wished(self, facts: StackFacts) -> list[str]:
+        """Projections that `ignore` does not name, whether their scheme fits them or not."""
+        architecture, layers = facts.architecture, range(facts.layers)
+        modules = [architecture.layer_prefix(i) + p for i in layers for p in architecture.projections()]
+        return [m for m in modules if not self._ignored(m)]
+
     def choices(self, facts: StackFacts) -> dict[str, Choice]:
-        """Module → what it is quantized to, layer by layer.
+        """Module → what it is quantized to, layer by layer. Modules that stay as they are do not appear.
 
         Raises:
             InputError: matrices that engines fuse (query, key and value; gate and up) would differ; schemes that
@@ -149,34 +159,37 @@ class QuantizeStage(Stage):
         for layer in range(facts.layers):
             for group in architecture.groups:
                 names = [architecture.layer_prefix(layer) + p for p in group.projections]
-                names = [n for n in names if not any(matches(entry, n) for entry in self.ignore)]
+                names = [n for n in names if not self._ignored(n)]
                 own = {name: self._fitted(name, columns[group.name]) for name in names}
                 if len(set(own.values())) > 1:
-                    differ = ", ".join(f"{n}: {c.scheme}" for n, c in own.items())
+                    differ = ", ".join(f"{n}: {c.scheme if c else 'as it is'}" for n, c in own.items())
                     raise InputError(f"overrides: matrices of one input must have one scheme; {differ}")
-                found |= own
-        self._together(found)
+                found |= {name: choice for name, choice in own.items() if choice}
+        found = self._alike(found, columns, facts)
+        check_together(found)
         return found
 
-    def _fitted(self, name: str, columns: int) -> Choice:
+    def _fitted(self, name: str, columns: int) -> Choice | None:
         asked = self.asked(name)
         fitted = asked.fitted(columns)
         if fitted != asked and self.fallback == "refuse":
+            instead = "leave it as it is"
+            if fitted:
+                instead = f"take {fitted.scheme} with {fitted.group_size or 'one scale a row'}"
             raise InputError(
                 f"{name}: group size {asked.group_size} of {asked.scheme} does not divide its {columns} inputs; "
-                f"fallback: smaller would take {fitted.scheme} with {fitted.group_size or 'one scale a row'}"
+                f"fallback: smaller would {instead}"
             )
         return fitted
 
-    @staticmethod
-    def _together(choices: Mapping[str, Choice]) -> None:
-        rebuilt = {c.scheme for c in choices.values() if c.dequantize_on_load}
-        rounding = {c.scheme for c in choices.values() if c.format.activations < 16}
-        if rebuilt and rounding:
-            raise InputError(
-                f"{', '.join(sorted(rebuilt))} must be rebuilt while loading, which drops the rounding of inputs that "
-                f"{', '.join(sorted(rounding))} asks for; they cannot share a checkpoint"
-            )
+    def _alike(self, found: dict[str, Choice], columns: dict[str, int], facts: StackFacts) -> dict[str, Choice]:
+        """With one group size for all matrices that ask for one scheme, where a checkpoint can hold one only."""
+        group = {p: g.name for g in facts.architecture.groups for p in g.projections}
+        widths: dict[Choice, set[int]] = {}
+        for name in found:
+            widths.setdefault(self.asked(name), set()).add(columns[group[facts.architecture.split_name(name)[1]]])
+        common = {asked: asked.common(seen) for asked, seen in widths.items() if asked.dequantize_on_load}
+        return {name: common.get(self.asked(name), choice) for name, choice in found.items()}
 
     def check(self, facts: StackFacts) -> None:
         """See `Stage.check`: mixtures of experts, quantized sources, bad `ignore` or `overrides`."""
@@ -193,8 +206,13 @@ class QuantizeStage(Stage):
             for entry in entries:
                 if not any(matches(entry, module) for module in ("lm_head", *modules)):
                     raise InputError(f"{option} {entry!r} names no module; there are lm_head and e.g. {modules[0]}")
+                if option == "overrides" and not any(matches(entry, module) for module in modules):
+                    raise InputError(f"overrides {entry!r}: the head is never quantized; leave it out")
         if not self.choices(facts):
-            raise InputError(f"ignore {list(self.ignore)} leaves nothing to quantize")
+            if not self.wished(facts):
+                raise InputError(f"ignore {list(self.ignore)} leaves nothing to quantize")
+            widths = ", ".join(f"{name} {width}" for name, width in input_dimensions(facts).items())
+            raise InputError(f"{self.choice.label} fits no matrix of the model, whose inputs are: {widths}")
 
     @property
     def wanted(self) -> StatisticKind:
@@ -308,6 +326,28 @@ class QuantizeStage(Stage):
                 if inputs is not None:
                     linear.register_forward_pre_hook(functools.partial(_round_input, inputs))
             return model(ids.to(device)).logits.float().cpu()
+
+
+def check_together(choices: Mapping[str, Choice]) -> None:
+    """
+    Raises:
+        InputError: these schemes of these modules cannot share a checkpoint, by the first modules that show it.
+    """
+    rebuilt = next(((n, c) for n, c in choices.items() if c.dequantize_on_load), None)
+    if rebuilt is None:
+        return
+    name, choice = rebuilt
+    for other, own in choices.items():
+        if own.format.activations < 16:
+            raise InputError(
+                f"{name}: {choice.label} must be rebuilt while loading, which drops the rounding of inputs that "
+                f"{own.label} of {other} asks for; they cannot share a checkpoint"
+            )
+        if own != choice:
+            raise InputError(
+                f"{name}: {choice.label} must be rebuilt while loading, and transformers rebuilds all matrices by one "
+                f"scheme; {other} is {own.label}; they cannot share a checkpoint"
+            )
 
 
 def needs_rebuilding(choices: Mapping[str, Choice]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,11 @@ from compression_dags.solvers.patterns import Pattern
 if TYPE_CHECKING:
     from torch import Tensor
 
-MASKS = "masks.safetensors"
+#: Where a checkpoint's masks lie. In a folder of their own, because engines read every `*.safetensors` file beside
+#: `config.json` when there is no index, and because files beside the weights travel to the next stage.
+MASKS = "sparsity/masks.safetensors"
+#: Where older artifacts have them.
+BESIDE = "masks.safetensors"
 
 
 def mask_of_matrix(score: Tensor, pattern: Pattern) -> Tensor:
@@ -72,20 +77,34 @@ def mask_digest(packed: np.ndarray) -> str:
 
 
 def save_masks(packed: Mapping[str, np.ndarray], columns: Mapping[str, int], directory: Path) -> Path:
-    """`masks.safetensors`: module name → packed mask; the row lengths are in the metadata."""
+    """The file `MASKS`: module name → packed mask, the row lengths in the metadata. Equal masks are equal bytes.
+
+    The metadata has one key, because safetensors writes several in an order that changes with every call.
+    """
     from safetensors.numpy import save_file
 
     file = directory / MASKS
-    save_file(dict(sorted(packed.items())), file, metadata={name: str(n) for name, n in columns.items()})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(sorted(packed.items())), file, metadata={"columns": json.dumps(dict(sorted(columns.items())))})
     return file
+
+
+def settle_masks(directory: Path) -> bool:
+    """Whether a checkpoint has masks; those of an older artifact are moved to `MASKS`."""
+    if (directory / BESIDE).is_file():
+        (directory / MASKS).parent.mkdir(exist_ok=True)
+        (directory / BESIDE).replace(directory / MASKS)
+    return (directory / MASKS).is_file()
 
 
 def load_masks(directory: Path) -> dict[str, np.ndarray]:
     """Module name → (rows, columns) bool."""
     from safetensors import safe_open
 
-    with safe_open(directory / MASKS, framework="numpy") as file:
-        columns = file.metadata()
+    path = directory / MASKS
+    with safe_open(path if path.is_file() else directory / BESIDE, framework="numpy") as file:
+        noted = file.metadata()
+        columns = json.loads(noted["columns"]) if noted.keys() == {"columns"} else noted
         return {name: unpack_mask(file.get_tensor(name), int(columns[name])) for name in file.keys()}  # noqa: SIM118
 
 

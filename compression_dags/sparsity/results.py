@@ -64,7 +64,7 @@ class Results:
         self._copies.settle()
 
     def write(self, directory: Path) -> Sparsified:
-        """The checkpoint with `masks.safetensors` beside it."""
+        """The checkpoint with its masks, see `masks.MASKS`."""
         from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 
         def planned(name: str) -> PlannedTensor:

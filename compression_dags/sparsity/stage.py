@@ -189,7 +189,7 @@ class SparsifyStage(Stage):
         progress: Progress | None = None,
         track: Track = silent,
     ) -> Sparsified:
-        """Prune every projection by `plan` and write the checkpoint, with `masks.safetensors` beside it.
+        """Prune every projection by `plan` and write the checkpoint, with its masks (`masks.MASKS`).
 
         Raises:
             InputError: no calibration tokens for a pruner that reads them, or a plan for other matrices.
