@@ -27,6 +27,9 @@ class Cli(click.Group):
         except WorkFailed as error:
             click.echo(f"failed: {error}", err=True)
             ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command continues", err=True)
+            ctx.exit(130)
 
 
 class WorkFailed(RuntimeError):
