@@ -197,6 +197,16 @@ def _wanted_tasks(book, slug: str, recipes: list[Recipe], tasks: str | None, set
     return list(dict.fromkeys(task.name for task in book.resolve(names)))
 
 
+def reap_runs(home: Path) -> None:
+    """Mark runs whose process is gone as failed, before a UI shows them at work for ever."""
+    from resources.instance import opened
+
+    speak()
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
+    with opened(home):
+        pass
+
+
 def execute(
     definitions: dg.Definitions, slug: str, keys: list[dg.AssetKey], settings: Settings
 ) -> dg.ExecuteInProcessResult:

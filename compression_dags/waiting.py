@@ -48,22 +48,30 @@ class Holder:
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str, *, shared: bool = False, who: Callable[[], str] | None = None) -> Iterator[IO[str]]:
+def held(
+    path: Path,
+    what: str,
+    *,
+    shared: bool = False,
+    sign: bool = False,
+    who: Callable[[], str] | None = None,
+) -> Iterator[IO[str]]:
     """Hold the lock file `path`, after waiting for it if need be.
 
     Args:
         what: what is waited for, in words: "waiting for <what>" is said after a second, then once a minute.
         shared: with others that share it; else alone.
+        sign: write this process into the file; who holds it alone always does.
         who: says who holds it; by default what the last lone holder wrote into the file.
     """
-    handle = take(path, shared=shared) or _wait(path, what, shared, who or (lambda: _spoken(path)))
+    handle = take(path, shared=shared, sign=sign) or _wait(path, what, shared, sign, who or (lambda: _spoken(path)))
     try:
         yield handle
     finally:
         handle.close()
 
 
-def take(path: Path, *, shared: bool = False, create: bool = True) -> IO[str] | None:
+def take(path: Path, *, shared: bool = False, sign: bool = False, create: bool = True) -> IO[str] | None:
     """The lock file, open and locked, or None while somebody else holds it. Closing it gives the lock back.
 
     Raises:
@@ -82,7 +90,7 @@ def take(path: Path, *, shared: bool = False, create: bool = True) -> IO[str] | 
             handle.close()
             raise
         if _is_there(handle, path):  # else its last holder removed it before it let go: this is a lock on nothing
-            if not shared and create:
+            if create and (sign or not shared):
                 _sign(handle)
             return handle
         handle.close()
@@ -96,11 +104,11 @@ def holder(path: Path) -> Holder | None:
         return None
 
 
-def _wait(path: Path, what: str, shared: bool, who: Callable[[], str]) -> IO[str]:
+def _wait(path: Path, what: str, shared: bool, sign: bool, who: Callable[[], str]) -> IO[str]:
     start, due = time.monotonic(), _FIRST
     while True:
         time.sleep(_POLL)
-        if handle := take(path, shared=shared):
+        if handle := take(path, shared=shared, sign=sign):
             return handle
         waited = time.monotonic() - start
         if waited >= due:

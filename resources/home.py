@@ -13,6 +13,7 @@ from compression_dags.errors import InputError
 from compression_dags.waiting import held, holder, take
 
 _RUN_ID = re.compile(r"[0-9a-f-]{36}")
+_HELD: set[str] = set()
 _PATIENCE = 1.0  # seconds in which a run that is just ending may let go
 
 
@@ -51,16 +52,17 @@ def running(home: Path, run_id: str | None) -> Iterator[None]:
     """Hold the lock of a run until it has ended in order.
 
     The file is gone after an orderly end. So one that is there and free was left by a process that was killed.
-    Nothing happens if the run's lock is held already: an outer call in this process has it.
+    Processes of one run share it; within one process the outermost call holds it.
     """
-    lock = take(run_lock(home, run_id)) if run_id and _RUN_ID.fullmatch(run_id) else None
-    if lock is None:
+    if not run_id or not _RUN_ID.fullmatch(run_id) or run_id in _HELD:
         yield
         return
-    with lock:
+    with held(run_lock(home, run_id), f"run {run_id}", shared=True, sign=True) as lock:
+        _HELD.add(run_id)
         try:
             yield
         finally:
+            _HELD.discard(run_id)
             Path(lock.name).unlink(missing_ok=True)
 
 
@@ -73,7 +75,7 @@ def runs_at_work(home: Path) -> list[str]:
     found = []
     for path in sorted(run_lock(home, "x").parent.glob("*.lock")):
         try:
-            lock = take(path, shared=True, create=False)
+            lock = take(path, create=False)
         except OSError:
             continue
         if lock is None:

@@ -35,7 +35,7 @@ _NAMELESS = 3600.0
 
 
 @contextlib.contextmanager
-def opened(home: Path, partitions: str, slug: str) -> Iterator[dg.DagsterInstance]:
+def opened(home: Path, partitions: str = "", slug: str = "") -> Iterator[dg.DagsterInstance]:
     """The instance at `DAGSTER_HOME`, with `slug` among its dynamic `partitions` and dead runs marked as failed.
 
     Its runs claim no slot of a pool: who computes on which device is the lease's affair, and a slot would outlive its

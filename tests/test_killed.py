@@ -1,0 +1,74 @@
+"""Runs that are killed, stopped or doubled: the same command then ends well, with the same bytes."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from home_runs import CHAIN, TEXT, Run
+
+from compression_dags.provenance.artifacts import describe_files
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "chain.yaml").write_text(CHAIN)
+    (folder / "cat.txt").write_text(TEXT)
+    return folder
+
+
+def start(desk: Path, home: str = "home") -> Run:
+    return Run(desk, home, "run", "-m", "stories260k", "-r", "chain", "--tasks", str(desk / "cat.txt"))
+
+
+def stored(home: Path) -> dict[str, dict]:
+    """Kind/fingerprint → files of every artifact, without the tables and reports that name runs."""
+    kinds = ("leaderboard", "decision_ledger")
+    folders = [p for p in (home / "artifacts").glob("*/*") if p.parent.name not in kinds]
+    return {f"{p.parent.name}/{p.name}": describe_files(p) for p in folders}
+
+
+def runs_of(home: Path) -> list[dg.DagsterRun]:
+    with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+        for pool in instance.event_log_storage.get_concurrency_keys():
+            assert not instance.event_log_storage.get_concurrency_info(pool).claimed_slots
+        return list(reversed(instance.get_runs()))
+
+
+def test_killed_and_stopped_runs_continue_to_the_same_bytes(desk):
+    home = desk / "home"
+
+    def building(kind: str):
+        return lambda: any(p.is_dir() for p in (home / "partial" / kind).glob("*"))
+
+    assert start(desk).ends() == 0
+    home.rename(desk / "reference")
+
+    assert start(desk).until(building("base_model")).signal(signal.SIGKILL).ends() == -signal.SIGKILL
+    (killed,) = (home / "locks" / "runs").glob("*.lock")
+
+    stopped = start(desk).until(building("sparse_weights")).signal(signal.SIGINT)
+    assert stopped.ends() == 130 and stopped.said().endswith("stopped; the same command continues\n")
+    assert f"run {killed.stem[:8]} is marked as failed" in stopped.said() and not killed.exists()
+
+    assert start(desk).until(building("quantized_weights")).signal(signal.SIGKILL).ends() == -signal.SIGKILL
+    ended = start(desk).until(building("evaluation")).signal(signal.SIGTERM)
+    assert ended.ends() == 130, ended.said()
+    last = start(desk)
+    assert last.ends() == 0, last.said()
+
+    assert [run.status.value for run in runs_of(home)] == ["FAILURE"] * 4 + ["SUCCESS"]
+    assert stored(home) == stored(desk / "reference")
+    assert not list((home / "locks" / "runs").iterdir())
+
+
+def test_two_first_runs_at_once_end_well(desk):
+    """Both set up the home, its database and its registry; one builds what the other waits for and uses."""
+    pair = [start(desk, "twins") for _ in range(2)]
+    assert [run.ends() for run in pair] == [0, 0], [run.said() for run in pair]
+    assert [run.status.value for run in runs_of(desk / "twins")] == ["SUCCESS"] * 2
+    shutil.rmtree(desk / "twins" / "dagster")
+    assert not any(p.is_dir() for p in (desk / "twins" / "partial").glob("*/*"))
