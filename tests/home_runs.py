@@ -10,7 +10,22 @@ from pathlib import Path
 from compression_dags.paths import PROJECT
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["dagster", "torch", "transformers", "pandas", "compression_dags.definitions", __name__])
+_SERVER.set_forkserver_preload(
+    [
+        "accelerate",
+        "compressed_tensors.quantization",
+        "compression_dags.cli_run",
+        "compression_dags.definitions",
+        "dagster._core.storage.sqlite_storage",
+        "matplotlib.figure",
+        "pandas",
+        "pyarrow.parquet",
+        "scipy.stats",
+        "sympy",
+        "transformers.models.llama.modeling_llama",
+        __name__,
+    ]
+)
 
 TEXT = "Once upon a time there was a little cat who liked to play in the garden with a red ball. " * 60
 CHAIN = """name: chain
@@ -36,7 +51,7 @@ class Run:
     def said(self) -> str:
         return self.log.read_text()
 
-    def until(self, condition: Callable[[], object], seconds: float = 120) -> "Run":
+    def until(self, condition: Callable[[], object], seconds: float = 300) -> "Run":
         """Wait until something is so; the run must still be there."""
         end = time.monotonic() + seconds
         while not condition():
@@ -49,7 +64,7 @@ class Run:
         os.kill(self.process.pid or 0, number)
         return self
 
-    def ends(self, seconds: float = 120) -> int | None:
+    def ends(self, seconds: float = 300) -> int | None:
         """Exit code; negative for a signal."""
         self.process.join(seconds)
         assert not self.process.is_alive(), "still running:\n" + self.said()[-2000:]
