@@ -1,12 +1,18 @@
 """The command line in processes that start at once: children of a server that has imported everything already."""
 
+import contextlib
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import dagster as dg
+
+from assets.base_models import base_models
+from assets.publishing import GPU_POOL
+from compression_dags.cli_run import execute, prepare_instance
+from compression_dags.definitions import Settings
 from compression_dags.paths import PROJECT
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -38,6 +44,13 @@ stages:
 """
 
 
+def server_process(target: Callable[..., None], *arguments: object):
+    """A started process that calls `target`, a function of a module."""
+    process = _SERVER.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 class Run:
     """One `compression-dags` process on `desk/home`; what it says on standard error goes to `log`."""
 
@@ -45,8 +58,7 @@ class Run:
         self.log = desk / f"log-{time.monotonic_ns()}"
         self.log.touch()
         wanted = (*arguments, "--home", str(desk / home))
-        self.process = _SERVER.Process(target=_main, args=(str(desk / "recipes"), str(self.log), wanted))
-        self.process.start()
+        self.process = server_process(_main, str(desk / "recipes"), str(self.log), wanted)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -74,8 +86,34 @@ class Run:
 def _main(recipes: str, log: str, arguments: tuple[str, ...]) -> None:
     os.environ.update(COMPRESSION_DAGS_RECIPES=recipes, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     os.chdir(PROJECT)
-    sys.stderr = Path(log).open("a", buffering=1)
-    sys.stdout = Path(os.devnull).open("w")
     from compression_dags.cli import main
 
-    main(list(arguments))
+    with Path(log).open("a", buffering=1) as said, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        main(list(arguments))
+
+
+def pooled(home: Path, body: Callable[[], None] = lambda: None) -> dg.Definitions:
+    """One asset in the pool `gpu` that calls `body`."""
+
+    @dg.asset(partitions_def=base_models, pool=GPU_POOL, required_resource_keys={"store"})
+    def thing() -> None:
+        body()
+
+    return dg.Definitions(assets=[thing], resources=Settings(home).resources(), executor=dg.in_process_executor)
+
+
+def hang_in_pool(home: Path, marker: Path, old: bool) -> None:
+    """Reach the inside of a pooled asset, make `marker`, and stay there. `old`: a run without lock, with a slot."""
+
+    def body() -> None:
+        marker.touch()
+        time.sleep(600)
+
+    definitions = pooled(home, body)
+    if not old:
+        execute(definitions, "m", [dg.AssetKey("thing")], Settings(home))
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
+    with dg.DagsterInstance.get() as instance:
+        instance.add_dynamic_partitions(base_models.name or "", ["m"])
+        job = definitions.resolve_implicit_global_asset_job_def()
+        job.execute_in_process(instance=instance, partition_key="m")

@@ -1,12 +1,17 @@
 """Runs that are killed, stopped or doubled: the same command then ends well, with the same bytes."""
 
+import os
 import signal
+import time
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from home_runs import CHAIN, TEXT, Run
+from dagster._core.events import DagsterEventType
+from home_runs import CHAIN, TEXT, Run, hang_in_pool, pooled, server_process
 
+from compression_dags.cli_run import execute
+from compression_dags.definitions import Settings
 from compression_dags.provenance.artifacts import describe_files
 
 
@@ -77,4 +82,35 @@ def test_killed_and_stopped_runs_continue_to_the_same_bytes(desk, twins):
 
     assert [run.status.value for run in runs_of(home)] == ["FAILURE"] * 4 + ["SUCCESS"]
     assert stored(home) == stored(desk / "reference")
+    assert not list((home / "locks" / "runs").iterdir())
+
+
+def killed_in_a_pool(tmp_path: Path, old: bool) -> str:
+    """Id of a run whose process was killed inside a pooled asset; `old` as before runs had locks."""
+    marker = tmp_path / "inside"
+    process = server_process(hang_in_pool, tmp_path / "home", marker, old)
+    end = time.monotonic() + 300
+    while not marker.exists():
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with dg.DagsterInstance.from_config(str(tmp_path / "home" / "dagster")) as instance:
+        (run,) = instance.get_runs()
+        assert run.status == dg.DagsterRunStatus.STARTED
+        assert instance.event_log_storage.get_concurrency_info("gpu").active_slot_count == int(old)
+    return run.run_id
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_run_killed_inside_a_pooled_asset_holds_nothing_up(tmp_path, old):
+    home = tmp_path / "home"
+    dead = killed_in_a_pool(tmp_path, old)
+    assert execute(pooled(home), "m", [dg.AssetKey("thing")], Settings(home)).success
+    with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+        statuses = {run.run_id: run.status.value for run in instance.get_runs()}
+        assert statuses.pop(dead) == "FAILURE" and list(statuses.values()) == ["SUCCESS"]
+        said = [entry.dagster_event.message for entry in instance.all_logs(dead, of_type=DagsterEventType.RUN_FAILURE)]
+        assert len(said) == 1 and "its process ended before the run did" in said[0]
+        assert instance.event_log_storage.get_concurrency_info("gpu").active_slot_count == 0
     assert not list((home / "locks" / "runs").iterdir())
