@@ -289,7 +289,8 @@ def _made(stored: Stored) -> float:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             times.append(datetime.fromisoformat(stored.manifest["created"]).timestamp())
     elif digits := re.search(r"\.damaged-(\d+)", stored.name):
-        times.append(float(digits[1]))
+        aside = float(digits[1])  # seconds, or nanoseconds
+        times.append(aside / 1e9 if aside > 1e15 else aside)
     return max(times)
 
 

@@ -58,7 +58,7 @@ def removable(home: Path, **options) -> dict[str, str]:
 def test_prune_takes_old_things_that_nothing_names(tmp_path):
     named, fresh = stored(tmp_path, "1", named=True), stored(tmp_path, "2", days=0.5)
     garbage, damaged = stored(tmp_path, "3"), stored(tmp_path, "4")
-    damaged = damaged.rename(damaged.with_name(f"{damaged.name}.damaged-17"))
+    damaged = damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{time.time_ns() - int(2e14)}"))
     killed, building = (aged_partial(tmp_path, digit) for digit in "ab")
     young = tmp_path / "partial" / "toy" / ("c" * 64)
     young.mkdir()
