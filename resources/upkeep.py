@@ -341,6 +341,8 @@ def prune(root: Path, *, older_than: float = DAY, wanted: Wanted = lambda _: Tru
                     trash.mkdir(exist_ok=True)
                     item.path.chmod(stat.S_IMODE(item.path.lstat().st_mode) | stat.S_IRWXU)
                     grave = item.path.rename(trash / uuid.uuid4().hex)
+                    note = root / "verified" / item.path.parent.name / f"{item.path.name}.json"
+                    note.unlink(missing_ok=True)  # what is known of its files
                     _delete(grave, result)
                 else:
                     item.path.unlink()
