@@ -314,22 +314,31 @@ def export(model: str, recipe: str, target: str, home: Path, as_json: bool) -> N
 
 
 @main.command()
-@click.option("--prune", is_flag=True, help="List what no live recipe reaches.")
+@click.option("--check", is_flag=True, help="Hash every artifact; exit 1 if one is damaged.")
+@click.option("--prune", is_flag=True, help="List what nothing in the home names.")
 @click.option("--yes", is_flag=True, help="With --prune: delete it.")
+@click.option("--recipes-gone", is_flag=True, help="With --prune: also what only recipes name that are gone.")
+@click.option("--days", type=click.FloatRange(0), default=1.0, show_default=True, help="With --prune: spare younger.")
+@click.option("--wait", is_flag=True, help="With --prune --yes: wait for runs at work.")
 @home_option
 @json_option
-def store(prune: bool, yes: bool, home: Path, as_json: bool) -> None:
-    """Size of the artifact store by kind; prune what no live recipe reaches (dry run first)."""
-    from compression_dags.cli_results import prune_store, store_sizes
+@click.pass_context
+def store(ctx: click.Context, home: Path, as_json: bool, check: bool, prune: bool, yes: bool, **options: Any) -> None:
+    """Size of the artifact store by kind; check it; prune what nothing names (dry run first)."""
+    from compression_dags import cli_store as verbs
 
+    if check and prune:
+        raise InputError("store: --check or --prune, one at a time")
+    if check:
+        found = verbs.check_store(home)
+        emit(verbs.checked_json(found), as_json, verbs.checked_text(found))
+        ctx.exit(1 if found.damaged else 0)
     if prune:
-        removed = prune_store(home, delete=yes)
-        verb = "removed" if yes else "would remove (add --yes to do it)"
-        emit({"removed" if yes else "would_remove": removed}, as_json, "\n".join([f"{verb}: {len(removed)}", *removed]))
-        return
-    sizes = store_sizes(home)
-    lines = [f"{kind:28} {e['artifacts']:5d} artifacts {e['bytes'] / 1e6:10.1f} MB" for kind, e in sizes.items()]
-    emit(sizes, as_json, "\n".join(lines) or f"{home} holds no artifacts")
+        pruned = verbs.prune_store(home, delete=yes, **options)
+        emit(verbs.pruned_json(home, pruned, yes), as_json, verbs.pruned_text(home, pruned, yes))
+        ctx.exit(1 if pruned.failed else 0)
+    sizes = verbs.store_sizes(home)
+    emit(sizes, as_json, verbs.sizes_text(home, sizes))
 
 
 @main.command()

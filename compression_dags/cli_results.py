@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +113,3 @@ def _stage_decisions(artifacts: dict[str, Artifact]) -> pd.DataFrame:
     from compression_dags.provenance.decisions import join_ledger
 
     return join_ledger("", [("", a) for a in artifacts.values()])
-
-
-def store_sizes(home: Path) -> dict[str, dict[str, int]]:
-    return ArtifactStore(home=str(home)).sizes()
-
-
-def prune_store(home: Path, delete: bool) -> list[str]:
-    """What no asset of the present recipes reaches: its paths, removed if `delete`."""
-    store = ArtifactStore(home=str(home))
-    keys = {tuple(key.path) for key in _graph().definitions.resolve_asset_graph().get_all_asset_keys()}
-    dead = store.unreachable(keys)
-    for path in dead if delete else []:
-        shutil.rmtree(path)
-    return [str(path.relative_to(home)) for path in dead]

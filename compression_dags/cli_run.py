@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.escaping import visible
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, pick_recipes, recipes_folder
+from compression_dags.statefile import replace_text
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from compression_dags.evaluation.tasks import TaskBook
     from compression_dags.provenance.artifacts import Artifact
     from resources.model_hub import ModelSource
+
+#: The daemon of a UI on this home neither ends such a run after a day nor starts it again: this process sees to both.
+RUN_TAGS = {"dagster/max_runtime": "0", "dagster/max_retries": "0"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,11 @@ class Outcome:
 
 def prepare_instance(home: Path) -> Path:
     """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off)."""
-    folder = home / "dagster"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "dagster.yaml").is_file():
-        shutil.copyfile(PROJECT / "dagster.yaml", folder / "dagster.yaml")
-    return folder
+    file, template = home / "dagster" / "dagster.yaml", (PROJECT / "dagster.yaml").read_text(encoding="utf-8")
+    held = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if held != template and template.startswith(held):  # none yet, or a copy that was cut off
+        replace_text(file, template)
+    return file.parent
 
 
 def run_recipes(
@@ -237,27 +240,43 @@ def _wanted_tasks(book: TaskBook, slug: str, recipes: list[Recipe], folders: lis
     return list(dict.fromkeys(task.name for task in book.resolve(names)))
 
 
+def reap_runs(home: Path) -> None:
+    """Mark runs whose process is gone as failed, before a UI shows them at work for ever."""
+    from resources.instance import opened
+
+    speak()
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
+    with opened(home):
+        pass
+
+
 def execute(
     definitions: dg.Definitions, slug: str, keys: list[dg.AssetKey], settings: Settings
 ) -> dg.ExecuteInProcessResult:
-    import dagster as dg
+    from dagster._core.utils import make_new_run_id
 
     from assets.base_models import base_models
     from compression_dags.cli_estimate import announce
+    from resources.home import running, working
+    from resources.instance import closed, opened
 
     announce(definitions, slug, keys, settings)
     os.environ["DAGSTER_HOME"] = str(prepare_instance(settings.home))
-    with dg.DagsterInstance.get() as instance:
-        instance.add_dynamic_partitions(base_models.name or "", [slug])
-        # Dagster asks SQLite for this some 500 times a run, a fresh connection each; here the answer cannot change
-        instance.has_dynamic_partition = functools.cache(instance.has_dynamic_partition)
-        job = definitions.resolve_implicit_global_asset_job_def()
-        result = job.execute_in_process(
+    run_id = make_new_run_id()
+    with (
+        working(settings.home),
+        opened(settings.home, base_models.name or "", slug) as instance,
+        running(settings.home, run_id),
+        closed(instance, run_id),
+    ):
+        result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=instance,
+            run_id=run_id,
             partition_key=slug,
             asset_selection=keys,
             raise_on_error=False,
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            tags=RUN_TAGS,
         )
     if not result.success:
         _raise_first_failure(result)
@@ -265,6 +284,8 @@ def execute(
 
 
 def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
+    if _interrupted(result):
+        raise KeyboardInterrupt
     for event in result.all_events:
         if event.is_step_failure:
             whole = error = event.step_failure_data.error
@@ -276,6 +297,16 @@ def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
                 print(whole.to_string(), file=sys.stderr)
             raise failures.explain_step(str(event.step_key), chain, result.run_id)
     raise WorkFailed(f"run {result.run_id} failed without a failed step")
+
+
+def _interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether Ctrl-C or SIGTERM ended the run: Dagster turns both into an event."""
+    from dagster._core.execution.plan.objects import ErrorSource
+
+    ends = [e.job_failure_data.error for e in result.all_events if e.is_job_failure]
+    named = any(error and error.cls_name in {"DagsterExecutionInterruptedError", "KeyboardInterrupt"} for error in ends)
+    sources = [e.step_failure_data.error_source for e in result.all_events if e.is_step_failure]
+    return named or ErrorSource.INTERRUPT in sources
 
 
 def recall(settings: Settings, key: dg.AssetKey, slug: str) -> Artifact:

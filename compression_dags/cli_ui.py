@@ -21,7 +21,7 @@ import click
 import yaml
 
 from compression_dags.cli import WorkFailed
-from compression_dags.cli_run import prepare_instance
+from compression_dags.cli_run import prepare_instance, reap_runs
 from compression_dags.errors import InputError
 from compression_dags.paths import PROJECT
 
@@ -119,6 +119,7 @@ def _serve(
     from resources.ui_guard import Guard
 
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
+    reap_runs(home)
     name = host.strip("[]")
     url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     with contextlib.ExitStack() as stack:

@@ -6,7 +6,6 @@ Callers check a value before they save it. An entry that no longer parses is ski
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from compression_dags.waiting import held
 
 T = TypeVar("T")
 logger = logging.getLogger("compression_dags")
@@ -86,7 +87,5 @@ def write_entries(path: Path, entries: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time between reading and writing `path`; the kernel frees the lock when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(path.with_name(f".{path.name}.lock"), f"writing {path}"):
         yield

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +30,8 @@ from compression_dags.provenance.artifacts import (
 )
 from compression_dags.provenance.progress import Progress
 from compression_dags.statefile import replace_json
+from compression_dags.waiting import held
+from resources.home import running, working
 from resources.integrity import Integrity, protect, sync, sync_tree
 
 logger = logging.getLogger("compression_dags")
@@ -162,8 +163,7 @@ class ArtifactStore(dg.ConfigurableResource):
     def _building(self, request: Request, fingerprint: str) -> Iterator[Workplace]:
         folder = self.root / "partial" / request.kind
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{fingerprint}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with held(folder / f"{fingerprint}.lock", f"{request.kind}, which another process builds") as lock:
             work = Workplace(folder / fingerprint / "out", folder / fingerprint / "scratch", request)
             shutil.rmtree(work.out, ignore_errors=True)
             work.out.mkdir(parents=True)
@@ -201,6 +201,12 @@ class ArtifactStore(dg.ConfigurableResource):
         Integrity(self.root).remember(final, manifest)
         return artifact_of(final, manifest)
 
+    @contextlib.contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["ArtifactStore"]:
+        """A run, whoever started it, shares the home for as long as it lasts, and its lock says that it is alive."""
+        with working(self.root), running(self.root, context.run_id):
+            yield self
+
     # -- handles: which artifact an asset partition is ----------------------------------------------------------------
 
     def _handle_file(self, key: dg.AssetKey, partition: str) -> Path:
@@ -208,10 +214,10 @@ class ArtifactStore(dg.ConfigurableResource):
 
     def remember(self, key: dg.AssetKey, partition: str, artifact: Artifact) -> None:
         """Note that an asset partition is `artifact` now, and the recipe as it was run."""
-        handle = {"kind": artifact.kind, "fingerprint": artifact.fingerprint}
-        replace_json(
-            self._handle_file(key, partition), handle | ({"recipe": artifact.recipe} if artifact.recipe else {})
-        )
+        handle: dict[str, Any] = {"kind": artifact.kind, "fingerprint": artifact.fingerprint}
+        if artifact.recipe:
+            handle["recipe"] = artifact.recipe
+        replace_json(self._handle_file(key, partition), handle)
 
     def recall(self, key: dg.AssetKey, partition: str) -> Artifact | None:
         """The artifact that an asset partition last was, if it is still stored whole."""
@@ -222,34 +228,6 @@ class ArtifactStore(dg.ConfigurableResource):
             return None
         found = self.find(kind, fingerprint)
         return replace(found, recipe=recipe) if found else None
-
-    # -- upkeep -------------------------------------------------------------------------------------------------------
-
-    def sizes(self) -> dict[str, dict[str, int]]:
-        """Kind → number of artifacts and their bytes on disk (hard links counted once)."""
-        found: dict[str, dict[str, int]] = {}
-        seen: set[int] = set()
-        for directory in sorted((self.root / "artifacts").glob("*/*")):
-            entry = found.setdefault(directory.parent.name, {"artifacts": 0, "bytes": 0})
-            entry["artifacts"] += 1
-            for path in directory.rglob("*"):
-                stat = path.stat()
-                if path.is_file() and stat.st_ino not in seen:
-                    seen.add(stat.st_ino)
-                    entry["bytes"] += stat.st_size
-        return found
-
-    def unreachable(self, live_keys: set[tuple[str, ...]]) -> list[Path]:
-        """Artifacts that no handle of a live asset names, and builds that no process holds."""
-        live: set[tuple[str, str]] = set()
-        handles = self.root / "handles"
-        for path in handles.rglob("*.json"):
-            if path.parent.relative_to(handles).parts in live_keys:
-                handle = json.loads(path.read_text())
-                live.add((handle["kind"], handle["fingerprint"]))
-        stored = (self.root / "artifacts").glob("*/*")
-        dead = [p for p in stored if (p.parent.name, p.name) not in live]
-        return sorted(dead) + sorted(p for p in (self.root / "partial").glob("*/*") if p.is_dir() and not _locked(p))
 
 
 class HandleIO(dg.ConfigurableIOManager):
@@ -297,16 +275,4 @@ def _is_full(error: BaseException | None) -> bool:
         if any(sign in str(error) for sign in ("No space left on device", "os error 28", "Disk quota exceeded")):
             return True
         error = error.__cause__ or error.__context__
-    return False
-
-
-def _locked(work: Path) -> bool:
-    lock = work.with_name(f"{work.name}.lock")
-    if not lock.exists():
-        return False
-    with lock.open("r") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
     return False

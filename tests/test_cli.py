@@ -2,10 +2,8 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -139,18 +137,31 @@ def test_decisions_leaderboard_store(desk, ran):
     assert {r["family"] for r in boards["stories260k"]} == {"baseline", *STAGES}
     sizes = json.loads(cli(desk, "store", "--json", check=0).stdout)
     assert sizes["recovered_weights"]["artifacts"] == 1
-    assert json.loads(cli(desk, "store", "--prune", "--json", check=0).stdout) == {"would_remove": []}
+    prune = json.loads(cli(desk, "store", "--prune", "--days", "0", "--json", check=0).stdout)
+    assert prune == {"would_remove": [], "bytes": 0, "left_alone": [], "failed": []}
+    checked = json.loads(cli(desk, "store", "--check", "--json", check=0).stdout)
+    assert checked.keys() == {"artifacts", "bytes", "damaged", "left_alone"} and checked["damaged"] == []
 
 
-def test_prune_removes_what_no_recipe_reaches(desk, ran, tmp_path):
+def test_prune_removes_recipes_that_are_gone_when_asked(desk, ran, tmp_path):
+    """Also of what no recipe names only the named kinds: a text that was scored with `--tasks` keeps its scores."""
     work = tmp_path / "desk"
     shutil.copytree(desk, work)
     (work / "recipes" / "cut-20-ls-w8.yaml").unlink()
-    removed = json.loads(cli(work, "store", "--prune", "--yes", "--json", check=0).stdout)["removed"]
+    prune = ("store", "--prune", "--days", "0", "--json")
+    assert json.loads(cli(work, *prune, check=0).stdout)["would_remove"] == []
+    removed = json.loads(cli(work, *prune, "--recipes-gone", "--yes", check=0).stdout)["removed"]
     assert any("quantized_weights" in r for r in removed) and not any("recovered_weights" in r for r in removed)
+    assert {r.split("/")[1] for r in removed if r.startswith("handles/")} == {"cut_20_ls_w8"}
     again = json.loads(cli(work, "run", "-m", "stories260k", "-r", "cut-20-ls", "--json", check=0).stdout)
     states = {k: a["cache"] for k, a in again["recipes"]["cut-20-ls"]["assets"].items()}
     assert set(states.values()) == {"hit"}
+    (flipped,) = (work / "home" / "artifacts" / "recovered_weights").glob("*/checkpoint/model.safetensors")
+    flipped.chmod(0o644)
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"!")
+    checked = json.loads(cli(work, "store", "--check", "--json", check=1).stdout)
+    (damage,) = [entry for entry in checked["damaged"] if entry["kind"] == "recovered_weights"]
+    assert damage["files"] == {"checkpoint/model.safetensors": "other content than was stored"}
 
 
 def test_listings(desk):
@@ -186,6 +197,8 @@ def test_a_text_of_one_s_own_is_a_task_and_may_vanish_later(desk, ran):
         cli(desk, "run", "-m", "stories260k", "-r", "cut-20", "--tasks", str(text), "--json", check=0).stdout
     )
     assert found["recipes"]["cut-20"]["scores"]["my_text"]["windows"] >= 1
+    prune = ("store", "--prune", "--days", "0", "--recipes-gone", "--json")
+    assert json.loads(cli(desk, *prune, check=0).stdout)["would_remove"] == []
     text.unlink()
     cli(desk, "run", "-m", "stories260k", "-r", "cut-20", "--json", check=0)
 
@@ -201,26 +214,3 @@ def test_unwritable_home(desk):
     (desk / "blocked").write_text("")
     done = cli(desk, "run", "-m", "stories260k", "-r", "cut-20", home="blocked/home", check=2)
     assert "not writable" in done.stderr
-
-
-def test_kill_9_then_the_next_run_finishes(desk):
-    """Killed as soon as the first artifact is there: no partial artifact is visible and the next run completes."""
-    home = desk / "killed"
-    command = [sys.executable, "-m", "compression_dags.cli", "run", "-m", "stories260k", "-r", "cut-20-ls", "--json"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(desk), "COMPRESSION_DAGS_RECIPES": str(desk / "recipes")}
-    process = subprocess.Popen(
-        [*command, "--home", str(home)],
-        env=environment,
-        cwd=PROJECT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not list((home / "artifacts").glob("calibration_tokens/*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for path in (home / "artifacts").glob("*/*"):
-        assert (path / "manifest.json").is_file()
-    finished = json.loads(cli(desk, *command[3:], home="killed", check=0).stdout)
-    assert finished["recipes"]["cut-20-ls"]["assets"]["base_model"]["cache"] == "hit"

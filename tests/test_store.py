@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import dagster as dg
 import pytest
 
 from compression_dags.errors import InputError
@@ -154,17 +153,6 @@ def test_full_disk_during_a_build(tmp_path):
     with pytest.raises(InputError, match="is full"):
         store.produce(Request("toy", "9", {}, {}), full)
     assert store.find("toy", kept.fingerprint) == kept
-
-
-def test_prune_keeps_what_a_live_asset_names(tmp_path):
-    store = ArtifactStore(home=str(tmp_path))
-    live = store.produce(REQUEST, writes("live")).artifact
-    dead = store.produce(Request("toy", "2", {}, {}), writes("dead")).artifact
-    store.remember(dg.AssetKey(["fam", "thing"]), "m", live)
-    store.remember(dg.AssetKey(["gone", "thing"]), "m", dead)
-    assert store.unreachable({("fam", "thing")}) == [dead.path]
-    assert store.recall(dg.AssetKey(["fam", "thing"]), "m") == live
-    assert store.sizes()["toy"]["artifacts"] == 2
 
 
 def test_manifest_says_what_made_it(tmp_path):
