@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
 from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.planning.alternatives import BankOptions
+    from compression_dags.planning.alternatives import Alternative, BankOptions
     from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "schemes.json"
@@ -104,7 +105,20 @@ def plan_schemes(
                 [layer],
                 value,
                 "KL with this alone (nats a token)",
+                _reason(stage.bits, solution.bits, choice, value, tried[layer, group]),
                 {"scheme": None if choice is None else choice.scheme, "costs": costs},
             )
         )
     return SchemePlan(choices, solution.bits, solution.cost), rows
+
+
+def _reason(asked: float, bits: float, choice: Choice | None, cost: float, tried: list[Alternative]) -> str:
+    """Why a group got its scheme: what it and the schemes next in cost lose alone."""
+    own = next(a for a in tried if a.choice == choice)
+    others = sorted((a for a in tried if a is not own), key=lambda a: a.bytes)
+    below = [a for a in others if a.bytes < own.bytes]
+    above = [a for a in others if a.bytes > own.bytes and a.choice is not None]
+    beside = [f"{a.label} {number(a.cost)}" for a in (*below[-1:], *above[:1])]
+    what = "kept as it is" if choice is None else f"quantized to {own.label}"
+    against = f" (alone it loses {number(cost)} nats{', ' if beside else ''}{', '.join(beside)})"
+    return f"{what}: in the least loss for {number(asked)} bits a weight, {number(bits)} used{against}"

@@ -135,8 +135,20 @@ class QuantizeStage(Stage):
         return self.choice.format
 
     def asked(self, module: str) -> Choice:
-        own = next((o for entry, o in self.overrides.items() if _matches(entry, module)), None)
-        return own.choice if own else self.choice
+        entry = self.override_of(module)
+        return self.choice if entry is None else self.overrides[entry].choice
+
+    def override_of(self, module: str) -> str | None:
+        """The entry of `overrides` that decides for a module."""
+        return next((entry for entry in self.overrides if _matches(entry, module)), None)
+
+    def ignored_by(self, module: str) -> str | None:
+        """The entry of `ignore` that names a module."""
+        return next((entry for entry in self.ignore if _matches(entry, module)), None)
+
+    def remark(self, evidence: Mapping[str, Any]) -> str:
+        """What a method's own search found for a matrix, in a few words for its reason; most have nothing to add."""
+        return ""
 
     def choices(self, facts: StackFacts) -> dict[str, Choice]:
         """Module → what it is quantized to, layer by layer.
@@ -150,7 +162,7 @@ class QuantizeStage(Stage):
         for layer in range(facts.layers):
             for group in architecture.groups:
                 names = [architecture.layer_prefix(layer) + p for p in group.projections]
-                names = [n for n in names if not any(_matches(entry, n) for entry in self.ignore)]
+                names = [n for n in names if self.ignored_by(n) is None]
                 own = {name: self._fitted(name, columns[group.name]) for name in names}
                 if len(set(own.values())) > 1:
                     differ = ", ".join(f"{n}: {c.scheme}" for n, c in own.items())
