@@ -13,6 +13,7 @@ from assets.base_models import base_model
 from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact
+from compression_dags.provenance.decisions import read_decisions
 from compression_dags.recipes import load_recipes, pick_recipes, recipes_folder
 from resources.artifact_store import ArtifactStore
 from resources.model_hub import ModelHub
@@ -65,7 +66,7 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
     found = ArtifactStore(home=str(home)).recall(Graph.SUMMARY[1], slug)
     if found is None:
         raise InputError(f"no recipe was run on {slug} yet")
-    frame = pd.read_parquet(found.path / "ledger.parquet")
+    frame = read_decisions(found.path / "ledger.parquet")
     for column, value in (("recipe", recipe), ("stage", stage)):
         if value is not None:
             allowed = sorted(set(frame[column]))
@@ -73,6 +74,17 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
                 raise InputError(f"{column} {value!r} has no decisions for {slug}; there are: {', '.join(allowed)}")
             frame = frame.loc[frame[column] == value]
     return frame
+
+
+def ledger_text(frame: pd.DataFrame) -> str:
+    """Rows as a table; the reason comes last, whole, and evidence is left to `--json`."""
+    columns = ["recipe", "stage", "method", "target", "action", "value"]
+    shown = frame.loc[:, columns].assign(value=[f"{v:.5g}" if pd.notna(v) else "" for v in frame["value"]])
+    rows = [columns, *shown.astype(str).to_numpy().tolist()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    reasons = ["reason", *(r or "(stored before reasons were recorded)" for r in frame["reason"])]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"{line}  {reason}" for line, reason in zip(lines, reasons, strict=True))
 
 
 def export_checkpoint(home: Path, model: str, recipe: str, target: Path) -> Path:
