@@ -8,7 +8,7 @@ from assets.base_models import base_model
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli_results import _graph, _slug
 from compression_dags.errors import InputError
-from compression_dags.provenance.story import Story, story, subject_of
+from compression_dags.provenance.story import Story, decided_names, story, subject_of
 from compression_dags.recipes import BASELINE, pick_recipes
 from resources.artifact_store import ArtifactStore
 
@@ -27,4 +27,4 @@ def tell(home: Path, model: str, recipe: str, layer: str) -> tuple[str, Story]:
     if base is None or (steps and not any(artifact for _, artifact in steps)):
         raise InputError(f"recipe {recipe} was not run on {slug}: compression-dags run -m {slug} -r {recipe}")
     checkpoint = Checkpoint(base.checkpoint)
-    return slug, story(subject_of(layer, checkpoint, slug), checkpoint, steps)
+    return slug, story(subject_of(layer, checkpoint, slug, decided_names(steps)), checkpoint, steps)

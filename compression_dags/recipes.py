@@ -164,7 +164,7 @@ def pick_recipes(recipes: dict[str, Recipe], names: list[str]) -> list[Recipe]:
     for name in names:
         if name not in recipes:
             near = difflib.get_close_matches(name, recipes, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise InputError(f"recipe {name!r} is unknown{hint} Known: {', '.join(recipes)}")
     return [recipes[name] for name in dict.fromkeys(names)]
 

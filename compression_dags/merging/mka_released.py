@@ -85,7 +85,9 @@ class MKAReleased(MergeStage):
             for step, value in enumerate(released_lambdas(table, gone[-1], steps)):
                 scores[gone[-1] - step] = value
                 notes[gone[-1] - step] = _pair(table, gone[-1] - step - 1, gone[-1] - step)
-        reasons = from_the_end(self, facts.layers, gone, "the released code (which writes no merged weight)")
+        reasons = from_the_end(self, facts.layers, gone, "the released code")
+        said = ["" if s is None else f"; λ {number(s)} before it is computed and not written" for s in scores]
+        reasons = [reason + more for reason, more in zip(reasons, said, strict=True)]
         unit = "λ of the layer before, computed and not written"
         rows = depth_decisions(plan, scores, unit, {"written": False}, reasons)
         return plan, [replace(row, evidence={**row.evidence, **notes.get(i, {})}) for i, row in enumerate(rows)]

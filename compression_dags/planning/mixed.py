@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compression_dags.errors import InputError
+from compression_dags.planning.alternatives import label_of
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
@@ -105,20 +106,22 @@ def plan_schemes(
                 [layer],
                 value,
                 "KL with this alone (nats a token)",
-                _reason(stage.bits, solution.bits, choice, value, tried[layer, group]),
-                {"scheme": None if choice is None else choice.scheme, "costs": costs},
+                _reason(stage.bits, choice, columns, tried[layer, group]),
+                {"scheme": None if choice is None else choice.fitted(columns).scheme, "costs": costs},
             )
         )
     return SchemePlan(choices, solution.bits, solution.cost), rows
 
 
-def _reason(asked: float, bits: float, choice: Choice | None, cost: float, tried: list[Alternative]) -> str:
-    """Why a group got its scheme: what it and the schemes next in cost lose alone."""
+def _reason(bits: float, choice: Choice | None, columns: int, tried: list[Alternative]) -> str:
+    """Why a group got its scheme: what it loses alone, and what the next smaller and the next larger scheme would."""
     own = next(a for a in tried if a.choice == choice)
-    others = sorted((a for a in tried if a is not own), key=lambda a: a.bytes)
-    below = [a for a in others if a.bytes < own.bytes]
-    above = [a for a in others if a.bytes > own.bytes and a.choice is not None]
-    beside = [f"{a.label} {number(a.cost)}" for a in (*below[-1:], *above[:1])]
-    what = "kept as it is" if choice is None else f"quantized to {own.label}"
-    against = f" (alone it loses {number(cost)} nats{', ' if beside else ''}{', '.join(beside)})"
-    return f"{what}: in the least loss for {number(asked)} bits a weight, {number(bits)} used{against}"
+    stored = choice and choice.fitted(columns)
+    smaller = sorted((a for a in tried if a.bytes < own.bytes), key=lambda a: a.bytes)[-1:]
+    larger = sorted((a for a in tried if a.bytes > own.bytes and a.choice), key=lambda a: a.bytes)[:1]
+    beside = [f"{a.label} {number(a.cost)}" for a in (*smaller, *larger)]
+    alone = ", ".join([f"alone it loses {number(own.cost)} nats", *beside])
+    what = "kept as it is" if stored is None else f"quantized to {label_of(stored)}"
+    if choice is not None and stored != choice:
+        what += f" for {label_of(choice)}, as {choice.group_size} does not divide its {columns} inputs"
+    return f"{what}: part of the least total loss at {number(bits)} bits a weight ({alone})"

@@ -6,9 +6,10 @@ says which new layer holds an original one, or stands in for it.
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ STAGES = {
     "quantization_plan": "quantize",
     "quantized_weights": "quantize",
 }
-_WIDTH, _INDENT = 110, 26
+_WIDTH = 110
 _PARAMETER = re.compile(r"\.(weight|bias)$")
 
 
@@ -101,8 +102,17 @@ class Story:
         return asdict(self)
 
 
-def subject_of(text: str, base: Checkpoint, slug: str) -> Subject:
+def decided_names(steps: Sequence[tuple[str, Artifact | None]]) -> set[str]:
+    """Everything that some step decided upon, also what has no tensor of its own (a tied head)."""
+    found = [read_decisions(a.decisions)["target"] for _, a in steps if a and a.decisions]
+    return {str(name) for targets in found for name in targets}
+
+
+def subject_of(text: str, base: Checkpoint, slug: str, decided: Container[str] = ()) -> Subject:
     """What `24`, `layer 24`, `model.layers.24.mlp.down_proj` or `lm_head` names in a model.
+
+    Args:
+        decided: names that are known beside those of tensors.
 
     Raises:
         InputError: no such layer or module, naming what there is.
@@ -117,12 +127,12 @@ def subject_of(text: str, base: Checkpoint, slug: str) -> Subject:
         index, local = int(whole[1]), ""
     if index is not None:
         _check_layer(index, base, slug)
-    if not any(tensor.startswith(f"{name}.") for tensor in base.tensors):
+    if name not in decided and not any(tensor.startswith(f"{name}.") for tensor in base.tensors):
         outside = sorted({_PARAMETER.sub("", n) for n in base.outside_layers()})
-        example = next(n for n in base.tensors if base.architecture.split_name(n)[0] == 0)
+        example = base.architecture.layer_prefix(0) + base.architecture.projections()[-1]
         raise InputError(
             f"layer {text!r} is unknown in {slug}; there are layers 0 to {base.num_layers - 1}, modules such as "
-            f"{_PARAMETER.sub('', example)}, and {', '.join(outside)}"
+            f"{example}, and {', '.join(outside)}"
         )
     return Subject(index, local)
 
@@ -209,11 +219,16 @@ class _Teller:
             return False
         if target == "logits":
             return bool(set(row["sources"]) & set(self.plan.layers[mine].sources))
-        index, local = self.architecture.split_name(f"{target}.")
-        local = local.rstrip(".")
+        index, local = self._split(target)
         if index is not None and row["method"] == "linear-patch":
             return index == mine or (index < mine and row["action"] == "recover" and self.home is not None)
         return index == mine and (not local or self._in_module(local) or self.home is None)
+
+    def _split(self, target: str) -> tuple[int | None, str]:
+        """`model.layers.3.mlp.up_proj` → (3, `mlp.up_proj`); `model.layers.3` → (3, empty)."""
+        if match := re.fullmatch(rf"{re.escape(self.architecture.layers)}\.(\d+)", target):
+            return int(match[1]), ""
+        return self.architecture.split_name(target)
 
     def _in_module(self, local: str) -> bool:
         module = self.subject.module
@@ -240,7 +255,7 @@ class _Teller:
         return "decides nothing about it"
 
     def _stands_in(self) -> str:
-        return f"of {self._holder(self.stand_in)}, which stands in for it"
+        return f"for {self._holder(self.stand_in)}, which stands in for it"
 
     def _holder(self, position: int | None) -> str:
         assert self.plan is not None and position is not None
@@ -299,11 +314,16 @@ def story_text(told: Story, slug: str, recipe: str) -> str:
     else:
         subject = f"layer {told.layer}" + (f", {told.module}," if told.module else "")
     lines = [f"{subject} of {slug} in {recipe}{_fate(told)}"]
-    for chapter in told.stages:
-        head = f"{chapter.step} ({chapter.method})" if chapter.method else chapter.step
-        said = [_said(t, chapter) for t in chapter.decisions] + ([chapter.note] if chapter.note else [])
-        lines.append(head)
-        lines += [textwrap.fill(s, _WIDTH, initial_indent="    ", subsequent_indent="      ") for s in said]
+    for _, alike in itertools.groupby(told.stages, key=lambda c: c.note if c.note and not c.decisions else c.step):
+        chapters = list(alike)
+        lines.append(", ".join(f"{c.step} ({c.method})" if c.method else c.step for c in chapters))
+        said = [_said(treatment) for treatment in chapters[0].decisions]
+        note = [chapters[0].note] if chapters[0].note else []
+        said = note + said if chapters[0].stage == "recover" else said + note
+        lines += [
+            textwrap.fill(s, _WIDTH, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+            for s in said
+        ]
     if not told.stages:
         lines.append("    the recipe has no stage: nothing was decided")
     return "\n".join(lines)
@@ -316,7 +336,7 @@ def _fate(told: Story) -> str:
     return f": {told.fate}{where}"
 
 
-def _said(treatment: Treatment, chapter: Chapter) -> str:
+def _said(treatment: Treatment) -> str:
     """`self_attn.q_proj, k_proj: the reason`; the layer itself is not named again."""
     reason = treatment.reason or _unexplained(treatment)
     names = [_short(target) for target in treatment.targets]
