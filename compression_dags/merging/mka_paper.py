@@ -98,14 +98,17 @@ class MKAPaper(MergeStage):
                 **({"low": merge.low, "high": merge.high, "overlaps": merge.overlaps} if intervals else {}),
             }
         note = {"estimator": self.estimator, "barrier": self.barrier, **_sizes(evidence)}
-        unit = "S with the next layer, or of the merge into the group before"
+        for i in range(plan.base_layers):
+            if found := _merge_of(merges, i):
+                scores[i] = found[1].value
+        unit = "S of the merge that joined it to the layer before, or to the next; if kept, with the next layer"
         reasons = [self._reason(i, facts, plan, merges, similarity) for i in range(plan.base_layers)]
         rows = depth_decisions(plan, scores, unit, note, reasons)
         sigma = evidence.similarity.get("npib_sigma")
         for i, row in enumerate(rows):
             extra: dict[str, Any] = {"sigma": float(sigma[i])} if sigma is not None else {}
-            if first := _first_of(merges, i):
-                extra["merged_by"] = {"merge": first[0], "S": first[1].value}
+            if (found := _merge_of(merges, i)) and i not in notes:
+                extra["merged_by"] = {"merge": found[0], "S": found[1].value}
             rows[i] = replace(row, evidence={**row.evidence, **extra, **notes.get(i, {})})
         return rows
 
@@ -119,8 +122,8 @@ class MKAPaper(MergeStage):
             return (
                 f"protected: before the barrier, layer {region.start} ({number(self.barrier)} of {facts.layers} layers)"
             )
-        if first := _first_of(merges, index):
-            order, merge = first
+        if found := _merge_of(merges, index):
+            order, merge = found
             home = next(layer for layer in plan.layers if index in layer.sources)
             share = number(home.shares[home.sources.index(index)])
             pair = f"{layers_said(merge.first)} and {layers_said(merge.second)}"
@@ -143,10 +146,12 @@ class MKAPaper(MergeStage):
         )
 
 
-def _first_of(merges: list[Merge], layer: int) -> tuple[int, Merge] | None:
-    """The first merge that a layer took part in, with its number from 1."""
-    found = ((n, m) for n, m in enumerate(merges, 1) if layer in m.first or layer in m.second)
-    return next(found, None)
+def _merge_of(merges: list[Merge], layer: int) -> tuple[int, Merge] | None:
+    """The merge that joined a layer to the one before it, with its number from 1; of the first layer of a group the
+    first merge that it took part in."""
+    joins = ((n, m) for n, m in enumerate(merges, 1) if m.second.start == layer)
+    takes_part = ((n, m) for n, m in enumerate(merges, 1) if layer in m.first)
+    return next(joins, None) or next(takes_part, None)
 
 
 def _groups_before(merge: Merge, plan: MergePlan) -> list[range]:

@@ -21,7 +21,8 @@ def why(bank: Bank, a: Alternative) -> str:
         return f"rejected: {cost} without recovery, and removals were measured again after {bank.recovered['method']}"
     if a.kind == "drop":
         cheaper = sum(b.cost < a.cost for b in bank.alternatives if b.kind == "drop" and len(b.layers) == 1)
-        return f"rejected: {cost}, and {cheaper} other layers can be dropped for less, more than may go"
+        others = counted(cheaper, "other layer")
+        return f"rejected: {cost}, and {others} can be dropped for less, more than half of all surely"
     if a.kind == "merge":
         return _merge(bank, a, cost)
     rivals = [b for b in bank.alternatives if (b.kind, b.layer, b.group) == (a.kind, a.layer, a.group) and b is not a]
