@@ -59,7 +59,9 @@ def decisions_table(artifact: Artifact) -> dict[str, Any]:
     """The decision rows as an inline table: all of them, or the first 300 and the count."""
     import pandas as pd
 
-    frame = pd.read_parquet(artifact.path / DECISIONS)
+    from compression_dags.provenance.decisions import read_decisions
+
+    frame = read_decisions(artifact.path / DECISIONS)
     records = [
         dg.TableRecord(
             {
@@ -69,6 +71,7 @@ def decisions_table(artifact: Artifact) -> dict[str, Any]:
                 "sources": ", ".join(map(str, row["sources"])),
                 "value": "" if pd.isna(row["value"]) else f"{row['value']:.6g}",
                 "unit": row["unit"],
+                "reason": row["reason"],
                 "evidence": row["evidence"],
             }
         )

@@ -292,11 +292,26 @@ def leaderboard(model: str | None, home: Path, as_json: bool) -> None:
 @json_option
 def decisions(model: str, recipe: str | None, stage: str | None, home: Path, as_json: bool) -> None:
     """The decision ledger of a model: what was done to every layer and tensor, and why."""
-    from compression_dags.cli_results import ledger
+    from compression_dags.cli_results import ledger, ledger_text
 
     frame = ledger(home, model, recipe, stage)
-    shown = frame.drop(columns=["base_model", "fingerprint", "run_id"]).to_string(index=False, max_colwidth=60)
-    emit(json.loads(frame.to_json(orient="records") or "[]"), as_json, shown)
+    emit(json.loads(frame.to_json(orient="records") or "[]"), as_json, ledger_text(frame))
+
+
+# -1 is then a layer that is refused by its range, not an option that nobody knows
+@main.command(context_settings={"ignore_unknown_options": True})
+@model_option
+@click.option("-r", "--recipe", required=True, metavar="RECIPE")
+@click.argument("layer")
+@home_option
+@json_option
+def why(model: str, recipe: str, layer: str, home: Path, as_json: bool) -> None:
+    """What a recipe did to LAYER (24, or model.layers.24.mlp.down_proj), step by step, and why."""
+    from compression_dags.cli_why import tell
+    from compression_dags.provenance.story import story_text
+
+    slug, told = tell(home, model, recipe, layer)
+    emit({"base_model": slug, "recipe": recipe, **told.to_json()}, as_json, story_text(told, slug, recipe))
 
 
 @main.command()

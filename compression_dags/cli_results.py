@@ -14,6 +14,7 @@ from compression_dags.definitions import Graph, Settings, build_graph
 from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import evaluation_book
 from compression_dags.provenance.artifacts import Artifact
+from compression_dags.provenance.decisions import read_decisions
 from compression_dags.recipes import load_recipes, pick_recipes, recipes_folder
 from resources.artifact_store import ArtifactStore
 from resources.model_hub import ModelHub
@@ -66,7 +67,7 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
     found = store.recall(Graph.SUMMARY[1], slug)
     if found is None:
         raise InputError(f"no recipe was run on {slug} yet")
-    frame = pd.read_parquet(found.path / "ledger.parquet")
+    frame = read_decisions(found.path / "ledger.parquet")
     runs = {f: store.run_of(f) for f in frame["fingerprint"].unique()}
     frame["run_id"] = [runs[f] for f in frame["fingerprint"]]
     for column, value in (("recipe", recipe), ("stage", stage)):
@@ -76,6 +77,17 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
                 raise InputError(f"{column} {value!r} has no decisions for {slug}; there are: {', '.join(allowed)}")
             frame = frame.loc[frame[column] == value]
     return frame
+
+
+def ledger_text(frame: pd.DataFrame) -> str:
+    """Rows as a table; the reason comes last, whole, and evidence is left to `--json`."""
+    columns = ["recipe", "stage", "method", "target", "action", "value"]
+    shown = frame.loc[:, columns].assign(value=[f"{v:.5g}" if pd.notna(v) else "" for v in frame["value"]])
+    rows = [columns, *shown.astype(str).to_numpy().tolist()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    reasons = ["reason", *(r or "(stored before reasons were recorded)" for r in frame["reason"])]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"{line}  {reason}" for line, reason in zip(lines, reasons, strict=True))
 
 
 def export_checkpoint(home: Path, model: str, recipe: str, target: Path) -> Path:

@@ -278,7 +278,7 @@ def pick_recipes(recipes: Mapping[str, Recipe], names: list[str]) -> list[Recipe
                 if name in (path.stem, _claimed_name(path)):
                     raise InputError(f"recipe {name!r} is left out: {message}")
             near = difflib.get_close_matches(name, recipes, n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise InputError(f"recipe {name!r} is unknown{hint} Known: {', '.join(recipes)}")
     return [recipes[name] for name in dict.fromkeys(names)]
 

@@ -1,12 +1,14 @@
 """The command line as a stranger uses it: subprocesses, exit codes, one clear line, JSON with stable keys."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from compression_dags.paths import PROJECT
 
@@ -214,3 +216,61 @@ def test_unwritable_home(desk):
     (desk / "blocked").write_text("")
     done = cli(desk, "run", "-m", "stories260k", "-r", "cut-20", home="blocked/home", check=2)
     assert "not writable" in done.stderr
+
+
+WITHOUT_TORCH = """
+import sys
+from compression_dags.cli import main
+main(sys.argv[1:], standalone_mode=False)
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+
+
+def test_why_reads_the_store_alone(desk, ran):
+    line = ["why", "-m", "stories260k", "-r", "cut-20-ls-w8", "4", "--json", "--home", str(desk / "home")]
+    environment = {**os.environ, "COMPRESSION_DAGS_RECIPES": str(desk / "recipes")}
+    command = [sys.executable, "-c", WITHOUT_TORCH, *line]
+    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert list(found) == [
+        *("base_model", "recipe", "base_layers", "layer", "module", "fate", "new_layer", "stand_in", "stages")
+    ]
+    assert (found["fate"], found["new_layer"], found["layer"]) == ("kept", 3, 4)
+    merge, recover, quantize = found["stages"]
+    assert not recover["decisions"] and "no removed layer follows it" in recover["note"]
+    assert set(merge) == {"step", "stage", "method", "fingerprint", "run", "layer", "decisions", "note"}
+    assert merge["decisions"][0]["reason"].startswith("protected: last layer (protect_last 1)")
+    assert len(quantize["decisions"][0]["targets"]) == 7 and quantize["layer"] == 3
+    assert set(quantize["decisions"][0]) == {"targets", "action", "reason", "values", "unit"}
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "layer", "says"),
+    [
+        ("no-such-model", "cut-20", "1", "no-such-model"),
+        ("stories260k", "nothing", "1", "recipe 'nothing' is unknown. Known: cut-20, other"),
+        ("stories260k", "other", "1", "recipe other was not run on stories260k: compression-dags run"),
+        ("stories260k", "cut-20", "5", "layer 5 is out of range: stories260k has layers 0 to 4"),
+        ("stories260k", "cut-20", "-1", "layer -1 is out of range"),
+    ],
+)
+def test_why_refuses_what_it_does_not_know(desk, ran, tmp_path, monkeypatch, model, recipe, layer, says):
+    from compression_dags.cli import main
+
+    for name in ("cut-20", "other"):
+        (tmp_path / f"{name}.yaml").write_text(SMALL.format(name=name, stages=STAGES["cut-20"]))
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path))
+    monkeypatch.setenv("COMPRESSION_DAGS_HOME", str(desk / "home"))
+    done = CliRunner().invoke(main, ["why", "-m", model, "-r", recipe, layer, "--json"])
+    assert done.exit_code == 2 and done.stdout == "" and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_decisions_show_reasons_whole(desk, ran, monkeypatch):
+    from compression_dags.cli import main
+
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(desk / "recipes"))
+    done = CliRunner().invoke(main, ["decisions", "-m", "stories260k", "-r", "cut-20", "--home", str(desk / "home")])
+    assert done.exit_code == 0
+    (row,) = (line for line in done.stdout.splitlines() if " layer 4 " in line)
+    assert row.endswith("was not compared") and "protected: last layer" in row

@@ -9,6 +9,7 @@ from pydantic import Field
 from compression_dags.architectures import StackFacts
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import apart, counted, layers_said, number
 
 
 class Angular(MergeStage):
@@ -35,7 +36,25 @@ class Angular(MergeStage):
         kept = [i for i in range(facts.layers) if not best <= i < best + count]
         plan = keep_only(self.method, facts.layers, kept)
         scores = [windows.get(i) for i in range(facts.layers)]
-        note = {"window": count, "chosen_start": best, "tokens": self.tokens}
-        return plan, depth_decisions(
-            plan, scores, f"angular distance of the {count}-layer window that starts here", note
+        note = {"window": count, "chosen_start": best, "chosen_distance": windows[best], "tokens": self.tokens}
+        unit = f"angular distance of the {count}-layer window that starts here"
+        reasons = [self._reason(i, facts.layers, count, windows, best) for i in range(facts.layers)]
+        return plan, depth_decisions(plan, scores, unit, note, reasons)
+
+    def _reason(self, index: int, total: int, count: int, windows: dict[int, float], best: int) -> str:
+        """Why a layer stays or goes, by the distances of the windows by their first layer."""
+        chosen, window = layers_said(range(best, best + count)), f"{count}-layer window"
+        if why := self.protection(index, total):
+            return why
+        if best <= index < best + count:
+            return (
+                f"dropped: {chosen}, {number(windows[best])} apart in angle from entry to exit, "
+                f"{'is' if count == 1 else 'are'} the closest of {counted(len(windows), f'unprotected {window}')}"
+            )
+        nearest = min((s for s in windows if s <= index < s + count), key=lambda s: (windows[s], s))
+        with_it, without = apart(windows[nearest], windows[best])
+        holds_it = layers_said(range(nearest, nearest + count))
+        return (
+            f"kept: the closest {window} that holds it, {holds_it}, is {with_it} apart in angle, and {chosen}, at "
+            f"{without}, went"
         )

@@ -10,6 +10,7 @@ from pydantic import Field
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.merging.concatenation import refuse_experts
+from compression_dags.merging.depth_reasons import LEAST_TOTAL, by_grouping
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage
 from compression_dags.merging.windows import (
     cheapest_groups,
@@ -71,9 +72,16 @@ class ConcatStage(MergeStage):
             )
 
     def _one_shot(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench, groups: Sequence[range], shares: str, power: float
+        self,
+        facts: StackFacts,
+        evidence: Evidence,
+        bench: Bench,
+        groups: Sequence[range],
+        shares: str,
+        power: float,
+        rule: str = LEAST_TOTAL,
     ) -> tuple[MergePlan, list[Decision]]:
-        """Every group as one layer, from the statistics of the calibration pass alone."""
+        """Every group as one layer, from the statistics of the calibration pass alone; `rule` says how they came."""
         from compression_dags.merging.concat_layers import concatenated, ledger, plan_of, whole
         from compression_dags.merging.sensitivity import layer_sensitivity
 
@@ -93,7 +101,9 @@ class ConcatStage(MergeStage):
             steps.append({**step, **note})
         plan = plan_of(self.method, "concat", layers, facts)
         note = {"mode": "one-shot", "score": self.score, "shares_by": shares, "layer_forwards": 0}
-        return plan, ledger(plan, layers, steps, UNIT, note)
+        may_join = joinable(facts, self.free_layers(facts.layers))
+        alone = by_grouping(self, groups, evidence.angular, may_join, lambda *_: "", rule)
+        return plan, ledger(plan, layers, steps, UNIT, note, alone.__getitem__, rule)
 
     def _searched(self, search: Search, note: dict[str, Any]) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.merging.concat_layers import ledger
@@ -105,7 +115,11 @@ class ConcatStage(MergeStage):
             "tokens": blocks.tokens,
         }
         note = {"mode": "progressive", "score": self.score, **note, **cost}
-        return plan, ledger(plan, search.layers, search.steps, UNIT, note)
+
+        def alone(index: int) -> str:
+            return self.protection(index, search.facts.layers) or search.alone(index)
+
+        return plan, ledger(plan, search.layers, search.steps, UNIT, note, alone)
 
     def _search(self, facts: StackFacts, evidence: Evidence, bench: Bench) -> Search:
         from compression_dags.merging.concat_search import Limits, Search
@@ -170,7 +184,9 @@ class Come(ConcatStage):
         assert bench is not None  # `measures`
         self.check(facts)
         if self.mode == "one-shot":
-            return self._one_shot(facts, evidence, bench, self._groups(facts, evidence), self.shares, self.power)
+            rule = "the grouping, pair by pair, of least" if self.windows == "greedy" else LEAST_TOTAL
+            groups = self._groups(facts, evidence)
+            return self._one_shot(facts, evidence, bench, groups, self.shares, self.power, rule)
         search = self._search(facts, evidence, bench)
 
         def both(position: int) -> tuple[StudentLayer, dict[str, Any]]:

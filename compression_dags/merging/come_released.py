@@ -121,7 +121,11 @@ class ComeReleased(MergeStage):
             "tokens": bench.blocks.tokens,
             "layer_forwards": search.layer_forwards,
         }
-        return plan, ledger(plan, search.layers, search.steps, UNIT, note)
+
+        def alone(index: int) -> str:
+            return self.protection(index, facts.layers) or search.alone(index)
+
+        return plan, ledger(plan, search.layers, search.steps, UNIT, note, alone)
 
 
 def _stored_dtype(source: Checkpoint) -> torch.dtype:

@@ -14,6 +14,7 @@ from compression_dags.architectures import StackFacts
 from compression_dags.merging.plan import MergePlan, PlannedLayer
 from compression_dags.merging.sensitivity import Sensitivity, counts, strongest, strongest_of_all
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import counted, layers_said, number
 
 #: What is kept of each member of a merge: positions within that member, by kind (`channels`, `heads`, `queries`).
 Chosen = Sequence[Mapping[str, Tensor]]
@@ -134,6 +135,8 @@ def ledger(
     steps: Sequence[Mapping[str, Any]],
     unit: str,
     note: Mapping[str, Any],
+    alone: Callable[[int], str],
+    grouping: str = "",
 ) -> list[Decision]:
     """One row for every original layer: `concat` if it lives on in a merged one, `drop` if nothing of it is kept.
 
@@ -141,6 +144,8 @@ def ledger(
         steps: what was noted of every merge; `span` is the original layers of the merged layer, `distance` the value
             that decided.
         note: what holds for all rows.
+        alone: why an original layer is in no merge.
+        grouping: how the groups were found where no pair was chosen after another.
     """
     rows = []
     for student, planned in zip(layers, plan.layers, strict=True):
@@ -151,6 +156,7 @@ def ledger(
             action = "drop" if not inside else "keep" if planned.kept else "concat"
             touched = [s for s in mine if index in s["span"]]
             share = {"share": planned.shares[planned.sources.index(index)]} if action == "concat" else {}
+            reason = why_merged(action, index, student, planned, touched[-1], grouping) if touched else alone(index)
             rows.append(
                 Decision(
                     "merge",
@@ -161,10 +167,39 @@ def ledger(
                     list(planned.sources) if inside else [],
                     float(touched[-1]["distance"]) if touched else None,
                     unit,
+                    reason,
                     {**share, **about, **note},
                 )
             )
     return rows
+
+
+def why_merged(
+    action: str, index: int, student: StudentLayer, planned: PlannedLayer, step: Mapping[str, Any], grouping: str
+) -> str:
+    """Why a layer is in a merge, and what of it is kept. `step` is the last merge that it took part in."""
+    distance = number(step["distance"])
+    if "tree" in step:
+        first, second = (layers_said(_leaves(tree)) for tree in step["tree"])
+        chosen = f"{first} and {second} were the closest pair of round {step['step'] + 1}, {distance} apart"
+        if trials := [loss for loss in step.get("trials", {}).values() if loss is not None]:
+            ratio = f"ratio {number(step['shares'][0])} of {first} to {second}, the closest pair ({distance})"
+            chosen = f"{ratio}, won {counted(len(step['trials']), 'trial')} with {number(min(trials))}"
+    else:
+        chosen = f"{layers_said(step['span'])} are one in {grouping} angular distance ({distance})"
+    own = next(p for p in student.parts if p.source == index)
+    kept = {kind: (len(own.kept[kind]), sum(len(p.kept[kind]) for p in student.parts)) for kind in own.kept}
+    channels, heads = ("{} of {}".format(*kept[kind]) for kind in ("channels", "heads"))
+    if action == "drop":
+        return f"dropped: {chosen}, which leaves it {channels} channels and {heads} KV heads"
+    if action == "keep":
+        return f"kept: {chosen}, which leaves it all {channels} channels, so it stays as it is"
+    share = number(planned.shares[planned.sources.index(index)])
+    return f"concatenated into layer {planned.slot} at share {share} ({channels} channels): {chosen}"
+
+
+def _leaves(tree: Any) -> list[int]:
+    return [tree] if isinstance(tree, int) else [leaf for part in tree for leaf in _leaves(part)]
 
 
 def _about(student: StudentLayer, planned: PlannedLayer) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from compression_dags.merging.scoring import Piece
 from compression_dags.merging.sensitivity import Score, Sensitivity, layer_sensitivity
 from compression_dags.merging.windows import joinable, next_pair
 from compression_dags.provenance.progress import as_note, from_note
+from compression_dags.provenance.wording import apart, counted, layers_said
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Search:
         self._sensitivity: list[Sensitivity | None] = [None] * facts.layers
         self.evidence = evidence
         self.steps: list[dict[str, Any]] = []
+        self.last_pairs: list[list[Any]] | None = None
+        """Pairs that the last merge was chosen from: first layer of each group, end of the second, distance."""
         self.extra_forwards = 0
         """Layer-forwards of a method's own measurements."""
 
@@ -178,12 +181,45 @@ class Search:
                 **note,
             }
         )
+        self.last_pairs = self._pairs()
         self.layers[position : position + 2] = [layer]
         self.pieces[position : position + 2] = [self.piece(layer)]
         self.influence[position : position + 2] = [float("nan")]
         self._sensitivity[position : position + 2] = [None]
         del self.distances[position]  # its neighbours are stale now, and still the best guess of what comes next
         self.walk.changed(position, self.pieces)
+
+    def _pairs(self) -> list[list[Any]]:
+        """Neighbours that may be joined, as in `last_pairs`."""
+        may_join = joinable(self.facts, self.limits.free)
+        spans = [layer.span for layer in self.layers]
+        return [
+            [a.start, b.start, b.stop, distance]
+            for a, b, distance in zip(spans, spans[1:], self.distances, strict=False)
+            if may_join[b.start - 1] and len(a) + len(b) <= self.limits.largest
+        ]
+
+    def alone(self, index: int) -> str:
+        """Why an original layer that nothing protects is in no merge: what its pairs were in the last round."""
+        if self.last_pairs is None:
+            return "kept: no pair with it was chosen in any round"
+        own = [(d, a, b, end) for a, b, end, d in self.last_pairs if index in (a, b)]
+        if not own:
+            return (
+                f"kept: no unprotected neighbour of its kind could be joined to it, with at most "
+                f"{self.limits.largest} layers in one"
+            )
+        distance, a, b, end = min(own)
+        pair = f"{layers_said(range(a, b))} and {layers_said(range(b, end))}"
+        mine, chosen = apart(distance, self.steps[-1]["distance"])
+        if distance >= self.steps[-1]["distance"]:
+            return (
+                f"kept: its closest pair of the last round, {pair}, was {mine} apart in angle, the chosen one {chosen}"
+            )
+        return (
+            f"kept: joining {pair}, {mine} apart in angle, would have left too few pairs to remove "
+            f"{counted(self.facts.layers - self.limits.goal, 'layer')}; the chosen one is {chosen}"
+        )
 
     def _others(self, position: int) -> dict[str, float]:
         """Distances of the next best pairs."""
@@ -204,7 +240,7 @@ class Search:
     def _state(self) -> dict[str, Tensor]:
         layers, tensors = as_tensors(self.layers)
         note = {"layers": layers, "steps": self.steps, "forwards": [self.walk.layer_forwards, self.extra_forwards]}
-        return {"note": as_note(note), **tensors}
+        return {"note": as_note(note | {"last_pairs": self.last_pairs}), **tensors}
 
     def _restore(self) -> int:
         """Merges already done; the student is then as it was, and measured again unless it is complete."""
@@ -214,6 +250,7 @@ class Search:
         done, tensors = saved
         note = from_note(tensors["note"])
         self.layers, self.steps = from_tensors(note["layers"], tensors), note["steps"]
+        self.last_pairs = note.get("last_pairs")
         self.pieces = [self.piece(layer) for layer in self.layers]
         self.influence = [float("nan")] * len(self.layers)
         self.distances = [float("nan")] * (len(self.layers) - 1)

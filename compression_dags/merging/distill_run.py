@@ -22,6 +22,7 @@ from compression_dags.merging.plan import MergePlan
 from compression_dags.merging.recovery import Recovery, write_recovered
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import Progress, as_note, from_note
+from compression_dags.provenance.wording import apart, counted
 from compression_dags.stages import Track, silent
 
 UNIT = "held-out next-token loss after / before"
@@ -197,12 +198,10 @@ class DistillRun:
             "loss": options.hidden_loss if target != "logits" else "logit divergence",
             "learning_rate": options.hidden_lr if target != "logits" else options.logit_lr,
         }
-        action = "recover" if after < before else "reject"
-        self.decisions.append(
-            Decision(
-                "recover", options.method, len(self.decisions), target, action, sources, after / before, UNIT, evidence
-            )
-        )
+        action, step = "recover" if after < before else "reject", len(self.decisions)
+        reason = _reason(evidence, target)
+        row = Decision("recover", options.method, step, target, action, sources, after / before, UNIT, reason, evidence)
+        self.decisions.append(row)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -350,12 +349,22 @@ class DistillRun:
             return 0
         done, tensors = saved
         note = from_note(tensors.pop("note"))
-        self.decisions = [Decision(**row) for row in note["decisions"]]
+        self.decisions = [Decision.from_saved(row) for row in note["decisions"]]
         self.loss, self.trained = note["loss"], set(note["trained"])
         self.seen_tokens, self.seconds, self.trained_parameters, self.optimizer_bytes = note["account"]
         self.parts_done, self.under_way = done, (note["under_way"], tensors)
         self.student.install({name: t for name, t in tensors.items() if name in self.trained})
         return done
+
+
+def _reason(evidence: dict[str, Any], target: str) -> str:
+    """Why what was trained was accepted or rejected, by the numbers of its row."""
+    before, after = apart(evidence["held_out_loss_before"], evidence["held_out_loss_after"])
+    goal = "the base model's logits" if target == "logits" else "the base model's hidden states"
+    trained = f"{counted(evidence['steps'], 'training step')} towards {goal}"
+    if evidence["held_out_loss_after"] < evidence["held_out_loss_before"]:
+        return f"recovered: {trained} lowered the held-out loss from {before} to {after} nats"
+    return f"rejected: {trained} did not lower the held-out loss, {before} nats before and {after} at best after"
 
 
 class Watch:

@@ -14,6 +14,7 @@ from compression_dags.errors import InputError, IntegrityError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
+from compression_dags.provenance.wording import apart, counted, layers_said, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +67,39 @@ class LaCo(MergeStage):
         plan = MergePlan(self.method, facts.layers, tuple(g.planned for g in search.groups))
         last = {i: merge for merge in merges for i in (*merge.into, *merge.collapsed)}
         scores = [last[i].cosine if i in last else None for i in range(facts.layers)]
-        decisions = depth_decisions(plan, scores, "cosine of last hidden states with the base model's", {})
-        return plan, [replace(d, evidence={**d.evidence, **_why(merges, i)}) for i, d in enumerate(decisions)]
+        reasons = [self._reason(i, facts, plan, search, last.get(i)) for i in range(facts.layers)]
+        decisions = depth_decisions(plan, scores, "cosine of last hidden states with the base model's", {}, reasons)
+        return plan, [
+            replace(d, evidence={**d.evidence, **_why(merges, search.refused, i)}) for i, d in enumerate(decisions)
+        ]
+
+    def _reason(self, index: int, facts: StackFacts, plan: MergePlan, search: _Search, merge: Merge | None) -> str:
+        """Why a layer went, was merged by `merge` (its last one), or stayed."""
+        wanted = counted(self.removed(facts.layers), "layer")
+        if why := self.protection(index, facts.layers):
+            return why
+        if merge is None and index in search.refused:
+            cosine, threshold, span = search.refused[index]
+            found, needed = apart(cosine, threshold)
+            return (
+                f"kept: collapsing {layers_said(span)} gave a cosine of {found}, not above the threshold {needed}, and "
+                f"the wanted {wanted} went elsewhere"
+            )
+        if merge is None:
+            beside = [j for j in (index - 1, index + 1) if j in self.free_layers(facts.layers)]
+            if not any(facts.kind(j) == facts.kind(index) for j in beside):
+                return "kept: no unprotected neighbour of its kind is there to collapse with it"
+            return f"kept: the wanted {wanted} were gone before the walk from the top tried to collapse it"
+        span = layers_said((*merge.into, *merge.collapsed))
+        cosine, threshold = apart(merge.cosine, merge.threshold)
+        passed = f"gave a cosine of {cosine}, above the threshold {threshold}"
+        home = next((layer for layer in plan.layers if index in layer.sources), None)
+        if home is None:
+            return f"dropped: collapsing {span} {passed}, and in their sum this layer's share is 0"
+        if home.kept:
+            return f"kept: collapsing {span} {passed}, and their sum is this layer as it is"
+        share = number(home.shares[home.sources.index(index)])
+        return f"merged into layer {home.slot} at share {share}: collapsing {span} {passed}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +144,8 @@ class _Search:
         self.at = facts.layers - 1
         self.known: dict[tuple[int, int], float] = {}
         self.pieces: dict[Group, Piece] = {}
+        self.refused: dict[int, tuple[float, float, list[int]]] = {}
+        """Original layer → cosine, 𝒯 and original layers of the last window with it that was tried and refused."""
 
     @property
     def threshold(self) -> float:
@@ -152,6 +186,7 @@ class _Search:
                 cosine = self._cosine(window, scored, target)
                 if cosine > self.threshold:
                     return self._accept(window, cosine)
+                self._refuse(window, cosine)
             if self.threshold < -1:
                 raise IntegrityError("laco: no merge of these layers gives finite last hidden states")
             self.walk, self.at = self.walk + 1, self.facts.layers - 1
@@ -209,6 +244,11 @@ class _Search:
             self.pieces[group] = Piece(group.members[0], layer_tensors(self.bench.source, alone, 0))
         return self.pieces[group]
 
+    def _refuse(self, window: tuple[int, int], cosine: float) -> None:
+        start, m = window
+        span = [i for g in self.groups[start : start + m + 1] for i in g.members]
+        self.refused |= dict.fromkeys(span, (cosine, self.threshold, span))
+
     def _accept(self, window: tuple[int, int], cosine: float) -> None:
         start, m = window
         first, *others = self.groups[start : start + m + 1]
@@ -221,7 +261,8 @@ class _Search:
     def _state(self) -> dict[str, Tensor]:
 
         groups, merges = [asdict(g) for g in self.groups], [asdict(m) for m in self.merges]
-        return {"note": as_note({"groups": groups, "merges": merges, "walk": self.walk, "at": self.at})}
+        walk = {"walk": self.walk, "at": self.at, "refused": [[i, *why] for i, why in self.refused.items()]}
+        return {"note": as_note({"groups": groups, "merges": merges, **walk})}
 
     def _restore(self) -> None:
 
@@ -230,6 +271,7 @@ class _Search:
             return
         note = from_note(saved[1]["note"])
         self.walk, self.at = note["walk"], note["at"]
+        self.refused = {i: (cosine, threshold, span) for i, cosine, threshold, span in note.get("refused", [])}
         self.groups = [Group(tuple(g["members"]), tuple(g["shares"])) for g in note["groups"]]
         self.merges = [
             Merge(**{**m, "into": tuple(m["into"]), "collapsed": tuple(m["collapsed"])}) for m in note["merges"]
@@ -256,12 +298,21 @@ def mean_cosine(scored: LossBench, states: list[Tensor], target: list[Tensor]) -
     return sum(cosines) / len(cosines)
 
 
-def _why(merges: list[Merge], layer: int) -> dict[str, Any]:
-    """The accepted merges that a layer took part in, in order."""
+def _why(merges: list[Merge], refused: dict[int, tuple[float, float, list[int]]], layer: int) -> dict[str, Any]:
+    """The accepted merges that a layer took part in, in order, and the last refused one."""
     return {
         "merges": [
             {"number": number, **asdict(merge)}
             for number, merge in enumerate(merges, 1)
             if layer in (*merge.into, *merge.collapsed)
-        ]
+        ],
+        **_refusal(refused.get(layer)),
     }
+
+
+def _refusal(refused: tuple[float, float, list[int]] | None) -> dict[str, Any]:
+    """The last window with a layer that was tried in vain."""
+    if refused is None:
+        return {}
+    cosine, threshold, span = refused
+    return {"refused": {"layers": span, "cosine": cosine, "threshold": threshold}}

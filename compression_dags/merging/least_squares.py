@@ -36,6 +36,7 @@ from compression_dags.merging.recovery import TOKENS_PER_UNKNOWN, RecoverStage, 
 from compression_dags.options import Ridge
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
+from compression_dags.provenance.wording import apart, number
 from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
@@ -214,17 +215,9 @@ class _Run:
         sources = list(self.plan.layers[position].sources)
         value = best.held_after / held.error if best else None
         action = "recover" if accepted else "reject"
-        return Decision(
-            "recover",
-            self.options.method,
-            step,
-            name,
-            action,
-            sources,
-            value,
-            "held-out error after / before",
-            evidence,
-        )
+        unit = "held-out error after / before"
+        reason = _reason(action, evidence, self.options.accept)
+        return Decision("recover", self.options.method, step, name, action, sources, value, unit, reason, evidence)
 
     def _accept(
         self, position: int, layer: nn.Module, module: nn.Module, name: str, best: Fit | None, held: Sums
@@ -315,7 +308,27 @@ class _Run:
         self.loss = None if loss != loss else loss
         rows = from_note(tensors["decisions"])
         fitted = {k.removeprefix("fitted."): t for k, t in tensors.items() if k.startswith("fitted.")}
-        return step, fitted, [Decision(**row) for row in rows]
+        return step, fitted, [Decision.from_saved(row) for row in rows]
+
+
+def _reason(action: str, evidence: dict[str, Any], accept: str) -> str:
+    """Why a refit was accepted or rejected, by the numbers of its row."""
+    if evidence["form"] is None:
+        skipped = "; ".join(f"{form} {why}" for form, why in evidence["tried"].items())
+        return f"rejected: no refit was possible ({skipped or 'no system of equations could be solved'})"
+    before, after = apart(evidence["held_out_before"], evidence["held_out_after"])
+    fit = f"{evidence['form']} with α {number(evidence['alpha'])}"
+    if evidence["held_out_after"] >= evidence["held_out_before"]:
+        return (
+            f"rejected: even the best refit, {fit}, does not lower the held-out error ({before} before, {after} after)"
+        )
+    fell = f"the held-out error fell from {before} to {after} by {fit}"
+    if accept == "error":
+        return f"recovered: {fell}"
+    loss, new = apart(evidence["held_out_loss_before"], evidence["held_out_loss_after"])
+    if action == "recover":
+        return f"recovered: {fell}, and the held-out loss from {loss} to {new} nats"
+    return f"rejected: {fell}, but the held-out loss did not fall from {loss} nats, it became {new}"
 
 
 def _install(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

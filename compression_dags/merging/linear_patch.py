@@ -27,6 +27,7 @@ from compression_dags.architectures import Architecture, StackFacts
 from compression_dags.errors import InputError
 from compression_dags.merging.recovery import RecoverStage, Recovery, write_recovered
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import apart, number
 from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ class _Run:
             list(self.plan.layers[position].sources),
             alpha,
             "scale α of the residual stream behind the layer",
+            _reason(alpha, before, after, why_not),
             evidence,
         )
 
@@ -217,6 +219,17 @@ class _Run:
         if not all(bool(torch.isfinite(t).all()) for piece in found for t in piece.tensors.values()):
             return [], "a rescaled weight is not finite in its stored dtype"
         return found, ""
+
+
+def _reason(alpha: float, before: float, after: float | None, why_not: str) -> str:
+    """Why a patch was accepted or rejected: α, and the held-out losses before and after."""
+    scale = f"scaling the stream behind the layer by {number(alpha)}"
+    if after is None:
+        return f"rejected: {scale} is not possible, as {why_not}"
+    old, new = apart(before, after)
+    if after < before:
+        return f"recovered: {scale} lowered the held-out loss from {old} to {new} nats"
+    return f"rejected: {scale} did not lower the held-out loss, which was {old} nats before and {new} after"
 
 
 def divided(student: Checkpoint, layer: int, factor: float) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from compression_dags.merging.mka_released import similarity_table
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
 from compression_dags.merging.similarity import Merge, merge_tree
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import apart, layers_said, number
 
 TABLES = {"binned": "npib", "ksg": "npib_ksg", "gaussian-copula": "npib_gaussian_copula"}
 
@@ -72,10 +73,16 @@ class MKAPaper(MergeStage):
             shares[merge.first.start] = (*(alpha * s for s in first), *((1 - alpha) * s for s in second))
         planned = (PlannedLayer(tuple(range(i, i + len(s))), s) for i, s in sorted(shares.items()))
         plan = MergePlan(self.method, facts.layers, tuple(planned))
-        return plan, self._decisions(plan, merges, similarity, evidence, bounds[0] is not None)
+        return plan, self._decisions(facts, plan, merges, similarity, evidence, bounds[0] is not None)
 
     def _decisions(
-        self, plan: MergePlan, merges: list[Merge], similarity: np.ndarray, evidence: Evidence, intervals: bool
+        self,
+        facts: StackFacts,
+        plan: MergePlan,
+        merges: list[Merge],
+        similarity: np.ndarray,
+        evidence: Evidence,
+        intervals: bool,
     ) -> list[Decision]:
         """One row a layer; the first layer of each group that is merged into the one before it carries the record."""
         scores: list[float | None] = [*map(float, np.diagonal(similarity, 1)), None]
@@ -91,12 +98,70 @@ class MKAPaper(MergeStage):
                 **({"low": merge.low, "high": merge.high, "overlaps": merge.overlaps} if intervals else {}),
             }
         note = {"estimator": self.estimator, "barrier": self.barrier, **_sizes(evidence)}
-        rows = depth_decisions(plan, scores, "S with the next layer, or of the merge into the group before", note)
+        for i in range(plan.base_layers):
+            if found := _merge_of(merges, i):
+                scores[i] = found[1].value
+        unit = "S of the merge that joined it to the layer before, or to the next; if kept, with the next layer"
+        reasons = [self._reason(i, facts, plan, merges, similarity) for i in range(plan.base_layers)]
+        rows = depth_decisions(plan, scores, unit, note, reasons)
         sigma = evidence.similarity.get("npib_sigma")
         for i, row in enumerate(rows):
-            extra = {"sigma": float(sigma[i])} if sigma is not None else {}
+            extra: dict[str, Any] = {"sigma": float(sigma[i])} if sigma is not None else {}
+            if (found := _merge_of(merges, i)) and i not in notes:
+                extra["merged_by"] = {"merge": found[0], "S": found[1].value}
             rows[i] = replace(row, evidence={**row.evidence, **extra, **notes.get(i, {})})
         return rows
+
+    def _reason(
+        self, index: int, facts: StackFacts, plan: MergePlan, merges: list[Merge], similarity: np.ndarray
+    ) -> str:
+        region = self.region(facts.layers)
+        if why := self.protection(index, facts.layers):
+            return why
+        if index not in region:
+            return (
+                f"protected: before the barrier, layer {region.start} ({number(self.barrier)} of {facts.layers} layers)"
+            )
+        if found := _merge_of(merges, index):
+            order, merge = found
+            home = next(layer for layer in plan.layers if index in layer.sources)
+            share = number(home.shares[home.sources.index(index)])
+            pair = f"{layers_said(merge.first)} and {layers_said(merge.second)}"
+            return (
+                f"merged into layer {home.slot} at share {share}: S {number(merge.value)} between {pair} was the "
+                f"highest allowed in round {order}"
+            )
+        # a layer alone at the end was alone in the last round: what its pairs had then is what lost
+        last = merges[-1]
+        beside = [g for g in _groups_before(last, plan) if g.stop == index or g.start == index + 1]
+        allowed = [g for g in beside if g.start in region and g[-1] in region]
+        pairs = [(float(similarity[index, g.start : g.stop].mean()), g) for g in allowed if _alike(facts, index, g)]
+        if not pairs:
+            return "kept: no neighbour of its kind is free to be merged with it"
+        value, group = max(pairs, key=lambda pair: pair[0])
+        own, best = apart(value, last.value)
+        return (
+            f"kept: its S with {layers_said(group)}, {own}, was not the highest in the last round, where "
+            f"{layers_said(last.first)} and {layers_said(last.second)} had {best}"
+        )
+
+
+def _merge_of(merges: list[Merge], layer: int) -> tuple[int, Merge] | None:
+    """The merge that joined a layer to the one before it, with its number from 1; of the first layer of a group the
+    first merge that it took part in."""
+    joins = ((n, m) for n, m in enumerate(merges, 1) if m.second.start == layer)
+    takes_part = ((n, m) for n, m in enumerate(merges, 1) if layer in m.first)
+    return next(joins, None) or next(takes_part, None)
+
+
+def _groups_before(merge: Merge, plan: MergePlan) -> list[range]:
+    """Groups of original layers as they were before the last merge."""
+    after = [range(x.sources[0], x.sources[-1] + 1) for x in plan.layers]
+    return [part for g in after for part in ((merge.first, merge.second) if merge.first.start == g.start else (g,))]
+
+
+def _alike(facts: StackFacts, layer: int, group: range) -> bool:
+    return facts.kind(layer) == facts.kind(group.start)
 
 
 def share_of(merge: Merge) -> float:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
+from compression_dags.merging.depth_reasons import from_the_end
 from compression_dags.merging.plan import (
     Bench,
     Evidence,
@@ -27,6 +28,7 @@ from compression_dags.merging.plan import (
     keep_only,
 )
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import layers_said, number
 
 KERNEL = {"estimator": "ksg", "sigma": 8.0, "tokens": "first 57 of sequence 0", "states": "layer inputs"}
 
@@ -83,7 +85,11 @@ class MKAReleased(MergeStage):
             for step, value in enumerate(released_lambdas(table, gone[-1], steps)):
                 scores[gone[-1] - step] = value
                 notes[gone[-1] - step] = _pair(table, gone[-1] - step - 1, gone[-1] - step)
-        rows = depth_decisions(plan, scores, "λ of the layer before, computed and not written", {"written": False})
+        reasons = from_the_end(self, facts.layers, gone, "the released code")
+        said = ["" if s is None else f"; λ {number(s)} before it is computed and not written" for s in scores]
+        reasons = [reason + more for reason, more in zip(reasons, said, strict=True)]
+        unit = "λ of the layer before, computed and not written"
+        rows = depth_decisions(plan, scores, unit, {"written": False}, reasons)
         return plan, [replace(row, evidence={**row.evidence, **notes.get(i, {})}) for i, row in enumerate(rows)]
 
 
@@ -142,10 +148,25 @@ class MKACodeFixedWrite(MergeStage):
             "merged": [f"{p}.weight" for p in facts.architecture.projections()],
             "kept": [*facts.architecture.norms, "biases", *(["experts"] if facts.architecture.experts else [])],
         }
-        rows = depth_decisions(plan, scores, "λ of the layer before", {})
+        reasons = [self._reason(i, facts.layers, merged, scores[i]) for i in range(facts.layers)]
+        rows = depth_decisions(plan, scores, "λ of the layer before", {}, reasons)
         for i in group:
             notes[i] = {**notes.get(i, {}), "tensors": weights}
         return plan, [replace(row, evidence={**row.evidence, **notes.get(i, {})}) for i, row in enumerate(rows)]
+
+    def _reason(self, index: int, total: int, merged: PlannedLayer, before: float | None) -> str:
+        """Args: before: λ of the layer before."""
+        if why := self.protection(index, total):
+            return why
+        group = layers_said(merged.sources)
+        if index not in merged.sources:
+            return f"kept: the released code always merges the last layers, here only {group}"
+        share = number(merged.shares[merged.sources.index(index)])
+        step = f" (λ of layer {index - 1}: {number(before)})" if before is not None else ""
+        return (
+            f"merged into layer {merged.slot} at share {share}{step}: the released code always merges the last layers, "
+            f"here {group}"
+        )
 
 
 def _pair(similarity: np.ndarray, i: int, j: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from compression_dags.errors import InputError
 from compression_dags.merging.concatenation import concatenate_members
 from compression_dags.merging.least_squares import add_batch, token_weights
 from compression_dags.merging.mka import MKA
+from compression_dags.merging.mka_reasons import DROPS, why_kept, why_won
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, PlannedLayer
 from compression_dags.merging.regression_mean import (
     Member,
@@ -30,8 +31,10 @@ from compression_dags.merging.sensitivity import sensitivity, strongest_of_all
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
 
-DROPS = {"first": "second", "second": "first"}
-UNIT = "held-out next-token loss (nats)"
+UNITS = {
+    "loss": "held-out next-token loss (nats)",
+    "divergence": "held-out KL divergence from the base model (nats)",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class PairSearch:
         self, options: MKA, facts: StackFacts, evidence: Evidence, bench: Bench, fit: list[int], held: list[int]
     ):
         self.options, self.facts, self.evidence, self.bench = options, facts, evidence, bench
-        self.source = bench.source
+        self.source, self.unit = bench.source, UNITS[options.score]
         self.stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)
         self.batches = self.stream.batches(chosen_rows(bench.blocks, [*fit, *held]))
         self.first_held = len(fit)
@@ -120,7 +123,7 @@ class PairSearch:
             if self.bench.progress:
                 self.bench.progress.save_if_due(step + 1, lambda: self._state(rows, loss))  # noqa: B023
         self.stream.close()
-        return self._plan(), [*rows, *self._kept(len(rows))]
+        return self._plan(), [*rows, *self._kept(rows)]
 
     def _candidates(self) -> list[Candidate]:
         found: list[Candidate] = []
@@ -281,7 +284,8 @@ class PairSearch:
             action,
             sources,
             losses[best],
-            UNIT,
+            self.unit,
+            why_won(form, (range(a.start, a.stop), range(b.start, b.stop)), losses[best], evidence, self.options.score),
             evidence,
         )
 
@@ -293,12 +297,15 @@ class PairSearch:
         squares = [sum(float(t.square().sum()) for t in x.values()) for x in (new, old)]
         return (squares[0] / squares[1]) ** 0.5
 
-    def _kept(self, step: int) -> list[Decision]:
-        alone = [g for g in self.groups if g.form is None]
-        return [
-            Decision("merge", self.options.method, step, f"layer {g.start}", "keep", [g.start], None, UNIT)
-            for g in alone
-        ]
+    def _kept(self, rounds: list[Decision]) -> list[Decision]:
+        rows, step = [], len(rounds)
+        for i in (g.start for g in self.groups if g.form is None):
+            reason, evidence = why_kept(i, self.facts, self.options, rounds)
+            target = f"layer {i}"
+            rows.append(
+                Decision("merge", self.options.method, step, target, "keep", [i], None, self.unit, reason, evidence)
+            )
+        return rows
 
     def _plan(self) -> MergePlan:
         layers = tuple(
@@ -333,7 +340,7 @@ class PairSearch:
             for p, (start, stop, shares, form) in enumerate(note["groups"])
         ]
         self._advance(0)
-        return [Decision(**row) for row in note["rows"]], note["loss"]
+        return [Decision.from_saved(row) for row in note["rows"]], note["loss"]
 
 
 def divergence(scorer: LossBench, goal: list[Tensor], states: list[Tensor]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -118,17 +118,23 @@ class MergePlan:
             save_file({k: t.cpu().contiguous() for k, t in self.tensors.items()}, directory / PLAN_TENSORS)
 
     @classmethod
-    def load(cls, directory: Path) -> MergePlan:
+    def outline(cls, directory: Path) -> MergePlan:
+        """A stored plan without the tensors that it may hold; torch is not needed to read it."""
         raw = json.loads((directory / PLAN).read_text())
         layers = tuple(
             PlannedLayer(tuple(x["sources"]), tuple(x["shares"]), x.get("form", "sum")) for x in raw["layers"]
         )
+        return cls("stored", raw["base_layers"], layers)
+
+    @classmethod
+    def load(cls, directory: Path) -> MergePlan:
+        found = cls.outline(directory)
         tensors: Mapping[str, Tensor] = {}
         if (directory / PLAN_TENSORS).is_file():
             from safetensors.torch import load_file
 
             tensors = load_file(directory / PLAN_TENSORS)
-        return cls("stored", raw["base_layers"], layers, tensors)
+        return replace(found, tensors=tensors)
 
 
 def keep_only(method: str, base_layers: int, kept: list[int]) -> MergePlan:
@@ -207,6 +213,15 @@ class MergeStage(Stage):
     def free_layers(self, total: int) -> range:
         return range(min(self.protect_first, total), max(self.protect_first, total - self.protect_last))
 
+    def protection(self, index: int, total: int) -> str:
+        """Why layer `index` of `total` may not be touched, in words; empty if it may."""
+        free = self.free_layers(total)
+        if index in free:
+            return ""
+        side, count = ("first", self.protect_first) if index < free.start else ("last", self.protect_last)
+        where = f"{side} layer" if count == 1 else f"one of the {side} {min(count, total)} layers"
+        return f"protected: {where} (protect_{side} {count})"
+
     def check(self, facts: StackFacts) -> None:
         count, free = self.removed(facts.layers), len(self.free_layers(facts.layers))
         target = f"ratio {self.ratio}" if self.ratio is not None else f"layers {self.layers}"
@@ -228,9 +243,13 @@ class MergeStage(Stage):
 
 
 def depth_decisions(
-    plan: MergePlan, scores: np.ndarray | Sequence[float | None], unit: str, evidence: dict[str, Any]
+    plan: MergePlan,
+    scores: np.ndarray | Sequence[float | None],
+    unit: str,
+    evidence: dict[str, Any],
+    reasons: Sequence[str],
 ) -> list[Decision]:
-    """One row for every original layer: kept, dropped or merged, with its score and its rank among all."""
+    """One row for every original layer: kept, dropped or merged, with its score, its rank among all and the reason."""
     values = [None if s is None else float(s) for s in scores]
     order = {
         i: r for r, i in enumerate(sorted(range(len(values)), key=lambda i: (values[i] is None, values[i] or 0.0)))
@@ -244,5 +263,6 @@ def depth_decisions(
         if layer is not None and action == "merge":
             note |= {"share": layer.shares[layer.sources.index(index)], "into": layer.slot}
         sources = list(layer.sources) if layer else []
-        rows.append(Decision("merge", plan.method, index, f"layer {index}", action, sources, values[index], unit, note))
+        target, value = f"layer {index}", values[index]
+        rows.append(Decision("merge", plan.method, index, target, action, sources, value, unit, reasons[index], note))
     return rows

@@ -10,6 +10,7 @@ from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import layers_said, number
 
 
 class Planned(MergeStage):
@@ -63,5 +64,15 @@ class Planned(MergeStage):
             if i not in self.drop and i not in second
         )
         plan = MergePlan(self.method, facts.layers, layers)
-        scores = [self.costs.get(i) for i in range(facts.layers)]
-        return plan, depth_decisions(plan, scores, "predicted KL without it (nats a token)", {})
+        firsts = {i: pair[0] for pair in self.fuse for i in pair}
+        scores = [self.costs.get(firsts.get(i, i)) for i in range(facts.layers)]
+        reasons = [self._reason(i, facts.layers, scores[i]) for i in range(facts.layers)]
+        return plan, depth_decisions(plan, scores, "predicted KL without it (nats a token)", {}, reasons)
+
+    def _reason(self, index: int, total: int, cost: float | None) -> str:
+        price = "" if cost is None else f", at a predicted KL of {number(cost)} nats a token"
+        if index in self.drop:
+            return f"dropped: the recipe names layer {index} under drop{price}"
+        if pair := next((pair for pair in self.fuse if index in pair), None):
+            return f"merged into layer {pair[0]}: the recipe fuses {layers_said(pair)} into their mean{price}"
+        return self.protection(index, total) or "kept: the recipe names it neither under drop nor under fuse"

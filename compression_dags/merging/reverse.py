@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import StackFacts
+from compression_dags.merging.depth_reasons import from_the_end
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
 
@@ -26,7 +27,8 @@ class Reverse(MergeStage):
         self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         free = self.free_layers(facts.layers)
-        gone = set(free[len(free) - self.removed(facts.layers) :])
+        gone = free[len(free) - self.removed(facts.layers) :]
         plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
         depth = [float(facts.layers - 1 - i) for i in range(facts.layers)]
-        return plan, depth_decisions(plan, depth, "layers from the output", {})
+        reasons = from_the_end(self, facts.layers, gone, "reverse order")
+        return plan, depth_decisions(plan, depth, "layers from the output", {}, reasons)

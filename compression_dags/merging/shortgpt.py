@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from compression_dags.architectures import StackFacts
+from compression_dags.merging.depth_reasons import by_score
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
 
@@ -30,4 +31,5 @@ class ShortGPT(MergeStage):
         # stable: of equal scores the earlier layer goes first
         gone = set(free[np.argsort(scores[free], kind="stable")[: self.removed(facts.layers)]].tolist())
         plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
-        return plan, depth_decisions(plan, scores, "block influence", {})
+        reasons = by_score(self, facts.layers, gone, scores, "block influence")
+        return plan, depth_decisions(plan, scores, "block influence", {}, reasons)

@@ -13,6 +13,7 @@ from compression_dags.errors import IntegrityError
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
+from compression_dags.provenance.wording import apart, counted, ranked
 
 
 class SLEB(MergeStage):
@@ -44,9 +45,28 @@ class SLEB(MergeStage):
                 len(r.losses) * (facts.layers - n) for n, r in enumerate(rounds, 1)
             ),
         }
-        decisions = depth_decisions(plan, scores, "next-token loss without it (nats)", cost)
+        reasons = [self._reason(i, facts.layers, rounds, gone.get(i)) for i in range(facts.layers)]
+        decisions = depth_decisions(plan, scores, "next-token loss without it (nats)", cost, reasons)
         why = [_why(rounds, gone.get(i)) for i in range(facts.layers)]
         return plan, [replace(d, evidence={**d.evidence, **w}) for d, w in zip(decisions, why, strict=True)]
+
+    def _reason(self, index: int, total: int, rounds: list[Round], number: int | None) -> str:
+        """Why a layer went in round `number`, or stayed (None)."""
+        if why := self.protection(index, total):
+            return why
+        this = rounds[(number or len(rounds)) - 1]
+        if number:
+            without, before = apart(this.losses[index], this.before)
+            return (
+                f"dropped in round {number}: without it the next-token loss is {without} nats, the least of "
+                f"{counted(len(this.losses), 'candidate')} (it was {before} before)"
+            )
+        place = sorted(this.losses, key=lambda i: (this.losses[i], i)).index(index) + 1
+        own, least = apart(this.losses[index], this.losses[this.dropped])
+        return (
+            f"kept: without it the next-token loss would be {own} nats, {ranked(place, 'least')} of "
+            f"{counted(len(this.losses), 'candidate')} in the last round; without layer {this.dropped} it is {least}"
+        )
 
     def _rounds(self, facts: StackFacts, bench: Bench) -> list[Round]:
         from compression_dags.calibration.scored_rows import chosen_rows, even_rows

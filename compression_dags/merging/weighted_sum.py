@@ -9,9 +9,17 @@ from pydantic import Field
 
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
+from compression_dags.merging.depth_reasons import by_grouping
 from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
-from compression_dags.merging.windows import cheapest_groups, influence_shares, refuse_more, window_distance
+from compression_dags.merging.windows import (
+    cheapest_groups,
+    influence_shares,
+    joinable,
+    refuse_more,
+    window_distance,
+)
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import number
 
 
 class WeightedSum(MergeStage):
@@ -43,7 +51,16 @@ class WeightedSum(MergeStage):
         plan = MergePlan(self.method, facts.layers, planned)
         distance = {i: float(evidence.angular[g[0], g[-1] + 1]) for g in groups for i in g if len(g) > 1}
         scores = [distance.get(i) for i in range(facts.layers)]
-        return plan, depth_decisions(plan, scores, "angular distance from group entry to exit", {"power": self.power})
+        share = {i: s for layer in planned for i, s in zip(layer.sources, layer.shares, strict=True)}
+
+        def merged(index: int, group: range) -> str:
+            return f"merged into layer {group.start} at share {number(share[index])}"
+
+        may_join = joinable(facts, self.free_layers(facts.layers))
+        reasons = by_grouping(self, groups, evidence.angular, may_join, merged)
+        total = sum(distance[g.start] for g in groups if len(g) > 1)
+        note = {"power": self.power, "total_distance": total}
+        return plan, depth_decisions(plan, scores, "angular distance from group entry to exit", note, reasons)
 
     def _shares(self, group: range, influence: np.ndarray) -> tuple[float, ...]:
         return influence_shares(influence[group.start : group.stop], self.power)

@@ -29,6 +29,7 @@ from compression_dags.planning.alternatives import (
     quantizer_stage,
     removable,
 )
+from compression_dags.planning.reasons import why
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stages import Track, silent
 
@@ -332,7 +333,7 @@ class _Made:
 
 def bank_decisions(bank: Bank) -> list[Decision]:
     """A row for every alternative: kept for the planner, or given up in the race."""
-    rows = []
+    rows, unit = [], "KL (nats a token)"
     for a in bank.alternatives:
         action = "keep" if a.alive else "reject"
         facts = {"what": a.label, "bytes": a.bytes, "parameters": a.parameters, "rows": a.rows}
@@ -341,6 +342,6 @@ def bank_decisions(bank: Bank) -> list[Decision]:
         target = f"layer {a.layer} {a.group or 'all'}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
         cost = a.cost if math.isfinite(a.cost) else None
         rows.append(
-            Decision("plan", "alternatives", len(rows), target, action, layers, cost, "KL (nats a token)", facts)
+            Decision("plan", "alternatives", len(rows), target, action, layers, cost, unit, why(bank, a), facts)
         )
     return rows

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compression_dags.errors import InputError
+from compression_dags.planning.alternatives import label_of
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
 from compression_dags.stages import Track, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.planning.alternatives import BankOptions
+    from compression_dags.planning.alternatives import Alternative, BankOptions
     from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "schemes.json"
@@ -107,7 +109,22 @@ def plan_schemes(
                 [layer],
                 value,
                 "KL with this alone (nats a token)",
-                {"scheme": None if choice is None else choice.scheme, "costs": costs},
+                _reason(stage.bits, choice, columns, tried[layer, group]),
+                {"scheme": None if choice is None else choice.fitted(columns).scheme, "costs": costs},
             )
         )
     return SchemePlan(choices, solution.bits, solution.cost), rows
+
+
+def _reason(bits: float, choice: Choice | None, columns: int, tried: list[Alternative]) -> str:
+    """Why a group got its scheme: what it loses alone, and what the next smaller and the next larger scheme would."""
+    own = next(a for a in tried if a.choice == choice)
+    stored = choice and choice.fitted(columns)
+    smaller = sorted((a for a in tried if a.bytes < own.bytes), key=lambda a: a.bytes)[-1:]
+    larger = sorted((a for a in tried if a.bytes > own.bytes and a.choice), key=lambda a: a.bytes)[:1]
+    beside = [f"{a.label} {number(a.cost)}" for a in (*smaller, *larger)]
+    alone = ", ".join([f"alone it loses {number(own.cost)} nats", *beside])
+    what = "kept as it is" if stored is None else f"quantized to {label_of(stored)}"
+    if choice is not None and stored != choice:
+        what += f" for {label_of(choice)}, as {choice.group_size} does not divide its {columns} inputs"
+    return f"{what}: part of the least total loss at {number(bits)} bits a weight ({alone})"

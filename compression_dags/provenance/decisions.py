@@ -12,7 +12,7 @@ import pandas as pd
 from compression_dags.provenance.artifacts import Artifact
 
 Action = Literal["keep", "drop", "merge", "concat", "prune", "quantize", "recover", "reject"]
-COLUMNS = ["stage", "method", "step", "target", "action", "sources", "value", "unit", "evidence"]
+COLUMNS = ["stage", "method", "step", "target", "action", "sources", "value", "unit", "reason", "evidence"]
 #: Which run decided is not among them: the store knows it by the fingerprint, and equal decisions are equal bytes.
 LEDGER_COLUMNS = ["base_model", "recipe", *COLUMNS, "fingerprint"]
 
@@ -27,6 +27,7 @@ class Decision:
         target: the layer or tensor decided upon, by its name in the model before the stage.
         sources: original layer indices that end up in the target.
         value, unit: the number that decided (block influence, angular distance, relative error, …).
+        reason: one sentence that by itself says why this action for this target, with the numbers that decided.
         evidence: scores, alternatives considered, shares, held-out error before and after.
     """
 
@@ -38,7 +39,13 @@ class Decision:
     sources: list[int]
     value: float | None
     unit: str
+    reason: str
     evidence: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_saved(cls, row: dict[str, Any]) -> Decision:
+        """A row of a resumable step's state; one that was saved before reasons were recorded has an empty one."""
+        return cls(**{"reason": "", **row})
 
 
 def write_decisions(decisions: list[Decision], path: Path) -> None:
@@ -53,7 +60,11 @@ def write_decisions(decisions: list[Decision], path: Path) -> None:
 
 
 def read_decisions(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(path)
+    """Stored rows, of one artifact or of a ledger; `reason` is empty where they were stored before there was one."""
+    frame = pd.read_parquet(path)
+    if "reason" not in frame:
+        frame.insert(list(frame.columns).index("unit") + 1, "reason", "")
+    return frame
 
 
 def join_ledger(base_model: str, artifacts: list[tuple[str, Artifact]]) -> pd.DataFrame:

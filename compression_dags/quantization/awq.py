@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from compression_dags.provenance.wording import number
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.stages import StatisticKind
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from compression_dags.calibration.inputs import InputSums
@@ -43,6 +46,18 @@ class AWQ(QuantizeStage):
     least_error: float = Field(
         0.02, ge=0, le=1, description="‖(W − Ŵ)X‖ / ‖WX‖ of rounding to nearest below which a group is left at that"
     )
+
+    def remark(self, evidence: Mapping[str, Any]) -> str:
+        if "search" in evidence:
+            return f"rounding to nearest loses less than {number(self.least_error)}, so nothing was searched"
+        if "smoothed" in evidence:
+            return "inputs stay unscaled, as nothing before takes the factors"
+        scaled = f"α {number(evidence['alpha'])}{' with weights' if evidence['duo'] else ''}"
+        return (
+            f"{scaled} had the least output error"
+            if evidence["alpha"]
+            else "α 0 (no scaling) had the least output error"
+        )
 
     def round_folded(
         self, weights: dict[str, Tensor], seen: InputSums, choice: Choice, label: str, fold: Fold | None

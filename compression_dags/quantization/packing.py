@@ -12,6 +12,7 @@ from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import Choice, Layout
+from compression_dags.quantization.reasons import why_kept, why_scheme
 from compression_dags.quantization.schemes import QuantizedModel, QuantizeStage, Rounding, needs_rebuilding
 from compression_dags.stages import Track
 
@@ -148,9 +149,18 @@ class Packer:
             kept = module not in after
             action, more = ("keep", self._kept_because(module)) if kept else ("quantize", self._quantized(module))
             origin, error = [] if layer is None else [layer], self.errors.get(module)
-            row = Decision("quantize", stage.method, len(rows), module, action, origin, error, UNIT, evidence | more)
-            rows.append(row)
+            reason = why_kept(stage, module, layer, info is None, module in self.linear) if kept else self._why(module)
+            evidence |= more
+            rows.append(
+                Decision("quantize", stage.method, len(rows), module, action, origin, error, UNIT, reason, evidence)
+            )
         return rows
+
+    def _why(self, module: str) -> str:
+        """Why a module got its scheme."""
+        columns = self.source.tensors[f"{module}.weight"].shape[1]
+        own = self.rounding.evidence.get(module, {})
+        return why_scheme(self.stage, module, self.rounding.choices[module], columns, own)
 
     def _quantized(self, module: str) -> dict[str, Any]:
         choice, asked = self.rounding.choices[module], self.stage.asked(module)

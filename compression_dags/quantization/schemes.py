@@ -135,11 +135,23 @@ class QuantizeStage(Stage):
         return self.choice.format
 
     def asked(self, module: str) -> Choice:
-        own = next((o for entry, o in self.overrides.items() if matches(entry, module)), None)
-        return own.choice if own else self.choice
+        entry = self.override_of(module)
+        return self.choice if entry is None else self.overrides[entry].choice
+
+    def override_of(self, module: str) -> str | None:
+        """The entry of `overrides` that decides for a module."""
+        return next((entry for entry in self.overrides if matches(entry, module)), None)
+
+    def ignored_by(self, module: str) -> str | None:
+        """The entry of `ignore` that names a module."""
+        return next((entry for entry in self.ignore if matches(entry, module)), None)
+
+    def remark(self, evidence: Mapping[str, Any]) -> str:
+        """What a method's own search found for a matrix, in a few words for its reason; most have nothing to add."""
+        return ""
 
     def _ignored(self, module: str) -> bool:
-        return any(matches(entry, module) for entry in self.ignore)
+        return self.ignored_by(module) is not None
 
     def wished(self, facts: StackFacts) -> list[str]:
         """Projections that `ignore` does not name, whether their scheme fits them or not."""

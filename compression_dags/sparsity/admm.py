@@ -26,6 +26,7 @@ class ADMM(SparsifyStage):
     """
 
     statistic: ClassVar[StatisticKind] = "hessian"
+    rule: ClassVar[str] = "those that ADMM chose, the rest refitted"
     method: Literal["admm"] = "admm"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     target: Follows = Field(

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from compression_dags.errors import InputError, IntegrityError
+from compression_dags.provenance.wording import counted, number, ranked
 from compression_dags.sparsity.allocation import (
     MOST,
     UNSTRUCTURED,
@@ -34,6 +35,7 @@ from compression_dags.sparsity.allocation import (
     need_bench,
     on_grid,
     per_matrix,
+    place_among,
     sizes,
 )
 from compression_dags.sparsity.knapsack import scaled_to
@@ -88,6 +90,19 @@ class Alpha(GriddedAllocation):
         by_name = {n: {**row, "alpha": exponents[n]} for n, row in per_matrix(units, rows).items()}
         summary = {"epsilon": self.epsilon, "fit": self.fit, "clamped": clamped, "granularity": self.granularity}
         return Allocated(on_grid(units, shares, target, self.granularity), by_name, summary, notes)
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        mean = number(allocated.evidence[matrix.name]["alpha_mean"])
+        place, of = place_among(allocated, matrix.name, "alpha_mean")
+        whose = (
+            f"its layer's mean spectral exponent, {mean}," if self.per == "layer" else f"its spectral exponent, {mean},"
+        )
+        cut = f", cut at {MOST}" if allocated.evidence[matrix.name]["share"] >= MOST else ""
+        unit = counted(of, "layer") if self.per == "layer" else f"{of} matrices"
+        return (
+            f"{whose} is {ranked(place, 'largest')} of {unit}, and a larger one loses more "
+            f"(ε {number(self.epsilon)} about {number(target)}{cut})"
+        )
 
     def _exponent(self, matrix: Matrix, bench: AllocationBench) -> float:
         found = tail_exponent(spectrum(bench.weights(matrix.name)), self.fit)

@@ -26,6 +26,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from compression_dags.errors import InputError
+from compression_dags.provenance.wording import number
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
@@ -142,6 +143,22 @@ class ALS(GriddedAllocation):
         sparsity = on_grid(units, shares, target, self.granularity)
         summary = {"programs": problem.programs, "granularity": self.granularity}
         return Allocated(sparsity, per_matrix(units, rows), summary, problem.notes())
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        row = allocated.evidence[matrix.name]
+        sides = {"most": "its lower bound", "least": "its upper bound", "between": "between its bounds"}
+
+        def said(unit: dict[str, Any]) -> str:
+            low, high = map(number, unit["bounds"])
+            return f"{sides[unit['density_at']]} ({low} to {high}) by log importance {number(unit['log_c'])}"
+
+        if self.level == "layer":
+            return f"its layer, of redundancy ρ {number(row['rho'])}, is at {said(row)}"
+        own = f"it, of redundancy ρ {number(row['rho'])}, is at {said(row)}"
+        if self.level == "module-joint":
+            return own
+        layer = row["layer"]
+        return f"{own}, around its layer's {number(layer['share'])}, itself at {sides[layer['density_at']]}"
 
     def _inner(self, share: float) -> Bounds:
         return self.inner_bounds or _around(share, self.inner_spread)

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from compression_dags.errors import InputError
+from compression_dags.provenance.wording import counted, number, ranked
 from compression_dags.sparsity.allocate_owl import by_density_score, mean_score
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
@@ -25,6 +26,7 @@ from compression_dags.sparsity.allocation import (
     check_target,
     layer_units,
     need_bench,
+    place_among,
 )
 
 
@@ -58,3 +60,11 @@ class DLP(GriddedAllocation):
             {"mean_score": float(o), "relative_importance": float(i)} for o, i in zip(mean, importance, strict=True)
         ]
         return by_density_score(units, importance, self.spread, target, self.granularity, rows, evidence)
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        mean = number(allocated.evidence[matrix.name]["mean_score"])
+        place, of = place_among(allocated, matrix.name, "mean_score")
+        return (
+            f"its layer's mean |W|·‖x‖, {mean}, is {ranked(place, 'largest')} of {counted(of, 'layer')}, and a larger "
+            f"one keeps less (± {number(self.spread)} about {number(target)})"
+        )

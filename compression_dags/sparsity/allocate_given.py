@@ -10,6 +10,7 @@ from pydantic import Field
 
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError
+from compression_dags.provenance.wording import number
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
@@ -68,3 +69,8 @@ class Given(GriddedAllocation):
             raise InputError(f"given: the layers' sparsities come to {mean:.4f} of the weights, not to {target:g}")
         rows = per_matrix(units, [{"share": float(s)} for s in shares])
         return Allocated(on_grid(units, shares, mean, self.granularity), rows, {"mean": mean})
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        if matrix.layer not in self.layers:
+            return f"the recipe names no sparsity for layer {matrix.layer}, and such layers keep all weights"
+        return f"the recipe gives layer {matrix.layer} a sparsity of {number(self.layers[matrix.layer])}"

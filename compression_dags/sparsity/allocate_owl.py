@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from compression_dags.errors import InputError, IntegrityError
+from compression_dags.provenance.wording import number, ranked
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
@@ -30,6 +31,7 @@ from compression_dags.sparsity.allocation import (
     need_bench,
     on_grid,
     per_matrix,
+    place_among,
     shifted,
     sizes,
 )
@@ -69,6 +71,14 @@ class OWL(GriddedAllocation):
         ratios = np.array([outlier_ratio(u, evidence, bench, self.threshold) for u in units])
         rows = [{"outlier_percent": float(r)} for r in ratios]
         return by_density_score(units, ratios, self.spread, target, self.granularity, rows, evidence)
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        percent = number(allocated.evidence[matrix.name]["outlier_percent"])
+        place, of = place_among(allocated, matrix.name, "outlier_percent")
+        return (
+            f"{percent} % of its layer's weights are outliers, {ranked(place, 'largest')} share of {of} layers, "
+            f"and more outliers keep more (± {number(self.spread)} about {number(target)})"
+        )
 
 
 def scored_weights(unit: Unit, evidence: SparsityEvidence) -> list[tuple[Matrix, np.ndarray]]:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from compression_dags.architectures import StackFacts
 from compression_dags.errors import InputError, IntegrityError
+from compression_dags.provenance.wording import number
 from compression_dags.sparsity.allocation import (
     MOST,
     UNSTRUCTURED,
@@ -104,6 +105,14 @@ class Ramp(GriddedAllocation):
 
         best = search(score, *self._span(target), self.points, self.refine)
         return self._of(matrices, target, best, tried)
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        slope, tried = allocated.summary["beta"], allocated.summary["tried"]
+        ramp = f"layer {matrix.layer} of a ramp of {number(slope)} a layer about {number(target)}"
+        if not tried:
+            return f"{ramp}, the slope that the recipe gives"
+        loss = min(t["loss"] for t in tried if t["beta"] == slope)
+        return f"{ramp}, the slope of least held-out loss ({number(loss)}) of {len(tried)} tried"
 
     def _of(self, matrices: Sequence[Matrix], target: float, rise: float, tried: list[dict]) -> Allocated:
         units = layer_units(matrices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from compression_dags.provenance.wording import number
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
@@ -31,3 +32,6 @@ class Uniform(Allocation):
     ) -> Allocated:
         check_target(target)
         return Allocated({m.name: target for m in matrices})
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        return f"the uniform allocation gives every matrix the target, {number(target)}"

@@ -233,6 +233,10 @@ class Allocation(Options):
         """
         raise AssertionError(f"{type(self).__name__} must define allocate")
 
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        """Why the matrix got its sparsity: a clause with the numbers that decided, read from its evidence."""
+        raise AssertionError(f"{type(self).__name__} must define why")
+
 
 class GriddedAllocation(Allocation):
     """An allocator whose sparsities are rounded to a grid."""
@@ -335,6 +339,17 @@ def on_grid(units: Sequence[Unit], shares: np.ndarray, target: float, granularit
 def per_matrix(units: Sequence[Unit], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Evidence by matrix name from rows by unit."""
     return {m.name: {"unit": u.name, **row} for u, row in zip(units, rows, strict=True) for m in u.matrices}
+
+
+def place_among(allocated: Allocated, name: str, key: str, group: str = "unit") -> tuple[int, int]:
+    """(rank of the matrix's `key` among the units, 1 for the largest; number of units).
+
+    Args:
+        group: the evidence that matrices of one unit share.
+    """
+    values = {row[group]: row[key] for row in allocated.evidence.values()}
+    own = allocated.evidence[name][key]
+    return 1 + sum(v > own for v in values.values()), len(values)
 
 
 def make_plan(

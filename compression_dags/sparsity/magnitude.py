@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compression_dags.sparsity.stage import SparsifyStage
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class Magnitude(SparsifyStage):
     """Zero the smallest |W|: over a whole matrix, or in every group of M inputs."""
 
+    rule: ClassVar[str] = "the smallest |W|"
     method: Literal["magnitude"] = "magnitude"
 
     def prune(self, problem: Problem) -> list[Pruned]:

@@ -13,10 +13,12 @@ from torch import Tensor
 from compression_dags.calibration.host_copies import HostCopies
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.progress import as_note, from_note
-from compression_dags.sparsity.allocation import SparsityPlan
+from compression_dags.provenance.wording import apart
+from compression_dags.sparsity.allocation import UNSTRUCTURED, SparsityPlan
+from compression_dags.sparsity.experts import SAW_NONE
 from compression_dags.sparsity.masks import check_pattern, mask_digest, pack_mask, save_masks
 from compression_dags.sparsity.pruner import Pruned
-from compression_dags.sparsity.stage import Sparsified
+from compression_dags.sparsity.stage import Sparsified, SparsifyStage
 
 if TYPE_CHECKING:
     from compression_dags.checkpoints.reader import Checkpoint
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 class Results:
     """Collects the matrices of one pass."""
 
-    def __init__(self, method: str, source: Checkpoint, plan: SparsityPlan):
-        self.method, self.source, self.plan = method, source, plan
+    def __init__(self, stage: SparsifyStage, source: Checkpoint, plan: SparsityPlan):
+        self.method, self.rule, self.source, self.plan = stage.method, stage.rule, source, plan
         self.tensors: dict[str, Tensor] = {}
         self.packed: dict[str, np.ndarray] = {}
         self.decisions: list[Decision] = []
@@ -49,10 +51,22 @@ class Results:
             **pruned.evidence,
         }
         step, share = len(self.decisions), zeros / numel
-        row = Decision("sparsify", self.method, step, name, "prune", [index], share, "share of zeros", evidence)
+        unit, reason = "share of zeros", self._reason(share, pattern.sparsity, evidence)
+        row = Decision("sparsify", self.method, step, name, "prune", [index], share, unit, reason, evidence)
         self.decisions.append(row)
         made = [pruned.weight, pack_mask(pruned.mask)]
         self._copies.take(made, lambda found: self._land(name, found[0], found[1], evidence))
+
+    def _reason(self, share: float, asked: float, evidence: dict[str, Any]) -> str:
+        """Why so many weights are zero, and which."""
+        got, wanted = apart(share, asked)
+        pattern = "" if evidence["pattern"] == UNSTRUCTURED else f" as {evidence['pattern']}"
+        plan = f"the plan asks for {wanted}{pattern}" if share else f"the plan asks for none ({wanted})"
+        aim = f" towards the {evidence['target']} output" if "target" in evidence else ""
+        unseen = (
+            "; no token was routed to the expert, so all count" if evidence.get("expert_tokens") == SAW_NONE else ""
+        )
+        return f"pruned by {got}: {plan}, and zeros are {self.rule}{aim}{unseen}"
 
     def _land(self, name: str, weight: Tensor, packed: Tensor, evidence: dict[str, Any]) -> None:
         self.tensors[f"{name}.weight"] = weight
@@ -97,6 +111,6 @@ class Results:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        self.decisions = [Decision(**row) for row in from_note(state["decisions"])]
+        self.decisions = [Decision.from_saved(row) for row in from_note(state["decisions"])]
         self.tensors = {k.removeprefix("tensor."): v for k, v in state.items() if k.startswith("tensor.")}
         self.packed = {k.removeprefix("mask."): v.numpy() for k, v in state.items() if k.startswith("mask.")}

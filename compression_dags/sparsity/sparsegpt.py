@@ -19,6 +19,7 @@ class SparseGPT(SparsifyStage):
     """Zero weights column by column, by w² / (H⁻¹)_jj, and let the columns to come make up for each error."""
 
     statistic: ClassVar[StatisticKind] = "hessian"
+    rule: ClassVar[str] = "the least w²/(H⁻¹)ⱼⱼ, later columns making up for each"
     method: Literal["sparsegpt"] = "sparsegpt"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     block: int = Field(128, ge=1, description="columns whose mask is chosen at a time")

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from compression_dags.architectures import Architecture, StackFacts
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
+from compression_dags.provenance.wording import number
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.sparsity.allocate_uniform import Uniform
 from compression_dags.sparsity.allocation import (
@@ -80,6 +81,8 @@ class SparsifyStage(Stage):
     stage: ClassVar[str] = "sparsify"
     version: ClassVar[str] = "1"
     statistic: ClassVar[StatisticKind] = "none"
+    rule: ClassVar[str]
+    """Which weights go, in words that follow `zeros are`: `the smallest |W|`."""
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros over all projections")
     pattern: str | None = Field(None, description="N:M, kept weights of every M inputs: 2:4, 4:8")
@@ -167,6 +170,8 @@ class SparsifyStage(Stage):
                 [m.layer],
                 found.patterns[m.name].sparsity,
                 "share of zeros",
+                f"{_share_said(found.patterns[m.name], allocated.sparsity[m.name])}: "
+                f"{self.allocation.why(m, allocated, target)}",
                 {"parameters": m.numel, **found.evidence["matrices"][m.name]},
             )
             for step, m in enumerate(matrices)
@@ -201,6 +206,15 @@ class SparsifyStage(Stage):
         if self.reads_tokens and blocks is None:
             raise InputError(f"sparsify: {self.method} needs calibration tokens; none were given")
         return PruneWalk(self, source, plan, blocks, device, dtype).run(directory, progress, track)
+
+
+def _share_said(pattern: Pattern, asked: float) -> str:
+    """`pruned by 0.5`; N:M with its name, and what was asked for if that is another share."""
+    share = f"pruned by {number(pattern.sparsity)}"
+    if pattern.m is None:
+        return share
+    rounded = "" if pattern.sparsity == asked else f", the nearest to {number(asked)} that fits"
+    return f"{share} ({pattern.m - (pattern.zeros or 0)}:{pattern.m}{rounded})"
 
 
 def all_matrices(source: Checkpoint) -> list[Matrix]:

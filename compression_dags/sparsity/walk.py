@@ -40,7 +40,7 @@ class PruneWalk(SequentialWalk):
             odd = sorted(wanted ^ set(plan.patterns))
             raise InputError(f"sparsify: the plan is for another model: {len(odd)} matrices differ, first {odd[0]}")
         self.stage, self.plan = stage, plan
-        self.results = Results(stage.method, source, plan)
+        self.results = Results(stage, source, plan)
         super().__init__(
             source,
             blocks,

@@ -15,6 +15,7 @@ class Wanda(SparsifyStage):
     """Zero the smallest |W_ij| · ‖X_j‖ of every output row (or group of M inputs); no weight is changed."""
 
     statistic: ClassVar[StatisticKind] = "mean_square"
+    rule: ClassVar[str] = "the smallest |W|·‖x‖ of every output"
     method: Literal["wanda"] = "wanda"
 
     def prune(self, problem: Problem) -> list[Pruned]:
