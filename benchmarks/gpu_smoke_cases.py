@@ -14,7 +14,7 @@ ALL_LAYERS = "all layers"
 _DISTILL = {"tokens": 8192, "length": 128, "batch_tokens": 1024, "held_windows": 4, "checks": 2}
 _MERGE: dict[str, dict[str, Any]] = {name: {"layers": 1} for name in METHODS["merge"]} | {
     "laco": {"layers": 2, "combined": 2, "interval": 1, "threshold": 0.3},
-    "planned": {"layers": 1, "drop": [2]},
+    "planned": {"drop": [2]},
 }
 _RECOVER: dict[str, dict[str, Any]] = {
     "least-squares": {},
