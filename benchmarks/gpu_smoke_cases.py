@@ -31,11 +31,12 @@ _QUANTIZE: dict[str, dict[str, Any]] = {
     "smoothquant": {"scheme": "W8A8"},
 }
 _DROP = ("merge", {"method": "shortgpt", "layers": 1})
+_FOLD = ("merge", {"method": "weighted-sum", "layers": 1})  # distillation trains the layer that others went into
 
 #: Recipe → its stages. Options of a method without an entry above are its defaults.
 CASES: dict[str, Stages] = {
     **{f"merge-{m}": [("merge", {"method": m} | o)] for m, o in _MERGE.items()},
-    **{f"recover-{m}": [_DROP, ("recover", {"method": m} | o)] for m, o in _RECOVER.items()},
+    **{f"recover-{m}": [_FOLD if o else _DROP, ("recover", {"method": m} | o)] for m, o in _RECOVER.items()},
     **{f"sparsify-{m}": [("sparsify", {"method": m} | o)] for m, o in _SPARSIFY.items()},
     "sparsify-admm-2of4": [("sparsify", {"method": "admm", "pattern": "2:4"})],
     **{
