@@ -1,7 +1,7 @@
 """A Llama-2-7B-shaped model through the command line of the installed wheel: seconds and peak memory of every asset.
 
 The weights are random, the tokenizer is one that is given. A second, equal call shows what a rerun of hits costs.
-Run it from an empty directory, as benchmarks/gpu_machine.sh does. 81 GB are needed below --work: best a folder in memory.
+Run it from an empty directory, as benchmarks/gpu_machine.sh does. It needs 81 GB below --work: best a folder in memory.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, text: Path) -> tuple[float, dict[str, Any]]:
 
 
 def assets(home: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for every stored artifact in the order in which they were made, named by the asset where one was printed."""
+    """A row for every stored artifact, the oldest first, named by its asset where the run printed one."""
     names = {e["fingerprint"]: key for r in found["recipes"].values() for key, e in r["assets"].items()}
     manifests = sorted((home / "artifacts").glob("*/*/manifest.json"), key=lambda p: p.stat().st_mtime)
     rows = []

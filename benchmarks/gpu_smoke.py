@@ -8,8 +8,8 @@ that a model's headers refuse is run alone on both devices, and must be refused 
 A row passes when both devices chose the same layers, wrote as many layers, parameters and bytes, and their perplexities
 agree within `Tolerance.float32`. Weights are compared after dequantization, relative to their Frobenius norm, and agree
 within `Tolerance.weights`. Methods that pick single weights or channels, search, train, or carry rounding errors on
-amplify the last bit of a sum (`AMPLIFIES`): their perplexities may be further apart, and the difference of their weights
-is only put down. The run in the default dtype must end, and score near the first device's float32.
+amplify the last bit of a sum (`AMPLIFIES`): their perplexities may be further apart, and the difference of their
+weights is only put down. The run in the default dtype must end, and score near the first device's float32.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ def compare(runs: dict[str, list[Run]], recipes: dict[str, list[str]], jobs: int
                 if all(found):
                     pending[model, name] = pool.submit(weights_difference, *(f["checkpoint"] for f in found if f))
         weights = {key: future.result() for key, future in pending.items()}
-    rows = [baseline_row(model, group) for model, group in runs.items()]
+    rows = [baseline_row(model, group) for model, group in runs.items() if recipes[model]]
     return rows + [row_of(m, n, group, weights.get((m, n))) for m, group in runs.items() for n in recipes[m]]
 
 
@@ -366,7 +366,7 @@ def main() -> int:
         ]
     with ThreadPoolExecutor(args.jobs) as pool:
         tests = None if args.no_tests else pool.submit(commands.tests)
-        working = [pool.submit(commands.whole, r, recipes[m]) for m, group in runs.items() for r in group]
+        working = [pool.submit(commands.whole, r, recipes[m]) for m, group in runs.items() for r in group if recipes[m]]
         answers = {
             (m, n): [pool.submit(commands.refusal, _apart(r, n), n) for r in runs[m][:2]]
             for m, names in refused.items()
