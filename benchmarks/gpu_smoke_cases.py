@@ -14,7 +14,7 @@ ALL_LAYERS = "all layers"
 _DISTILL = {"tokens": 8192, "length": 128, "batch_tokens": 1024, "held_windows": 4, "checks": 2}
 _MERGE: dict[str, dict[str, Any]] = {name: {"layers": 1} for name in METHODS["merge"]} | {
     "laco": {"layers": 2, "combined": 2, "interval": 1, "threshold": 0.3},
-    "planned": {"layers": 1, "drop": [2]},
+    "planned": {"drop": [2]},
 }
 _RECOVER: dict[str, dict[str, Any]] = {
     "least-squares": {},
@@ -31,11 +31,12 @@ _QUANTIZE: dict[str, dict[str, Any]] = {
     "smoothquant": {"scheme": "W8A8"},
 }
 _DROP = ("merge", {"method": "shortgpt", "layers": 1})
+_FOLD = ("merge", {"method": "weighted-sum", "layers": 1})  # distillation trains the layer that others went into
 
 #: Recipe → its stages. Options of a method without an entry above are its defaults.
 CASES: dict[str, Stages] = {
     **{f"merge-{m}": [("merge", {"method": m} | o)] for m, o in _MERGE.items()},
-    **{f"recover-{m}": [_DROP, ("recover", {"method": m} | o)] for m, o in _RECOVER.items()},
+    **{f"recover-{m}": [_FOLD if o else _DROP, ("recover", {"method": m} | o)] for m, o in _RECOVER.items()},
     **{f"sparsify-{m}": [("sparsify", {"method": m} | o)] for m, o in _SPARSIFY.items()},
     "sparsify-admm-2of4": [("sparsify", {"method": "admm", "pattern": "2:4"})],
     **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -19,6 +20,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` are skipped without a GPU; a kernel alone also runs in Triton's interpreter."""
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    interpreted = marker.kwargs.get("interpreted", False)
+    if not interpreted:
+        pytest.skip("needs a CUDA device")
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton, and a CUDA device or TRITON_INTERPRET=1")
+
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 

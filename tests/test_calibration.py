@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_sweep import DEVICE, KERNEL_RUNS
+from test_sweep import DEVICE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compression_dags.calibration import rotary_triton
@@ -139,7 +139,7 @@ def test_fused_modules_are_the_models_own(tiny_model, family):
             torch.testing.assert_close(2 * other(x), norm(x))
 
 
-@pytest.mark.skipif(not KERNEL_RUNS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
+@pytest.mark.gpu(interpreted=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
 @pytest.mark.parametrize(("heads", "width", "shared"), [(4, 16, True), (3, 24, False)])
 def test_the_rotary_kernel_is_the_models_own(dtype, heads, width, shared):

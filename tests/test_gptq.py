@@ -4,7 +4,7 @@ import pytest
 import torch
 from concat_cases import random_blocks
 from test_quantization import STAGES, tiny_llama
-from test_sweep import DEVICE, KERNEL_RUNS
+from test_sweep import DEVICE
 
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.walk import SequentialWalk
@@ -77,7 +77,7 @@ def test_it_beats_rounding_to_nearest_on_the_outputs(grid, order):
     assert float(found.error.sum()) == pytest.approx((error(found.parts[0]) * whole) ** 2, rel=0.2)
 
 
-@pytest.mark.skipif(not KERNEL_RUNS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
+@pytest.mark.gpu(interpreted=True)
 @pytest.mark.parametrize(
     "grid", [Grid("int", 4, 32), Grid("int", 4, 24, symmetric=False), Grid("int", 8, None)], ids=str
 )

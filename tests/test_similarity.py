@@ -292,7 +292,7 @@ def test_bins_follow_the_tokens():
     assert [npib.bins_for(n) for n in (32, 161, 162, 511, 512, 4096)] == [2, 2, 3, 3, 4, 4]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_devices_agree():
     hidden = stream(3, 300)
     for estimator in ("binned", "ksg", "gaussian-copula"):

@@ -1,7 +1,5 @@
 """Hessians, factors and the column sweep against a naive reference in float64."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -11,11 +9,8 @@ from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.hessian import Hessian
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.sweep import Rows, group_ranks, prune_sweep, smallest
-from compression_dags.solvers.sweep_triton import AVAILABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-#: Triton comes with CUDA builds of torch too, where there may be no GPU: then only its interpreter can run a kernel.
-KERNEL_RUNS = AVAILABLE and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def problem(rows=24, d=40, tokens=400, seed=0, dtype=torch.float64):
@@ -143,7 +138,7 @@ def test_float32_agrees_with_float64():
     assert torch.allclose(single.weight.double(), exact.weight, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(not KERNEL_RUNS, reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
+@pytest.mark.gpu(interpreted=True)
 @pytest.mark.parametrize("pattern", [Pattern.unstructured(0.5), Pattern.n_of_m(2, 4), Pattern.n_of_m(4, 8)])
 def test_the_kernel_is_the_portable_form(pattern):
     weight, hessian, _ = problem(rows=37, d=72, dtype=torch.float32)
