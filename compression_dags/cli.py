@@ -27,12 +27,12 @@ class Cli(click.Group):
             found = super().invoke(ctx)
             sys.stdout.flush()
             return found
-        except (click.ClickException, click.exceptions.Exit):
+        except (click.ClickException, click.exceptions.Exit, SystemExit):
             raise
         except BrokenPipeError:  # the reader has what it wanted, as in `recipes | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             ctx.exit(141)
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:  # Dagster's interruption is no Exception
             failures.show_traceback(error)
             failure = failures.explain(KeyboardInterrupt() if isinstance(error, click.Abort) else error)
             click.echo(visible(failure.spoken()), err=True)

@@ -6,8 +6,8 @@ import hashlib
 import re
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-#: A folder's name may have 255 bytes on every file system in use, and names of assets and jobs add words to a recipe's.
-MAX_NAME = 100
+#: Dagster allows 63 characters in the value of an asset's tag, where a recipe's name stands.
+MAX_NAME = 63
 BASELINE = "baseline"
 #: Names of jobs (`compress_<recipe>`), groups and assets that are not a recipe's.
 RESERVED = frozenset(
