@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compression_dags.estimate import Estimate, Model, Step, estimate, read_past
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from compression_dags.definitions import Settings
+    from compression_dags.evaluation.tasks import Task
 
 logger = logging.getLogger("compression_dags")
 _BLOCKS = re.compile(r"_(\d+)x(\d+)(?:_|$)")
@@ -34,6 +35,8 @@ def announce(definitions: dg.Definitions, slug: str, keys: Sequence[dg.AssetKey]
 
 def foresee(definitions: dg.Definitions, slug: str, keys: Sequence[dg.AssetKey], settings: Settings) -> Estimate | None:
     """The estimate; None for a model whose size is not known before it is imported."""
+    from compression_dags.definitions import evaluation_book
+    from compression_dags.recipes import recipes_folder
     from resources.accelerator import Accelerator
 
     model, context = _model(slug, settings)
@@ -42,10 +45,9 @@ def foresee(definitions: dg.Definitions, slug: str, keys: Sequence[dg.AssetKey],
     specs = {spec.key: spec for asset in definitions.assets or () for spec in getattr(asset, "specs", ())}
     device = Accelerator(home=str(settings.home), device=settings.device, dtype=settings.dtype).kind
     stored: dict[Any, bool] = {}
-    steps = [
-        _step(specs[key], slug, context, settings, _stored(key, specs, keys, slug, settings, stored)) for key in keys
-    ]
-    past = read_past(settings.home, [s.kind for s in steps if not s.stored], device)
+    tasks = evaluation_book(recipes_folder()).tasks
+    steps = [_step(specs[key], context, tasks, _stored(key, specs, set(keys), slug, settings, stored)) for key in keys]
+    past = read_past(settings.home, [s.kind for s in steps if not s.stored], device, model.parameters)
     return estimate(model, steps, device, past)
 
 
@@ -99,24 +101,21 @@ def _manifest(settings: Settings, path: Sequence[str], slug: str) -> dict[str, A
         return None
 
 
-def _step(spec: dg.AssetSpec, slug: str, context: int, settings: Settings, stored: bool) -> Step:
+def _step(spec: dg.AssetSpec, context: int, tasks: Mapping[str, Task], stored: bool) -> Step:
     name = spec.key.path[-1]
     kind = "evaluation" if name.startswith("eval_") else re.sub(r"^recovered_weights_\d+$", "recovered_weights", name)
-    tokens = _text_tokens(name.removeprefix("eval_"), context) if kind == "evaluation" else 0
+    tokens = _text_tokens(tasks.get(name.removeprefix("eval_")), context) if kind == "evaluation" else 0
     for key in [spec.key, *(d.asset_key for d in spec.deps)]:
         if (blocks := _BLOCKS.search(key.path[0])) and (key == spec.key or key.path[-1] == "calibration_tokens"):
             tokens = int(blocks[1]) * min(int(blocks[2]), context)
     return Step("/".join(spec.key.path), kind, spec.tags.get("method", ""), tokens, stored)
 
 
-def _text_tokens(task: str, context: int) -> int:
+def _text_tokens(task: Task | None, context: int) -> int:
     """Tokens of a perplexity task; of lm-eval's tasks some hundred thousand."""
-    from compression_dags.definitions import evaluation_book
     from compression_dags.evaluation.tasks import PerplexityTask
-    from compression_dags.recipes import recipes_folder
 
-    found = evaluation_book(recipes_folder()).tasks.get(task)
-    if not isinstance(found, PerplexityTask):
+    if not isinstance(task, PerplexityTask):
         return 200_000
-    whole = int(found.path.stat().st_size / CHARACTERS)
-    return min(whole, (found.max_windows or whole) * min(found.window, context))
+    whole = int(task.path.stat().st_size / CHARACTERS)
+    return min(whole, (task.max_windows or whole) * min(task.window, context))

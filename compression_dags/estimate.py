@@ -1,8 +1,7 @@
 """What a run will take: seconds, memory and disk, from shapes and from what past runs in this home took.
 
-Without past runs the rates below are used. They were measured on two CPU cores (stories260k and novella-13m, float32)
-and on one H100 (bfloat16), by commands that docs/evaluation.md names. They are meant to be right within a factor of
-two. Reads manifests only; imports neither torch nor Dagster.
+Without past runs the rates below are used, which docs/evaluation.md says the origin of. They are meant to be right
+within a factor of two on two idle CPU cores, or on one H100. Reads manifests only; imports neither torch nor Dagster.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from compression_dags.heartbeat import spoken
 
 #: Multiply-adds a second of a pass over tokens, and seconds before anything is computed (imports, the graph).
 SPEED = {"cpu": 6e10, "cuda": 3e14}
-START = {"cpu": 10.0, "cuda": 15.0}
+START = {"cpu": 12.0, "cuda": 15.0}
 #: What a layer costs a token beside its weights (attention, norms, launches of kernels), in multiply-adds.
 BESIDE = {"cpu": 150_000, "cuda": 5_000_000}
 #: Bytes a second of reading, hashing and writing weights.
@@ -41,7 +40,7 @@ RATES: dict[str, tuple[float, float, float]] = {
     "merge_plan:come-released": (2.0, 0.2, 10.0),
     "merge_plan:concat": (1.0, 0.2, 1.0),
     "merged_weights": (1.0, 0.0, 0.0),
-    "recovered_weights": (1.0, 0.2, 3.5),
+    "recovered_weights": (1.0, 0.6, 3.5),
     "recovered_weights:distill-sp": (5.0, 0.0, 120.0),
     "recovered_weights:distill-mp": (5.0, 0.0, 120.0),
     "sparsity_plan": (0.3, 0.0, 3.0),
@@ -49,17 +48,17 @@ RATES: dict[str, tuple[float, float, float]] = {
     "sparse_weights:magnitude": (1.0, 0.05, 0.0),
     "sparse_weights:admm": (1.0, 2.0, 4.0),
     "quantization_plan": (10.0, 3.0, 25.0),
-    "quantized_weights": (1.0, 0.3, 5.0),
+    "quantized_weights": (1.0, 1.0, 5.0),
     "quantized_weights:rtn": (1.0, 0.05, 0.0),
     "quantized_weights:awq": (1.0, 1.0, 6.0),
     "alternatives": (15.0, 3.5, 30.0),
-    "evaluation": (1.0, 0.05, 1.5),
+    "evaluation": (1.5, 0.05, 1.5),
     "samples": (1.0, 0.1, 0.0),
     "other": (0.2, 0.0, 0.0),
 }
 WEIGHTS = ("merged_weights", "recovered_weights", "sparse_weights", "quantized_weights")
 #: Resident memory without a model: Python, torch, transformers, Dagster.
-BARE_BYTES = 700e6
+BARE_BYTES = 850e6
 #: Past runs that are read, the latest of a kind.
 PAST = 12
 
@@ -152,8 +151,8 @@ def _disk(step: Step, model: Model) -> float:
     return 2048 * 4.0 * (model.parameters / max(1, model.layers) / 12) ** 0.5 * model.layers if step.tokens else 2e5
 
 
-def read_past(home: Path, kinds: Iterable[str], device: str) -> Past:
-    """What the latest runs of these kinds took on such a device."""
+def read_past(home: Path, kinds: Iterable[str], device: str, largest: int) -> Past:
+    """What the latest runs of these kinds took on such a device; memory, of models of at most `largest` parameters."""
     sizes, factors, memory = _models(home), dict[str, float](), 0.0
     for kind in dict.fromkeys(kinds):
         ratios = []
@@ -167,7 +166,8 @@ def read_past(home: Path, kinds: Iterable[str], device: str) -> Past:
                 continue
             method = request["config"].get("method", "")
             ratios.append(manifest["seconds"] / predicted(kind, str(method), int(tokens or 0), model, device))
-            memory = max(memory, 2**20 * float(manifest["peak_memory_mb"]))
+            if model.parameters <= largest:
+                memory = max(memory, 2**20 * float(manifest["peak_memory_mb"]))
         if ratios:
             factors[kind] = statistics.median(ratios)
     return Past(factors, memory)

@@ -68,13 +68,14 @@ def test_past_runs_correct_the_rates(tmp_path):
     past_run(tmp_path, "recovered_weights", 8, 1e6, {}, {"base_model": "of a model that is gone"})
     (tmp_path / "artifacts" / "recovered_weights" / "damaged").mkdir()
     (tmp_path / "artifacts" / "recovered_weights" / ".DS_Store").write_text("")
-    past = read_past(tmp_path, ["recovered_weights", "evaluation"], "cpu")
+    past = read_past(tmp_path, ["recovered_weights", "evaluation"], "cpu", SMALL.parameters)
     assert past.factors == {"recovered_weights": pytest.approx(3.0)} and past.memory == 2048.0 * 2**20
     step = Step("r", "recovered_weights", "least-squares", 65_536)
     found = estimate(SMALL, [step], "cpu", past)
     assert found.seconds == pytest.approx(START["cpu"] + 3 * usual) and found.known
     assert estimate(LARGE, [step], "cpu", past).seconds > 2 * found.seconds, "scaled to the model's size"
-    assert read_past(tmp_path / "nowhere", ["evaluation"], "cpu") == Past()
+    assert read_past(tmp_path, ["recovered_weights"], "cpu", 1000).memory == 0, "a larger model's says nothing"
+    assert read_past(tmp_path / "nowhere", ["evaluation"], "cpu", 1) == Past()
 
 
 @pytest.fixture
@@ -134,9 +135,9 @@ def test_assets_are_counted_as_the_graph_has_them(house):
 
 
 def test_tokens_are_those_of_the_context(house):
-    settings, graph, keys = house
+    _, graph, keys = house
     specs = {s.key: s for a in graph.definitions.assets for s in a.specs}
-    steps = {k.path[-1]: cli_estimate._step(specs[k], "stories260k", 512, settings, False) for k in keys}
+    steps = {k.path[-1]: cli_estimate._step(specs[k], 512, graph.book.tasks, False) for k in keys}
     assert steps["calibration_activations"].tokens == 16 * 512 == steps["recovered_weights"].tokens
     assert steps["recovered_weights"].method == "least-squares" and steps["eval_heldout_stories"].tokens == 24 * 512
     assert steps["merged_weights"].tokens == 0
@@ -155,7 +156,7 @@ def test_nothing_odd_stops_a_run(house, monkeypatch, caplog):
     assert foresee(graph.definitions, "stories260k", keys, settings) is None, "a model that is nowhere yet"
     (settings.home / "artifacts").mkdir(parents=True)
     (settings.home / "artifacts" / "base_model").write_text("a file where a folder belongs")
-    assert read_past(settings.home, ["base_model"], "cpu") == Past()
+    assert read_past(settings.home, ["base_model"], "cpu", 1) == Past()
 
 
 def test_it_needs_no_torch():

@@ -187,10 +187,8 @@ class Alternative:
     @property
     def label(self) -> str:
         """What it does: `W4A16/64`, `as it is`, `drop`, `merge`, `merge W4A16/64`."""
-        if self.kind == "sparsify":
-            return f"{100 * self.share:g} % zeros"
-        if self.kind == "quantize":
-            return label_of(self.choice)
+        if self.kind in {"sparsify", "quantize"}:
+            return label_of(self.choice) if self.kind == "quantize" else f"{100 * self.share:g} % zeros"
         return self.kind if self.choice is None else f"{self.kind} {label_of(self.choice)}"
 
 
