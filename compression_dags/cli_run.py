@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from compression_dags.definitions import Graph, Settings
     from compression_dags.provenance.artifacts import Artifact
     from resources.model_hub import ModelSource
+
+
+#: Where the template of `dagster.yaml` finds its database, if it has one.
+POSTGRES_URL = "DAGSTER_POSTGRES_URL"
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,16 @@ class Outcome:
 
 
 def prepare_instance(home: Path) -> Path:
-    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off)."""
+    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off).
+
+    A URL of a Postgres database gets the driver that dagster-postgres is written for: SQLAlchemy 2.1 takes another.
+    """
     folder = home / "dagster"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "dagster.yaml").is_file():
         shutil.copyfile(PROJECT / "dagster.yaml", folder / "dagster.yaml")
+    if url := os.environ.get(POSTGRES_URL):
+        os.environ[POSTGRES_URL] = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", url)
     return folder
 
 
