@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 #: The daemon of a UI on this home neither ends such a run after a day nor starts it again: this process sees to both.
 RUN_TAGS = {"dagster/max_runtime": "0", "dagster/max_retries": "0"}
+
+
+#: Where the template of `dagster.yaml` finds its database, if it has one.
+POSTGRES_URL = "DAGSTER_POSTGRES_URL"
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,16 @@ class Outcome:
 
 
 def prepare_instance(home: Path) -> Path:
-    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off)."""
+    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off).
+
+    A URL of a Postgres database gets the driver that dagster-postgres is written for: SQLAlchemy 2.1 takes another.
+    """
     file, template = home / "dagster" / "dagster.yaml", (PROJECT / "dagster.yaml").read_text(encoding="utf-8")
     held = file.read_text(encoding="utf-8") if file.is_file() else ""
     if held != template and template.startswith(held):  # none yet, or a copy that was cut off
         replace_text(file, template)
+    if url := os.environ.get(POSTGRES_URL):
+        os.environ[POSTGRES_URL] = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", url)
     return file.parent
 
 

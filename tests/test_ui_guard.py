@@ -230,6 +230,22 @@ def test_dagster_itself_would_have_done_it(dagster_app):
     assert "version" in reading.post("/graphql", json={"query": "{ version }"}, headers=OWN).json()["data"]
 
 
+def test_the_postgres_template(tmp_path, monkeypatch):
+    """SQLAlchemy 2.1 reads `postgresql://` as another driver than the one that dagster-postgres needs."""
+    import yaml
+
+    from compression_dags.cli_run import POSTGRES_URL, prepare_instance
+
+    monkeypatch.setenv(POSTGRES_URL, "postgresql://me:secret@db:5432/dags")
+    written = (prepare_instance(tmp_path) / "dagster.yaml").read_text()
+    assert os.environ[POSTGRES_URL] == "postgresql+psycopg2://me:secret@db:5432/dags"
+    prepare_instance(tmp_path)
+    assert os.environ[POSTGRES_URL] == "postgresql+psycopg2://me:secret@db:5432/dags"
+    assert "storage" not in yaml.safe_load(written)
+    template = yaml.safe_load(re.sub("(?m)^# ", "", written[written.index("# storage:") :]))
+    assert template == {"storage": {"postgres": {"postgres_url": {"env": POSTGRES_URL}}}}
+
+
 def test_a_port_in_use():
     (first,) = listen("127.0.0.1", 0)
     port = first.getsockname()[1]

@@ -24,7 +24,7 @@ body{font:15px/1.5 system-ui,sans-serif;color:#1f2933;max-width:1100px;margin:2.
 h1{font-size:1.7rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;display:block;overflow-x:auto}
 th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #e4e7eb;white-space:nowrap}
-th:first-child,td:first-child{text-align:left} th{background:#f5f7fa} tr.baseline td{background:#fff7e6}
+th:first-child,td:first-child,.samples th{text-align:left} th{background:#f5f7fa} tr.baseline td{background:#fff7e6}
 .worse{color:#b91c1c} .better{color:#047857} .soft{color:#616e7c} img{max-width:100%}
 td.text{white-space:pre-wrap;text-align:left;vertical-align:top;min-width:16rem} summary{cursor:pointer}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1rem}
@@ -85,7 +85,7 @@ def _samples(card: dict[str, Any]) -> str:
         return f"<details>{title}<p class=soft>{html_text(note)}</p></details>"
     head = "<tr><th>prompt</th><th>base model</th><th>this recipe</th></tr>"
     rows = "".join(_sample_row(sample) for sample in samples_of(card))
-    return f"<details open>{title}<table>{head}{rows}</table></details>"
+    return f"<details open>{title}<table class=samples>{head}{rows}</table></details>"
 
 
 def _sample_row(sample: Sample) -> str:
