@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from compression_dags.checkpoints import stock_check
 from compression_dags.checkpoints.gate import load_stock
-from compression_dags.checkpoints.importing import STOCK_LOAD_LIMIT, import_checkpoint, stated_licence
+from compression_dags.checkpoints.importing import import_checkpoint
+from compression_dags.checkpoints.licence import stated_licence
 from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
 from models import FAMILIES, admit, edit_config, edit_weights, refuse
 
@@ -37,6 +39,7 @@ def test_facts_and_files(novella, tmp_path):
         "architecture": "llama", "layers": 16, "parameters": 12_853_504, "bytes": 25_722_832, "hidden": 256,
         "vocab": 4096, "context": 512, "dtype": "float16", "tied_embeddings": True, "revision": COMMIT,
         "origin": "novella-13m", "licence": "apache-2.0",
+        "notes": [],
     }  # fmt: skip
 
 
@@ -160,9 +163,14 @@ def test_damaged_index(index, message, model):
         ({"num_hidden_layers": 4}, "config.json counts 4 layers, the weights hold 5, numbered up to 4"),
         ({"num_hidden_layers": 6}, "config.json counts 6 layers, the weights hold 5"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None, not a count"),
-        ({"hidden_size": "large"}, "is refused by transformers"),
+        ({"hidden_size": "large"}, "hidden_size is 'large', not a count"),
+        ({"hidden_act": 7}, "is refused by transformers"),
         ({"vocab_size": 500}, "the embedding has 512 rows, config.json says vocab_size 500"),
-        ({"intermediate_size": 100}, "does not load in stock transformers"),
+        (
+            {"intermediate_size": 100},
+            r"layer 0: mlp\.gate_proj\.weight is \(172, 64\), config\.json makes it \(100, 64\)",
+        ),
+        ({"hidden_act": "softest"}, "does not load in stock transformers"),
         ({"model_type": "qwen3"}, r"layer 0 lacks self_attn\.q_norm\.weight, which qwen3 needs"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -199,7 +207,15 @@ def test_no_config(tmp_path):
     refuse(tmp_path / "empty", "has no config.json")
 
 
-def test_large_models_are_not_loaded_whole(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "nbytes", STOCK_LOAD_LIMIT + 1)
-    monkeypatch.setattr("compression_dags.checkpoints.gate.load_stock", lambda *_, **__: pytest.fail("loaded"))
+def test_large_models_are_loaded_in_part(model, tmp_path, monkeypatch):
+    loaded = []
+    load = stock_check.load_stock
+    monkeypatch.setattr(stock_check, "STOCK_LOAD_LIMIT", 1000)
+    monkeypatch.setattr(
+        stock_check,
+        "load_stock",
+        lambda path, **options: loaded.append(Checkpoint(path).num_layers) or load(path, **options),
+    )
     admit(model, tmp_path / "in")
+    assert loaded == [2]
+    assert not list(tmp_path.glob(".probe-*"))
