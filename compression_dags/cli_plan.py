@@ -197,11 +197,12 @@ def _bank(
     from assets.planning import NAME as ALTERNATIVES
     from assets.planning import build_alternatives
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.cli_run import check_model, execute, recall, register, speak
+    from compression_dags.cli_run import admit, check_model, execute, recall, resolve, speak
 
     speak()
-    source = register(model, settings, None)
+    source = resolve(model, settings, None)
     check_model(source, [], settings)
+    admit(source, settings)
     assets = [base_model, *build_calibration_assets(calibration), build_alternatives(calibration, options)]
     definitions = dg.Definitions(assets=assets, resources=settings.resources(), executor=dg.in_process_executor)
     names = ["calibration_tokens", *["calibration_activations"] * bool(options.sparsities), ALTERNATIVES]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from compression_dags.definitions import Graph, Settings
     from compression_dags.provenance.artifacts import Artifact
+    from resources.artifact_store import Produced
     from resources.model_hub import ModelSource
 
 
@@ -109,7 +110,7 @@ def run_recipes(
         changed = {r.name: replace(r, calibration=_changed(r, calibration)) for r in chosen}
         recipes |= changed
         chosen = list(changed.values())
-    source = register(model, settings, name)
+    source = resolve(model, settings, name)
     check_model(source, chosen, settings)
 
     from compression_dags.definitions import added_tasks, build_graph, evaluation_book
@@ -118,15 +119,17 @@ def run_recipes(
     wanted = _wanted_tasks(book, source.slug, chosen, tasks, settings)
     extra = book.resolve(added_tasks(settings.home, tasks.split(",") if tasks else ()))
     graph = build_graph(recipes, book, settings, extra)
+    base = admit(source, settings)
     result = execute(graph.definitions, source.slug, graph.keys([r.name for r in chosen], wanted), settings)
-    return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start)
+    return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start, base)
 
 
 def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
-    """Register and import one base model."""
+    """Import one base model, and register it when it has passed."""
     speak()
-    source = register(model, settings, name)
+    source = resolve(model, settings, name)
     check_model(source, [], settings)
+    admit(source, settings)
     from assets.base_models import base_model
     from compression_dags.definitions import build_graph, evaluation_book
 
@@ -155,30 +158,48 @@ def _changed(recipe: Recipe, values: dict[str, int]):
     return recipe.calibration.model_copy(update=values)
 
 
-def register(model: str, settings: Settings, name: str | None) -> ModelSource:
+def resolve(model: str, settings: Settings, name: str | None) -> ModelSource:
+    """What MODEL means, after a check of its name and headers; nothing is registered."""
     from resources.artifact_store import ArtifactStore
     from resources.model_hub import ModelHub
 
     ArtifactStore(home=str(settings.home)).ensure_writable()
     hub = ModelHub(home=str(settings.home))
     source = hub.resolve(model, name)
-    hub.register(source)
+    hub.check(source)
     return source
+
+
+def admit(source: ModelSource, settings: Settings) -> Produced:
+    """Import the model if its files are new, then register it: what is refused leaves no trace."""
+    from assets.base_models import import_base_model
+    from resources.artifact_store import ArtifactStore
+    from resources.model_hub import ModelHub
+
+    home = str(settings.home)
+    produced = import_base_model(ArtifactStore(home=home), ModelHub(home=home), source)
+    for note in () if produced.hit else produced.artifact.facts.get("notes", ()):
+        logging.getLogger("compression_dags").info("note: %s", note)
+    return produced
 
 
 def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
     """Architecture, recipes, device and disk, from the model's headers, before any compute."""
+    from assets.base_models import base_model
     from compression_dags.checkpoints.reader import Checkpoint
     from resources.accelerator import Accelerator
     from resources.artifact_store import ArtifactStore
+    from resources.model_imports import is_gone
 
     Accelerator(home=str(settings.home), device=settings.device, dtype=settings.dtype).check()
     if source.kind not in {"embedded", "directory"}:
         return  # not downloaded yet: `base_model` and the plan assets check it
-    checkpoint = Checkpoint(source.location)
+    store = ArtifactStore(home=str(settings.home))
+    copy = store.recall(base_model.key, source.slug) if is_gone(source) else None
+    checkpoint = Checkpoint(copy.checkpoint if copy else source.location)
     for recipe in recipes:
         recipe.check(checkpoint.stated_facts)
-    ArtifactStore(home=str(settings.home)).ensure_writable(checkpoint.nbytes * (1 + len(recipes)))
+    store.ensure_writable(checkpoint.nbytes * (1 + len(recipes)))
 
 
 def _wanted_tasks(book, slug: str, recipes: list[Recipe], tasks: str | None, settings: Settings) -> list[str]:
@@ -246,12 +267,18 @@ def recall(settings: Settings, key: dg.AssetKey, slug: str) -> Artifact:
     return found
 
 
-def _outcome(graph: Graph, slug: str, recipes: list[Recipe], tasks: list[str], result, settings, seconds) -> Outcome:
+def _outcome(
+    graph: Graph, slug: str, recipes: list[Recipe], tasks: list[str], result, settings, seconds, imported: Produced
+) -> Outcome:
+    import dagster as dg
+
     events = {
         e.asset_key: {k: e.materialization.metadata[k].value for k in ("cache", "seconds", "fingerprint")}
         for e in result.all_events
         if e.is_step_materialization and e.asset_key is not None
     }
+    if not imported.hit:  # it was made before the run, in which it is a hit
+        events[dg.AssetKey("base_model")] |= {"cache": "computed", "seconds": round(imported.seconds, 3)}
     names = [BASELINE, *(r.name for r in recipes)]
     families = {name: graph.families[name] for name in names}
     cards = {

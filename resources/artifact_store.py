@@ -177,6 +177,12 @@ class ArtifactStore(dg.ConfigurableResource):
             return None
         return self.find(handle["kind"], handle["fingerprint"])
 
+    def forget(self, partition: str) -> None:
+        """Remove the handles of a partition; its artifacts stay until they are pruned."""
+        for path in (self.root / "handles").rglob("*.json"):
+            if path.name == f"{partition}.json":
+                path.unlink(missing_ok=True)
+
     # -- upkeep -------------------------------------------------------------------------------------------------------
 
     def sizes(self) -> dict[str, dict[str, int]]:

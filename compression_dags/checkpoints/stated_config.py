@@ -27,7 +27,7 @@ _STEERING = re.compile(
     r"_?(attn|experts|attention)_implementation(_internal|_autoset)?|_flash_attn_2_enabled|use_flash_attn.*"
     r"|use_kernels|kernel_config|fusion_config|distributed_config|device_map|transformers_weights|gguf_file"
     r"|trust_remote_code|custom_generate|_?name_or_path|_commit_hash|_from_auto|_auto_class|model_name|attribute_map"
-    r"|(base_model_)?(tp|pp|ep)_plan|num_labels|id2label|label2id|problem_type|return_dict|use_return_dict"
+    r"|(base_model_)?(tp|pp|ep)_plan|num_labels|id2label|label2id|problem_type"
     r"|_?output_(attentions|hidden_states|router_logits)|torchscript|pruned_heads|sub_configs(_defaults)?"
     r"|extra_files|(vocab|merges|spm|tokenizer|added_tokens|special_tokens_map|chat_template)_file"
     r"|fast_tokenizer_files|local_files_only|is_local|cache_dir|revision|code_revision|subfolder|init_inputs"
@@ -44,11 +44,17 @@ def left_out(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return [clean(item) for item in value]
         if not isinstance(value, dict):
             return value
-        steering = {key for key in value if _STEERING.fullmatch(key)}
-        names.update(key for key in steering if value[key] not in (None, False, ""))
+        steering = {key for key, item in value.items() if _steers(key, item)}
+        names.update(steering)
         return {key: clean(item) for key, item in value.items() if key not in steering}
 
     return clean(copy.deepcopy(config)), sorted(names)
+
+
+def _steers(key: str, value: Any) -> bool:
+    if key in ("return_dict", "use_return_dict"):
+        return value is not True and value is not None
+    return bool(value) and bool(_STEERING.fullmatch(key))
 
 
 def without_attributes(config: dict[str, Any], config_class: Any) -> tuple[dict[str, Any], list[str]]:
