@@ -10,6 +10,7 @@ from compression_dags.checkpoints.model_files import describing_files, is_legal
 
 #: Front matter of the hub's cards; the longest seen there have some 30 KB (lists of evaluation results).
 _FRONT_LIMIT = 100_000
+_DEEPEST = 20
 _LONGEST = 100
 _MOST = 10
 
@@ -65,7 +66,11 @@ def _plain_mapping(text: str) -> dict[str, Any]:
     import yaml
 
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError("it is nested too deeply")  # the scanner's time grows with the square of the depth
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise ValueError("it uses anchors or aliases")
         found = yaml.safe_load(text)
