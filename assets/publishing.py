@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from compression_dags.errors import InputError, IntegrityError, naming_dtype
 from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
 from resources.artifact_store import ArtifactStore, Workplace
 
@@ -27,7 +28,10 @@ def publish(
 ) -> dg.Output[Artifact]:
     """Ask the store, build on a miss, and hand Dagster the handle with its metadata."""
     key = key or context.asset_key
-    produced = store.produce(request, build, context.run_id)
+    try:
+        produced = store.produce(request, build, context.run_id)
+    except (InputError, IntegrityError) as error:
+        raise naming_dtype(error, request.numeric.get("dtype")) from error.__cause__
     artifact = produced.artifact
     state = "hit" if produced.hit else "computed"
     logger.info("%-9s %s (%.1f s)", state, key.to_user_string(), produced.seconds, extra={"asset": key.path})
