@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from compression_dags.checkpoints import stock_check
 from compression_dags.checkpoints.gate import load_stock
+from compression_dags.checkpoints.headers import read_header
 from compression_dags.checkpoints.importing import import_checkpoint
+from compression_dags.checkpoints.layout import tied
 from compression_dags.checkpoints.licence import stated_licence
 from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
 from models import FAMILIES, admit, edit_config, edit_weights, refuse
@@ -207,15 +210,46 @@ def test_no_config(tmp_path):
     refuse(tmp_path / "empty", "has no config.json")
 
 
-def test_large_models_are_loaded_in_part(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_large_models_are_loaded_in_part(family, tiny_model, tmp_path, monkeypatch):
     loaded = []
     load = stock_check.load_stock
     monkeypatch.setattr(stock_check, "STOCK_LOAD_LIMIT", 1000)
-    monkeypatch.setattr(
-        stock_check,
-        "load_stock",
-        lambda path, **options: loaded.append(Checkpoint(path).num_layers) or load(path, **options),
-    )
-    admit(model, tmp_path / "in")
-    assert loaded == [2]
+
+    def note(path, **options):
+        loaded.append(Checkpoint(path).num_layers)
+        return load(path, **options)
+
+    monkeypatch.setattr(stock_check, "load_stock", note)
+    admit(tiny_model(family), tmp_path / "in")
+    assert loaded in ([2], [3])  # qwen2 starts its sliding windows at layer 2
     assert not list(tmp_path.glob(".probe-*"))
+
+
+def test_layers_of_a_large_model_that_differ(model):
+    edit_weights(model, lambda t: t.update({"model.layers.3.mlp.up_proj.bias": t["model.norm.weight"].clone()}))
+    refuse(model, r"layers 0 and 3 are of one kind and differ in mlp\.up_proj\.bias")
+
+
+def test_an_index_loses_what_is_left_out(model, tmp_path):
+    import torch
+
+    head = {"lm_head.weight": load_stock(model).get_input_embeddings().weight.detach().clone()}
+    edit_weights(model, lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    (model / SINGLE).rename(model / "a.safetensors")
+    save_file(head, model / "b.safetensors", metadata={"format": "pt"})
+    names = dict.fromkeys(read_header(model / "a.safetensors"), "a.safetensors")
+    (model / INDEX).write_text(json.dumps({"weight_map": names | {"lm_head.weight": "b.safetensors"}}))
+    facts = admit(model, tmp_path / "in").facts
+    assert len(facts["notes"]) == 2 and "b.safetensors" not in facts["files"]
+    assert set(Checkpoint(tmp_path / "in").tensors) == names.keys() - {"model.layers.1.self_attn.rotary_emb.inv_freq"}
+    assert load_stock(tmp_path / "in").num_parameters() == facts["parameters"] == 260_032
+
+
+def test_defaults_of_the_tied_flag_are_those_of_transformers(tmp_path):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for family in FAMILIES:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+        fields = CONFIG_MAPPING[family].__dataclass_fields__
+        assert tied(Checkpoint(tmp_path)) == fields["tie_word_embeddings"].default
