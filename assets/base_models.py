@@ -1,15 +1,22 @@
 """`base_model`: validated, digested copies of the models that recipes start from."""
 
+from collections.abc import Callable
+from typing import Any
+
 import dagster as dg
 
 from assets.publishing import publish
+from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact, Request, write_size
-from resources.artifact_store import ArtifactStore
-from resources.model_hub import ModelHub
+from compression_dags.stages import bar
+from resources.artifact_store import ArtifactStore, Produced, Workplace
+from resources.model_hub import ModelHub, ModelSource
 
 #: 2: the digest covers what computes, not the card; `size.json`.
 VERSION = "2"
 base_models = dg.DynamicPartitionsDefinition(name="base_model")
+#: Tag of a run that imports a model which is not registered yet: the reference from which it is resolved.
+REFERENCE = "compression_dags/model"
 
 
 @dg.asset(
@@ -17,19 +24,58 @@ base_models = dg.DynamicPartitionsDefinition(name="base_model")
 )
 def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: ModelHub) -> dg.Output[Artifact]:
     """A base model as it came: weights, tokenizer and config, validated (architecture, whole and finite safetensors,
-    tokenizer matches the vocabulary, stock reload) with revision, licence and the sha256 of every file."""
-    source = hub.source(context.partition_key)
-    request = Request("base_model", VERSION, {}, hub.identity(source))
+    tokenizer matches the vocabulary, stock reload, one forward pass) with revision, licence and the sha256 of every
+    file. It is registered when it has passed."""
+    from resources.model_imports import opened
 
-    def build(work):
-        from compression_dags.checkpoints.importing import import_checkpoint
-        from compression_dags.stages import bar
+    slug = context.partition_key
+    source = _source(hub, slug, context.run.tags.get(REFERENCE))
+    found = None
+    try:
+        with opened(hub, source, bar) as found:
+            output = publish(context, store, _request(found.identity), _build(found), extra=_notes)
+    except InputError:
+        if (found is None or found.refused) and slug not in hub.registered() and not store.recall(base_model.key, slug):
+            context.instance.delete_dynamic_partition(base_models.name or "", slug)
+        raise
+    hub.register(source)
+    return output
 
-        folder = hub.fetch(source, work.scratch)
-        imported = import_checkpoint(
-            folder, work.out / "checkpoint", revision=source.revision, origin=source.origin, track=bar
-        )
+
+def import_base_model(store: ArtifactStore, hub: ModelHub, source: ModelSource) -> Produced:
+    """The artifact that `base_model` of this source is, made now if it is not stored; then the source is registered.
+
+    Raises:
+        InputError: the model is refused or cannot be fetched; nothing was registered or stored.
+    """
+    from resources.model_imports import opened
+
+    with opened(hub, source, bar) as found:
+        produced = store.produce(_request(found.identity), _build(found))
+    hub.register(source)
+    return produced
+
+
+def _source(hub: ModelHub, slug: str, reference: str | None) -> ModelSource:
+    if reference and slug not in hub.registered():
+        return hub.resolve(reference, slug)
+    return hub.source(slug)
+
+
+def _request(identity: dict[str, str]) -> Request:
+    return Request("base_model", VERSION, {}, identity)
+
+
+def _build(found: Any) -> Callable[[Workplace], dict[str, Any]]:
+    def build(work: Workplace) -> dict[str, Any]:
+        imported = found.place(work.out / "checkpoint", work.scratch, bar)
         write_size(work.out, {name: imported.facts[name] for name in ("layers", "parameters", "bytes", "context")})
+        work.hashed.update({f"checkpoint/{name}": digest for name, digest in imported.digests.items()})
         return imported.facts
 
-    return publish(context, store, request, build)
+    return build
+
+
+def _notes(artifact: Artifact) -> dict[str, str]:
+    notes = artifact.facts.get("notes")
+    return {"notes": "; ".join(notes)} if notes else {}

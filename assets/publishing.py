@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 
+from compression_dags.errors import InputError, IntegrityError, naming_dtype
 from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
 from resources.artifact_store import ArtifactStore, Workplace
@@ -34,8 +35,11 @@ def publish(
         recipe: `Recipe.as_run`; the handle keeps it, so that what was run can be told from what a file says later.
     """
     key = key or context.asset_key
-    with working_on(key.to_user_string()):
-        produced = store.produce(request, build, context.run_id)
+    try:
+        with working_on(key.to_user_string()):
+            produced = store.produce(request, build, context.run_id)
+    except (InputError, IntegrityError) as error:
+        raise naming_dtype(error, request.numeric.get("dtype")) from error.__cause__
     artifact = replace(produced.artifact, recipe=dict(recipe)) if recipe else produced.artifact
     state = "hit" if produced.hit else "rebuilt" if produced.damage else "computed"
     logger.info("%-9s %s (%.1f s)", state, key.to_user_string(), produced.seconds, extra={"asset": key.path})

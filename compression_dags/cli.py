@@ -185,13 +185,10 @@ def models(ctx: click.Context, home: Path, as_json: bool) -> None:
     """List base models, embedded and registered."""
     if ctx.invoked_subcommand:
         return
-    from resources.model_hub import EMBEDDED_MODELS, ModelHub
+    from compression_dags.cli_models import list_models, models_text
 
-    registered = ModelHub(home=str(home)).registered()
-    rows = {slug: {"kind": s.kind, "location": s.location, "revision": s.revision} for slug, s in registered.items()}
-    embedded = {p.name: {"kind": "embedded", "location": str(p), "revision": None} for p in EMBEDDED_MODELS}
-    listed = {**embedded, "smollm2-135m": {"kind": "wheel", "location": "smollm2-135m", "revision": None}, **rows}
-    emit(listed, as_json, "\n".join(f"{slug:32} {r['kind']:10} {line(r['location'])}" for slug, r in listed.items()))
+    listed = list_models(home)
+    emit(listed, as_json, models_text(listed))
 
 
 @models.command("add")
@@ -200,11 +197,24 @@ def models(ctx: click.Context, home: Path, as_json: bool) -> None:
 @home_option
 @json_option
 def models_add(model: str, name: str | None, home: Path, as_json: bool) -> None:
-    """Register MODEL, import and validate it."""
+    """Check and import MODEL, then register it."""
+    from compression_dags.cli_models import facts_text
     from compression_dags.cli_run import add_model
 
     artifact = add_model(model, _settings(home, None, None, None), name)
-    emit(artifact.facts, as_json, "\n".join(f"{k}: {v}" for k, v in artifact.facts.items() if k != "files"))
+    emit(artifact.facts, as_json, facts_text(artifact.facts))
+
+
+@models.command("remove")
+@click.argument("name")
+@home_option
+@json_option
+def models_remove(name: str, home: Path, as_json: bool) -> None:
+    """Forget the model NAME; its artifacts stay until `store --prune`."""
+    from compression_dags.cli_models import remove_model
+
+    removed = remove_model(home, name)
+    emit({"removed": removed}, as_json, f"{removed} is forgotten; `compression-dags store --prune` frees its artifacts")
 
 
 @main.command()

@@ -199,12 +199,13 @@ def _checked(
     budgets: list[tuple[Measure, float]],
 ) -> ModelSource:
     """The model, registered and imported if it was not, once everything that shapes can tell has been checked."""
-    from compression_dags.cli_run import check_model, register, speak, stored_model
+    from compression_dags.cli_run import admit, check_model, resolve, speak, stored_model
 
     speak()
-    source = register(model, settings, None)
+    source = resolve(model, settings, None)
     check_model(source, [], settings)
     check_plan(stored_model(source, settings), options, calibration, budgets)
+    admit(source, settings)
     return source
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compression_dags.definitions import Graph, Settings
     from compression_dags.evaluation.tasks import TaskBook
     from compression_dags.provenance.artifacts import Artifact
+    from resources.artifact_store import Produced
     from resources.model_hub import ModelSource
 
 #: The daemon of a UI on this home neither ends such a run after a day nor starts it again: this process sees to both.
@@ -140,7 +141,7 @@ def run_recipes(
     asked = None if tasks is None else asked_tasks(tasks, book, extra, folders)
     for recipe in chosen:
         book.check_harness(recipe.evaluate, folders)
-    source = register(model, settings, name)
+    source = resolve(model, settings, name)
     check_model(source, chosen, settings)
     if asked is None:
         wanted = _wanted_tasks(book, source.slug, chosen, folders)
@@ -152,15 +153,17 @@ def run_recipes(
     for recipe in chosen:
         if recipe.name not in graph.families:
             raise InputError(f"recipe {recipe.name}: another recipe calls another text by the name of one of its tasks")
+    base = admit(source, settings)
     result = execute(graph.definitions, source.slug, graph.keys([r.name for r in chosen], wanted), settings)
-    return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start)
+    return _outcome(graph, source.slug, chosen, wanted, result, settings, time.monotonic() - start, base)
 
 
 def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
-    """Register and import one base model."""
+    """Import one base model, and register it when it has passed."""
     speak()
-    source = register(model, settings, name)
+    source = resolve(model, settings, name)
     check_model(source, [], settings)
+    admit(source, settings)
     from assets.base_models import base_model
     from compression_dags.definitions import build_graph
     from compression_dags.evaluation.tasks import evaluation_book
@@ -197,35 +200,42 @@ def _changed(recipe: Recipe, values: dict[str, int]):
     return recipe.calibration.model_copy(update=values)
 
 
-def register(model: str, settings: Settings, name: str | None) -> ModelSource:
+def resolve(model: str, settings: Settings, name: str | None) -> ModelSource:
+    """What MODEL means, after a check of its name and headers; nothing is registered."""
     from resources.artifact_store import ArtifactStore
     from resources.model_hub import ModelHub
 
     ArtifactStore(home=str(settings.home)).ensure_writable()
     hub = ModelHub(home=str(settings.home))
     source = hub.resolve(model, name)
-    hub.register(source)
+    hub.check(source)
     return source
 
 
 def stored_model(source: ModelSource, settings: Settings) -> Checkpoint:
     """The checkpoint whose headers tell what fits: a directory as it lies, others imported first if they were not."""
-    import dagster as dg
-
     from assets.base_models import base_model
     from compression_dags.checkpoints.reader import Checkpoint
     from resources.artifact_store import ArtifactStore
-    from resources.model_hub import ModelHub
+    from resources.model_imports import is_gone
 
     if source.kind in {"embedded", "directory"}:
-        return Checkpoint(source.location)
-    held = ArtifactStore(home=str(settings.home)).recall(base_model.key, source.slug)
-    if held is None or held.inputs != ModelHub(home=str(settings.home)).identity(source):
-        definitions = dg.Definitions(
-            assets=[base_model], resources=settings.resources(), executor=dg.in_process_executor
-        )
-        execute(definitions, source.slug, [base_model.key], settings)
-    return Checkpoint(recall(settings, base_model.key, source.slug).checkpoint)
+        copy = ArtifactStore(home=str(settings.home)).recall(base_model.key, source.slug) if is_gone(source) else None
+        return Checkpoint(copy.checkpoint if copy else source.location)
+    return Checkpoint(admit(source, settings).artifact.checkpoint)
+
+
+def admit(source: ModelSource, settings: Settings) -> Produced:
+    """Import the model if its files are new, then register it: what is refused leaves no trace."""
+    from assets.base_models import import_base_model
+    from resources.artifact_store import ArtifactStore
+    from resources.model_hub import ModelHub
+
+    home = str(settings.home)
+    produced = import_base_model(ArtifactStore(home=home), ModelHub(home=home), source)
+    for note in () if produced.hit else produced.artifact.facts.get("notes", ()):
+        logging.getLogger("compression_dags").info("note: %s", note)
+    return produced
 
 
 def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
@@ -328,12 +338,18 @@ def recall(settings: Settings, key: dg.AssetKey, slug: str) -> Artifact:
     return found
 
 
-def _outcome(graph: Graph, slug: str, recipes: list[Recipe], tasks: list[str], result, settings, seconds) -> Outcome:
+def _outcome(
+    graph: Graph, slug: str, recipes: list[Recipe], tasks: list[str], result, settings, seconds, imported: Produced
+) -> Outcome:
+    import dagster as dg
+
     events = {
         e.asset_key: {k: e.materialization.metadata[k].value for k in ("cache", "seconds", "fingerprint")}
         for e in result.all_events
         if e.is_step_materialization and e.asset_key is not None
     }
+    if not imported.hit:  # it was made before the run, in which it is a hit
+        events[dg.AssetKey("base_model")] |= {"cache": "computed", "seconds": round(imported.seconds, 3)}
     names = [BASELINE, *(r.name for r in recipes)]
     families = {name: graph.families[name] for name in names}
     cards = {

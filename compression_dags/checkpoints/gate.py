@@ -67,6 +67,35 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     return model
 
 
+def check_finite_logits(model: Any, directory: Path, rows: int) -> None:
+    """The probe's logits are finite and have one entry for each of `rows` tokens.
+
+    A model in float16 that overflows is tried again in bfloat16, which has float32's range.
+
+    Raises:
+        IntegrityError: they are not, or the forward pass fails.
+    """
+    import torch
+
+    context = getattr(model.config, "max_position_embeddings", PROBE_TOKENS)
+    ids = probe_ids(min(rows, model.config.vocab_size), context)
+    for dtype in (None, torch.bfloat16):
+        try:
+            with torch.inference_mode(), quiet():
+                logits = (model if dtype is None else model.to(dtype))(ids).logits
+        except Exception as error:  # whatever a layer raises at its first call
+            raise IntegrityError(f"{directory} does not compute: {type(error).__name__}: {error}") from None
+        if tuple(logits.shape) != (*ids.shape, rows):
+            raise IntegrityError(f"{directory} computes logits of shape {tuple(logits.shape)} for {rows} tokens")
+        if torch.isfinite(logits).all():
+            return
+        if model.dtype != torch.float16:
+            break
+    raise IntegrityError(
+        f"{directory} computes logits that are not finite: a value of config.json or a weight is wrong"
+    )
+
+
 def check_reload(
     directory: Path, reference: torch.Tensor, *, device: str = "cpu", dtype: str = "float32"
 ) -> dict[str, Any]:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint, read_object
-from compression_dags.errors import InputError, IntegrityError
+from compression_dags.architectures import StackFacts
+from compression_dags.checkpoints.contents import computed_digest
+from compression_dags.checkpoints.copying import FilePlan, copy_weights, equal_bytes, stamp
+from compression_dags.checkpoints.gate import quiet
+from compression_dags.checkpoints.headers import is_file, one_line, read_object
+from compression_dags.checkpoints.layout import FLOATS, buffers, check_layers, check_shapes, embedding, tied
+from compression_dags.checkpoints.licence import read_licence
+from compression_dags.checkpoints.model_files import (
+    GENERATION,
+    STATED,
+    TOKENIZERS,
+    check_entries,
+    computed_files,
+    describing_files,
+)
+from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
+from compression_dags.checkpoints.stated_config import check_code, check_config, left_out, without_attributes
+from compression_dags.checkpoints.stock_check import check_stock_load
+from compression_dags.checkpoints.tokenizer_check import check_tokenizer
+from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import file_digest
 from compression_dags.stages import Track, silent
-
-if TYPE_CHECKING:
-    import torch
-
-#: Weights above this are not loaded whole; headers, values and tokenizer are checked at any size.
-STOCK_LOAD_LIMIT = 8 * 10**9
-_TINY = 64 * 10**6
-#: One of them must lie beside the weights.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_COMPANIONS = {".json", ".jinja", ".model", ".txt"}
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,11 +41,41 @@ class ImportedModel:
     Attributes:
         path: the directory that now holds it.
         facts: architecture, layers, parameters, bytes, hidden, vocab, context, dtype, revision, licence,
-            tied_embeddings, files (name → sha256), origin. JSON values; nothing in them depends on the slug.
+            tied_embeddings, files (name → sha256), notes, origin. JSON values; nothing in them depends on the slug.
+        digests: name → sha256 of every file in `path`.
+        computed: names of those files that computing depends on, sorted.
+        stamps: name → what changes when the source's file does, of every source file that computing depends on.
     """
 
     path: Path
     facts: dict[str, Any]
+    digests: dict[str, str]
+    computed: list[str]
+    stamps: dict[str, list[int]]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name → digest of the files that computing depends on, without facts of a machine."""
+        return {name: computed_digest(self.path / name, self.digests[name]) for name in self.computed}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be copied, known from headers and small files.
+
+    Attributes:
+        checkpoint: the source.
+        rewritten: name → text of files that are not copied as they are.
+        dropped: tensors that are left behind.
+        notes: what is left out and why, one sentence each.
+        stamps: see `ImportedModel`; taken before anything was read.
+    """
+
+    checkpoint: Checkpoint
+    rewritten: dict[str, str]
+    dropped: frozenset[str]
+    notes: list[str] = field(default_factory=list)
+    stamps: dict[str, list[int]] = field(default_factory=dict)
 
 
 def import_checkpoint(
@@ -50,49 +87,64 @@ def import_checkpoint(
     licence: str | None = None,
     track: Track = silent,
 ) -> ImportedModel:
-    """Check the model in `source`, then copy it into `directory`, weights as they are.
+    """Check the model in `source` and copy it into `directory`; its weights are read once.
 
     Args:
         source: a directory with config.json, safetensors weights and a tokenizer.
-        directory: created; nothing is written there unless every check passes.
+        directory: new; it is removed again when a check fails.
         revision: commit of the source, if it has one.
         origin: what the model is called in reports, such as a hub id.
         licence: overrides what README.md or a licence file states.
 
     Raises:
         InputError: naming the first thing that is wrong, its value and what is allowed.
+        OSError: `directory` cannot be written.
     """
-    checkpoint = Checkpoint(source)
-    validate(checkpoint, track)
-    files = import_files(checkpoint)
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in track(files, "copying the base model", len(files)):
-        shutil.copyfile(path, directory / path.name)
-    digests = {path.name: file_digest(directory / path.name) for path in files}
-    stated = {"revision": revision, "origin": origin, "licence": licence or stated_licence(source)}
-    return ImportedModel(directory, {**describe(Checkpoint(directory)), **stated, "files": digests})
+    plan = check_headers(source)
+    directory.mkdir(parents=True)
+    try:
+        digests, notes = _copy(plan, directory, track)
+        check_stock_load(Checkpoint(directory), source)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    found, ignored = (licence, None) if licence else read_licence(source)
+    stated = {"revision": revision, "origin": origin, "licence": found, "notes": [*notes, *filter(None, [ignored])]}
+    computed = sorted(plan.stamps.keys() & digests.keys())
+    facts = {**describe(Checkpoint(directory)), **stated, "files": digests}
+    return ImportedModel(directory, facts, digests, computed, plan.stamps)
 
 
-def validate(checkpoint: Checkpoint, track: Track = silent) -> None:
-    """Every check, cheapest first; reads all weights once and writes nothing.
+def check_headers(source: Path) -> Plan:
+    """Every check that needs no tensor and writes nothing: entries, configs, index, headers, names and shapes.
 
     Raises:
         InputError: see `import_checkpoint`.
     """
-    _check_config(checkpoint)
-    _check_layers(checkpoint)
-    _check_tokenizer(checkpoint)
-    _check_finite(checkpoint, track)
-    _check_stock_load(checkpoint)
+    check_entries(source)
+    checkpoint = Checkpoint(source)
+    rewritten, notes = _check_texts(checkpoint)
+    _check_config(checkpoint, rewritten, notes)
+    dropped = _dropped(checkpoint, notes)
+    stamps = {path.name: stamp(path) for path in computed_files(checkpoint)}
+    return Plan(checkpoint, rewritten, dropped, notes, stamps)
+
+
+def stamps_of(source: Path) -> dict[str, list[int]]:
+    """Name → stamp of the files that computing depends on, as `ImportedModel` has them; reads only small files.
+
+    Raises:
+        InputError: no model, or a file that its index names is missing.
+    """
+    try:
+        return {path.name: stamp(path) for path in computed_files(Checkpoint(source))}
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def import_files(checkpoint: Checkpoint) -> list[Path]:
     """What an import copies: config, weights, tokenizer, generation config, card, licence. No code, no pickles."""
-    index = [INDEX] if (checkpoint.path / INDEX).is_file() else []
-    card = ["README.md"] if (checkpoint.path / "README.md").is_file() else []
-    named = [checkpoint.path / name for name in ("config.json", *checkpoint.files, *index, *card)]
-    others = [p for p in checkpoint.companions() if p.suffix in _COMPANIONS or _LEGAL.match(p.name)]
-    return sorted({*named, *others})
+    return sorted({*computed_files(checkpoint), *describing_files(checkpoint.path)})
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -101,7 +153,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     stored = Counter[str]()
     for info in checkpoint.tensors.values():
         stored[info.dtype] += info.nbytes
-    dtype = stored.most_common(1)[0][0]
     return {
         "architecture": checkpoint.architecture.model_type,
         "layers": checkpoint.num_layers,
@@ -110,150 +161,150 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "hidden": int(config["hidden_size"]),
         "vocab": int(config["vocab_size"]),
         "context": int(config["max_position_embeddings"]),
-        "dtype": _DTYPES.get(dtype, dtype.lower()),
+        "dtype": FLOATS[stored.most_common(1)[0][0]],
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
     }
 
 
-def stated_licence(source: Path) -> str | None:
-    """`license:` of README.md's front matter, else the name of a licence file, else None."""
-    import yaml
-
-    card = source / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-    try:
-        fields = yaml.safe_load(front[1]) if front else None
-    except yaml.YAMLError:
-        fields = None
-    if isinstance(fields, dict):
-        named = fields.get("license_name") if fields.get("license") == "other" else None
-        if stated := named or fields.get("license"):
-            return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
-    return next((p.name for p in sorted(source.iterdir()) if p.is_file() and _LEGAL.match(p.name)), None)
-
-
-def _check_config(checkpoint: Checkpoint) -> None:
-    """An architecture we know, whole weights, no remote code, not quantized before."""
-    config, path = checkpoint.raw_config, checkpoint.path
-    for name in ("config.json", "tokenizer_config.json"):
-        if (path / name).is_file() and read_object(path / name).get("auto_map"):
-            raise InputError(f"{path / name} asks for remote code (auto_map); only stock architectures are imported")
-    if method := config.get("quantization_config"):
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        raise InputError(f"{path} is quantized already ({kind}); give the model in float32, float16 or bfloat16")
-    _ = checkpoint.architecture  # refuses unknown families before the config is handed to transformers
-    if not isinstance(config.get("num_hidden_layers"), int):
-        raise InputError(
-            f"{path / 'config.json'}: num_hidden_layers is {config.get('num_hidden_layers')!r}, not a count"
-        )
-    if (path / SINGLE).is_file() and (path / INDEX).is_file():
-        raise InputError(f"{path} holds both {SINGLE} and {INDEX}, and loaders choose differently; remove one")
-    # Before any file is opened: an index must not reach outside its directory.
-    outside = [file for file in checkpoint.files if Path(file).name != file]
-    if outside:
-        raise InputError(f"{path / INDEX} names {outside[0]!r}; weight files must lie beside the index")
-    _ = checkpoint.tensors  # every file whole, index and headers agree
-    try:
-        _ = checkpoint.config
-    except Exception as error:  # transformers' validators raise many types
-        raise InputError(f"{path / 'config.json'} is refused by transformers: {_first_line(error)}") from None
-
-
-def _check_layers(checkpoint: Checkpoint) -> None:
-    """As many layers in the tensors as in the config, each with its projections, norms or experts."""
-    architecture, config = checkpoint.architecture, checkpoint.config
-    found = {i for i in (architecture.split_name(name)[0] for name in checkpoint.tensors) if i is not None}
-    if found != set(range(checkpoint.num_layers)):
-        where = f", numbered up to {max(found)}" if found else f" under {architecture.layers}"
-        counted = f"config.json counts {checkpoint.num_layers} layers, the weights hold {len(found)}{where}"
-        raise InputError(f"{checkpoint.path}: {counted}")
-    for index in range(checkpoint.num_layers):
-        local = checkpoint.layer(index)
-        sparse = architecture.is_sparse_layer(config, index)
-        wanted = [p for p in architecture.projections() if not (sparse and p.startswith("mlp."))]
-        needed = [f"{name}.weight" for name in (*wanted, *architecture.norms)]
-        if sparse and (experts := architecture.experts):
-            needed += [f"{experts.disk_block}.experts.0.{name}.weight" for name in (experts.gate, experts.down)]
-        if missing := [name for name in needed if name not in local]:
-            raise InputError(
-                f"{checkpoint.path}: layer {index} lacks {missing[0]}, which {architecture.model_type} needs"
-            )
-
-
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """A fast tokenizer loads, and it is this model's: its ids fit the embedding and nearly fill it."""
-    from transformers import AutoTokenizer
-
-    path, vocab = checkpoint.path, int(checkpoint.config["vocab_size"])
-    # Checked by file: without one, transformers may build an empty tokenizer for the model's family.
-    if not any((path / name).is_file() for name in TOKENIZERS):
-        raise InputError(f"{path} has no tokenizer: one of {', '.join(TOKENIZERS)} must lie beside the weights")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"the tokenizer in {path} does not load: {_first_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"the tokenizer in {path} is a slow one ({type(tokenizer).__name__}); tokenizer.json is needed"
-        )
-    rows = _embedding_rows(checkpoint)
-    if rows != vocab:
-        raise InputError(f"{path}: the embedding has {rows} rows, config.json says vocab_size {vocab}")
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= rows:
-        raise InputError(
-            f"{path}: the tokenizer's highest id is {highest}, the embedding has {rows} rows; not its own?"
-        )
-    if len(tokenizer) < 0.9 * rows:
-        raise InputError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens for {rows} embedding rows (below 90 %); not its own?"
-        )
-
-
-def _embedding_rows(checkpoint: Checkpoint) -> int:
-    name = f"{checkpoint.architecture.stack}.embed_tokens.weight"
-    if name not in checkpoint.tensors:
-        raise InputError(f"{checkpoint.path} has no tensor {name}")
-    return checkpoint.tensors[name].shape[0]
-
-
-def _check_finite(checkpoint: Checkpoint, track: Track) -> None:
-    """No NaN, no Inf, in any floating tensor; reads one tensor at a time."""
-    for name, info in track(checkpoint.tensors.items(), "checking tensors", len(checkpoint.tensors)):
-        if not info.dtype.startswith(("F", "BF")):
+def _check_texts(checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
+    """(name → new text of the JSON files that hold more than a model needs, notes on what is left out)."""
+    path, rewritten, notes = checkpoint.path, {}, []
+    for name in ("config.json", *STATED):
+        if not is_file(path / name):
             continue
-        try:
-            tensor = checkpoint.tensor(name)
-        except Exception as error:  # SafetensorError: header and contents disagree
-            raise InputError(f"{info.file}: tensor {name} cannot be read: {_first_line(error)}") from None
-        if bad := _count_non_finite(tensor):
-            raise InputError(f"{info.file}: tensor {name} holds {bad} non-finite values (NaN or Inf) of {info.numel}")
+        stated = read_object(path / name)
+        if name in ("vocab.json", "added_tokens.json"):
+            continue  # their keys are tokens
+        check_code(stated, path / name)
+        kept, names = left_out(stated)
+        if kept != stated:
+            rewritten[name] = _text(kept)
+        if names:
+            notes.append(_left_out(name, names))
+    return rewritten, notes
 
 
-def _count_non_finite(tensor: torch.Tensor) -> int:
-    import torch
-
-    if tensor.element_size() == 1:  # float8 has no isfinite kernel
-        tensor = tensor.to(torch.float32)
-    finite = torch.isfinite(tensor)
-    return 0 if bool(finite.all()) else int((~finite).sum())
+def _text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _check_stock_load(checkpoint: Checkpoint) -> None:
-    """Stock transformers loads it with nothing missing, unexpected or of another shape."""
-    from compression_dags.checkpoints.gate import load_stock
+def _left_out(name: str, fields: Iterable[str]) -> str:
+    listed = ", ".join(field[:60] for field in fields)
+    return f"{name}: left out {listed} (steers how a model is loaded, or names a machine's path)"
 
-    if checkpoint.nbytes > STOCK_LOAD_LIMIT:
-        return
+
+def _check_config(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list[str]) -> None:
+    """An architecture we know, whole weights of the shapes that config.json states."""
+    path = checkpoint.path
+    check_config(checkpoint.raw_config, path / "config.json")
+    _ = checkpoint.architecture  # refuses unknown families before the config is handed to transformers
+    if is_file(path / SINGLE) and is_file(path / INDEX):
+        raise InputError(f"{path} holds both {SINGLE} and {INDEX}, and loaders choose differently; remove one")
+    if not any(is_file(path / name) for name in TOKENIZERS):
+        # Checked by file: without one, transformers may build an empty tokenizer for the model's family.
+        raise InputError(f"{path} has no tokenizer: one of {', '.join(TOKENIZERS)} must lie beside the weights")
+    check_layers(checkpoint)  # reads the headers: every file whole, index and headers agree
+    filled = _filled(checkpoint, rewritten, notes)
+    check_config(filled, path / "config.json")
+    check_shapes(checkpoint, StackFacts(checkpoint.architecture, filled))
+
+
+def _filled(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list[str]) -> dict[str, Any]:
+    """The config as it will be copied, with the defaults of transformers' class.
+
+    Raises:
+        InputError: transformers refuses it.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class: Any = CONFIG_MAPPING[checkpoint.architecture.model_type]
+    kept, _ = left_out(checkpoint.raw_config)
+    stated, names = without_attributes(kept, config_class)
+    if names:
+        rewritten["config.json"] = _text(stated)
+        notes.append(_left_out("config.json", names))
     try:
-        load_stock(checkpoint.path, dtype="float32" if checkpoint.nbytes <= _TINY else "auto")
-    except IntegrityError as error:
-        raise InputError(str(error)) from None
-    except Exception as error:  # shape mismatches are RuntimeErrors, bad fields have types of their own
-        raise InputError(f"{checkpoint.path} does not load in stock transformers: {_first_line(error)}") from error
+        filled = config_class.from_dict(stated).to_dict()
+    except Exception as error:  # transformers' validators raise many types
+        named = checkpoint.path / "config.json"
+        raise InputError(f"{named} is refused by transformers: {one_line(error)}") from None
+    return {**filled, **{k: v for k, v in stated.items() if v is not None}}
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _dropped(checkpoint: Checkpoint, notes: list[str]) -> frozenset[str]:
+    """Tensors that are no weights of their own: tables of the code, a head that is the embedding.
+
+    Raises:
+        InputError: config.json and the weights disagree about the head.
+    """
+    dropped = buffers(checkpoint)
+    if dropped:
+        notes.append(f"{len(dropped)} stored buffers are left out, they are computed: {dropped[0]}, …")
+    table, head = embedding(checkpoint), checkpoint.tensors.get("lm_head.weight")
+    path, stated = checkpoint.path, "true" if tied(checkpoint) else "false"
+    if tied(checkpoint) and head is not None:
+        if not equal_bytes((path / table.file, table), (path / head.file, head)):
+            raise InputError(
+                f"{path}: lm_head.weight differs from the embedding, but tie_word_embeddings is {stated}; "
+                "set it to false, or remove the head"
+            )
+        notes.append("lm_head.weight is left out: it equals the embedding, to which it is tied")
+        dropped.append(head.name)
+    if not tied(checkpoint) and head is None:
+        raise InputError(
+            f"{path}: there is no lm_head.weight, but tie_word_embeddings is {stated}; set it to true, or add the head"
+        )
+    if head is not None and head.shape != table.shape:
+        raise InputError(f"{path}: lm_head.weight is {head.shape}, the embedding {table.shape}; they must agree")
+    return frozenset(dropped)
+
+
+def _copy(plan: Plan, directory: Path, track: Track) -> tuple[dict[str, str], list[str]]:
+    """(name → sha256 of every file written, notes). Small files and the tokenizer come first: they fail cheaply."""
+    source, weights = plan.checkpoint.path, set(plan.checkpoint.files)
+    for path in import_files(plan.checkpoint):
+        if path.name not in weights:
+            _copy_small(path, directory / path.name, plan.rewritten.get(path.name))
+    if plan.dropped and INDEX in {p.name for p in directory.iterdir()}:
+        (directory / INDEX).write_text(_new_index(plan), encoding="utf-8")
+    notes = [*plan.notes, *check_tokenizer(directory, source, embedding(plan.checkpoint).shape[0])]
+    _check_generation(directory, source)
+    tensors = plan.checkpoint.tensors
+    copies = [
+        FilePlan(source / file, frozenset(n for n in plan.dropped if tensors[n].file == file))
+        for file in plan.checkpoint.files
+        if any(info.file == file and info.name not in plan.dropped for info in tensors.values())
+    ]
+    hashed = copy_weights(copies, directory, track)
+    if any(stamp(source / name) != seen for name, seen in plan.stamps.items()):
+        raise InputError(f"{source} changed while it was read; import it again when it is complete")
+    small = {p.name: file_digest(p) for p in directory.iterdir() if p.name not in hashed}
+    return dict(sorted({**hashed, **small}.items())), notes
+
+
+def _copy_small(source: Path, target: Path, text: str | None) -> None:
+    try:
+        data = source.read_bytes() if text is None else text.encode()
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror or error}") from None
+    target.write_bytes(data)
+
+
+def _new_index(plan: Plan) -> str:
+    kept = {name: info for name, info in plan.checkpoint.tensors.items() if name not in plan.dropped}
+    total = sum(info.nbytes for info in kept.values())
+    weight_map = {name: kept[name].file for name in sorted(kept)}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _check_generation(directory: Path, source: Path) -> None:
+    """transformers ignores a generation config that is no JSON, and fails late on one that is no generation config."""
+    if not is_file(directory / GENERATION):
+        return
+    from transformers import GenerationConfig
+
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(directory).validate()
+    except Exception as error:  # its validators raise many types
+        raise InputError(f"{source / GENERATION} is refused by transformers: {one_line(error)}") from None

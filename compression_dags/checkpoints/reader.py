@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
-import struct
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compression_dags.architectures import Architecture, StackFacts, architecture_of
 from compression_dags.checkpoints.contents import without_machine_facts
+from compression_dags.checkpoints.headers import TensorInfo, is_file, read_header, read_object
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,64 +18,6 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies, known from the file's header alone."""
-
-    name: str
-    file: str
-    dtype: str  # safetensors' name: F16, BF16, F32, I32, F8_E4M3, …
-    shape: tuple[int, ...]
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of one safetensors file.
-
-    Raises:
-        InputError: the file is truncated or its header is not safetensors.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        prefix = handle.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length <= size - 8:
-            raise InputError(f"{path.name} is not a whole safetensors file: {size} bytes, header says {length}")
-        try:
-            header = json.loads(handle.read(length))
-            infos = {n: _tensor_info(n, path.name, e) for n, e in header.items() if n != "__metadata__"}
-        except (ValueError, AttributeError, LookupError, TypeError) as error:
-            raise InputError(f"{path.name} has an unreadable safetensors header: {error}") from None
-    expected = 8 + length + sum(info.nbytes for info in infos.values())
-    if expected != size:
-        raise InputError(f"{path.name} is truncated or padded: {size} bytes on disk, {expected} by its header")
-    return infos
-
-
-def _tensor_info(name: str, file: str, entry: dict[str, Any]) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    return TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), end - start)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        InputError: it is not JSON, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a JSON {type(found).__name__}, not an object")
-    return found
 
 
 class Checkpoint:
@@ -89,25 +29,34 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not (self.path / "config.json").is_file():
+        if not is_file(self.path / "config.json"):
             raise InputError(f"{self.path} is not a model directory: it has no config.json")
         self.raw_config = read_object(self.path / "config.json")
 
     @functools.cached_property
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor → file as the index states it; None without an index."""
-        if not (self.path / INDEX).is_file():
+        index = self.path / INDEX
+        if not is_file(index):
+            if os.path.lexists(index):
+                raise InputError(f"{index} is not a file that can be read")
             return None
-        listed = read_object(self.path / INDEX).get("weight_map")
+        listed = read_object(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-            raise InputError(f"{self.path / INDEX} has no weight_map from tensor names to files")
+            raise InputError(f"{index} has no weight_map from tensor names to files")
+        # Before any file is opened: an index must not reach outside its directory.
+        for file in sorted(set(listed.values())):
+            if Path(file).name != file or "\0" in file:
+                raise InputError(f"{index} names {file[:100]!r}; weight files must lie beside the index")
+            if not file.endswith(".safetensors"):
+                raise InputError(f"{index} names {file[:100]!r}; weight files are *.safetensors")
         return listed
 
     @functools.cached_property
     def files(self) -> list[str]:
         if self._weight_map is not None:
             return sorted(set(self._weight_map.values()))
-        if (self.path / SINGLE).is_file():
+        if is_file(self.path / SINGLE):
             return [SINGLE]
         others = sorted(p.name for p in self.path.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".gguf"})
         found = f"; found {', '.join(others)}" if others else ""
@@ -118,15 +67,22 @@ class Checkpoint:
         """Every tensor, by name, in file order."""
         found: dict[str, TensorInfo] = {}
         for file in self.files:
-            if not (self.path / file).is_file():
+            if not is_file(self.path / file):
                 raise InputError(f"{self.path / INDEX} names {file}, which is missing")
-            found.update(read_header(self.path / file))
-        if self._weight_map is not None and (odd := sorted(self._weight_map.keys() ^ found.keys())):
-            raise InputError(f"{self.path / INDEX} and its files disagree about {', '.join(odd[:3])}")
+            header = read_header(self.path / file)
+            if twice := sorted(header.keys() & found.keys()):
+                raise InputError(f"{self.path}: tensor {twice[0]} stands in {found[twice[0]].file} and in {file}")
+            found.update(header)
+        if (listed := self._weight_map) is not None:
+            odd = sorted(listed.keys() ^ found.keys()) or [n for n, info in found.items() if listed[n] != info.file]
+            if odd:
+                raise InputError(f"{self.path / INDEX} and its files disagree about {', '.join(odd[:3])}")
         return found
 
     @functools.cached_property
     def architecture(self) -> Architecture:
+        if not isinstance(family := self.raw_config.get("model_type"), str):
+            raise InputError(f"{self.path / 'config.json'}: model_type is {family!r}, not a name")
         return architecture_of(self.raw_config)
 
     @functools.cached_property
@@ -148,12 +104,23 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        return int(self.raw_config["num_hidden_layers"])
+        count = self.raw_config.get("num_hidden_layers")
+        if type(count) is not int or count < 1:
+            raise InputError(f"{self.path / 'config.json'}: num_hidden_layers is {str(count)[:60]}, not a count")
+        return count
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weight files."""
-        return sum((self.path / file).stat().st_size for file in self.files)
+        """Bytes of all weight files.
+
+        Raises:
+            InputError: one that the index names is missing.
+        """
+        try:
+            return sum((self.path / file).stat().st_size for file in self.files)
+        except OSError as error:
+            missing = f"{error.filename} cannot be read: {error.strerror}"
+            raise InputError(f"{missing}; {INDEX} names it" if self._weight_map else missing) from None
 
     @property
     def numel(self) -> int:

@@ -1,0 +1,127 @@
+"""Names and shapes that a decoder's tensors must have by its config, compared with the headers alone."""
+
+from __future__ import annotations
+
+import re
+
+from compression_dags.architectures import Architecture, StackFacts
+from compression_dags.checkpoints.headers import TensorInfo
+from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.errors import InputError
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: Stored by older versions of the libraries, computed today: no weights.
+_BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\.\w*(inv_freq|cos|sin|cos_cached|sin_cached)|masked_bias|(self_)?attn\.bias|position_ids"
+    r"|decoder\.version)"
+)
+_TIED_BY_DEFAULT = {"gemma3_text", "opt"}
+
+
+def buffers(checkpoint: Checkpoint) -> list[str]:
+    """Names of stored tensors that are tables of the code, such as `rotary_emb.inv_freq`, not weights."""
+    return [name for name in checkpoint.tensors if _BUFFERS.fullmatch(name)]
+
+
+def embedding(checkpoint: Checkpoint) -> TensorInfo:
+    """The token embedding, (vocabulary, width).
+
+    Raises:
+        InputError: there is none, or it is no matrix.
+    """
+    name = f"{checkpoint.architecture.stack}.embed_tokens.weight"
+    if (info := checkpoint.tensors.get(name)) is None:
+        raise InputError(f"{checkpoint.path} has no tensor {name}")
+    if len(info.shape) != 2:
+        raise InputError(f"{info.file}: tensor {name} has shape {info.shape}, two axes are needed")
+    return info
+
+
+def check_layers(checkpoint: Checkpoint) -> None:
+    """As many layers in the tensors as config.json counts, before anything of that size is made.
+
+    Raises:
+        InputError: stating both counts.
+    """
+    architecture, wanted = checkpoint.architecture, checkpoint.num_layers
+    found = {i for i in (architecture.split_name(name)[0] for name in checkpoint.tensors) if i is not None}
+    if len(found) != wanted or max(found) != wanted - 1:
+        where = f", numbered up to {max(found)}" if found else f" under {architecture.layers}"
+        counted = f"config.json counts {wanted} layers, the weights hold {len(found)}{where}"
+        raise InputError(f"{checkpoint.path}: {counted}")
+
+
+def check_shapes(checkpoint: Checkpoint, facts: StackFacts) -> None:
+    """Every projection, norm and expert of every layer is there, in float, with the shape that the config gives it.
+
+    Raises:
+        InputError: naming the first tensor that differs.
+    """
+    path, architecture = checkpoint.path, checkpoint.architecture
+    if (rows := embedding(checkpoint).shape[0]) != facts.config["vocab_size"]:
+        raise InputError(
+            f"{path}: the embedding has {rows} rows, config.json says vocab_size {facts.config['vocab_size']}"
+        )
+    layers = layer_tensors(checkpoint)
+    first: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
+    for index in range(facts.layers):
+        local, kind = layers[index], architecture.layer_kind(facts.config, index)[1]
+        wanted = _expected(architecture, facts, index, count=len(local))
+        for name, shape in wanted.items():
+            if name not in local:
+                raise InputError(f"{path}: layer {index} lacks {name}, which {architecture.model_type} needs")
+            if local[name].shape != shape:
+                raise InputError(f"{path}: layer {index}: {name} is {local[name].shape}, config.json makes it {shape}")
+        shapes = {name: info.shape for name, info in local.items() if not _BUFFERS.fullmatch(info.name)}
+        other, before = first.setdefault(kind, (index, shapes))
+        if odd := sorted(n for n in shapes.keys() | before.keys() if shapes.get(n) != before.get(n)):
+            raise InputError(f"{path}: layers {other} and {index} are of one kind and differ in {odd[0]}")
+    skipped = set(buffers(checkpoint))
+    for info in checkpoint.tensors.values():
+        if info.dtype not in FLOATS and info.name not in skipped:
+            allowed = "float32, float16 and bfloat16 are allowed"
+            raise InputError(f"{info.file}: tensor {info.name} is stored as {info.dtype}; {allowed}")
+        if not info.numel and info.name not in skipped:
+            raise InputError(f"{info.file}: tensor {info.name} is empty, its shape is {info.shape}")
+
+
+def layer_tensors(checkpoint: Checkpoint) -> dict[int, dict[str, TensorInfo]]:
+    """Layer → local name → tensor, in one pass over the headers."""
+    found: dict[int, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        index, local = checkpoint.architecture.split_name(name)
+        if index is not None:
+            found.setdefault(index, {})[local] = info
+    return found
+
+
+def _expected(architecture: Architecture, facts: StackFacts, index: int, count: int) -> dict[str, tuple[int, ...]]:
+    """Local name → shape of the weights of one layer. `count` is how many tensors it has: it bounds the experts."""
+    sparse = architecture.is_sparse_layer(facts.config, index)
+    hidden, inner = facts.hidden, facts.intermediate
+    queries, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    shapes = {
+        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
+        "out_proj": (hidden, queries), "gate_proj": (inner, hidden), "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner), "fc1": (inner, hidden), "fc2": (hidden, inner),
+    }  # fmt: skip
+    wanted: dict[str, tuple[int, ...]] = {}
+    for projection in architecture.projections():
+        if not (sparse and projection.startswith("mlp.")):
+            wanted[f"{projection}.weight"] = shapes[projection.rpartition(".")[2]]
+    for norm in architecture.norms:
+        wanted[f"{norm}.weight"] = (facts.head_dim if norm in architecture.head_norms else hidden,)
+    if sparse and (experts := architecture.experts):
+        number = int(facts.config.get("num_experts") or facts.config.get("num_local_experts") or 0)
+        wanted[f"{experts.disk_block}.gate.weight"] = (number, hidden)
+        for expert in range(min(number, count + 1)):
+            gate, up, down = experts.matrices(expert)
+            wide, narrow = (facts.expert_intermediate, hidden), (hidden, facts.expert_intermediate)
+            wanted |= {f"{gate}.weight": wide, f"{up}.weight": wide, f"{down}.weight": narrow}
+    return wanted
+
+
+def tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head is the embedding, as config.json says or, where it does not, as the family's default is."""
+    stated = checkpoint.raw_config.get("tie_word_embeddings")
+    return checkpoint.architecture.model_type in _TIED_BY_DEFAULT if stated is None else bool(stated)
