@@ -328,4 +328,7 @@ def ui(home: Path, port: int, host: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # `python -m`: under its own name, so that the errors which other modules raise are the ones caught here
+    from compression_dags import cli
+
+    cli.main()
