@@ -389,4 +389,7 @@ def ui(home: Path, port: int, host: str, allowed: tuple[str, ...], read_only: bo
 
 
 if __name__ == "__main__":
-    main()
+    # `python -m`: under its own name, so that the errors which other modules raise are the ones caught here
+    from compression_dags import cli
+
+    cli.main()
