@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,8 @@ class Run:
         return self
 
     def signal(self, number: int) -> "Run":
-        os.kill(self.process.pid or 0, number)
+        assert self.process.pid
+        os.kill(self.process.pid, number)
         return self
 
     def ends(self, seconds: float = 300) -> int | None:
@@ -86,6 +88,7 @@ class Run:
 def _main(recipes: str, log: str, arguments: tuple[str, ...]) -> None:
     os.environ.update(COMPRESSION_DAGS_RECIPES=recipes, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     os.chdir(PROJECT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     from compression_dags.cli import main
 
     with Path(log).open("a", buffering=1) as said, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):

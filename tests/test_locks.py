@@ -25,9 +25,10 @@ from resources.home import alone, is_alive, run_lock, running, runs_at_work, wor
 
 RUN = "01234567-89ab-cdef-0123-456789abcdef"
 WAITS = """
-import logging, sys
+import logging, signal, sys
 from pathlib import Path
 from compression_dags.waiting import held
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 logging.basicConfig(format="%(message)s")
 with held(Path(sys.argv[1]), "the cake"):
     print("mine", flush=True)
