@@ -229,7 +229,10 @@ def test_refusals(cut, tmp_path, tiny_model):
         DistillSP(corpora=("nowhere.txt",)).check(source.facts)
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    with pytest.raises(InputError, match=r"gives 0 windows of 64 tokens.*held out"):
+    with pytest.raises(InputError, match=r"has 9 bytes and cannot give .* lower `held_windows`"):
+        distilled(DistillSP, cut, tmp_path / "out", corpora=(str(short),))
+    short.write_text("word " * 60)  # bytes enough, tokens not
+    with pytest.raises(InputError, match=r"gives [0-4] windows of 64 tokens.*held out"):
         distilled(DistillSP, cut, tmp_path / "out", corpora=(str(short),))
     with pytest.raises(InputError, match="too few tokens"):
         distilled(DistillSP, cut, tmp_path / "out", tokens=256, logit_share=0.5)

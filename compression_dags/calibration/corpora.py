@@ -106,8 +106,11 @@ def resolve_corpus(corpus: str) -> Path | None:
 TOKENS_A_BYTE = 2
 
 
-def check_size(corpus: str, sequences: int, length: int) -> None:
+def check_size(corpus: str, sequences: int, length: int, option: str = "sequences") -> None:
     """Refuse more tokens than a plain text file has bytes for, whatever the tokenizer. Others are counted when read.
+
+    Args:
+        option: what the user may lower to need fewer sequences.
 
     Raises:
         InputError: with the size, the need and the remedy.
@@ -118,8 +121,8 @@ def check_size(corpus: str, sequences: int, length: int) -> None:
     size, need = path.stat().st_size, sequences * length
     if need > TOKENS_A_BYTE * size:
         raise InputError(
-            f"calibration corpus {corpus!r} has {size:,} bytes and cannot give {sequences:,} × {length:,} = {need:,} "
-            "tokens: lower `sequences` or `length`, or name a larger corpus"
+            f"corpus {corpus!r} has {size:,} bytes and cannot give {sequences:,} × {length:,} = {need:,} "
+            f"tokens: lower `{option}` or `length`, or name a larger corpus"
         )
 
 

@@ -69,7 +69,7 @@ class Distillation(RecoverStage):
                 "leave the stage out for this model"
             )
         for corpus in self.corpora:
-            check_size(corpus, max(1, self.held_windows // len(self.corpora)) + 1, self._window(facts))
+            check_size(corpus, max(1, self.held_windows // len(self.corpora)) + 1, self._window(facts), "held_windows")
         if self.batch_tokens < self._window(facts):
             raise InputError(f"recover: {self.method} has batch_tokens {self.batch_tokens}, less than one window")
 
