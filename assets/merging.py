@@ -140,7 +140,7 @@ def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> 
         group_name=recipe.slug,
         kinds={"torch", "safetensors"},
         tags={"recipe": recipe.name, "method": recover.method},
-        code_version=f"{recover.code_version}:{options_digest(recover.options())}",
+        code_version=f"{recover.code_version}:{options_digest(recover.computing_options())}",
         ins={
             "base": dg.AssetIn(base_model.key),
             "tokens": dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens")),

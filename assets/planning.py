@@ -10,6 +10,7 @@ from assets.publishing import GPU_POOL, publish
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.planning.alternatives import BankOptions
 from compression_dags.planning.bank import VERSION
+from compression_dags.planning.identity import bank_identity
 from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
 from compression_dags.recipes import options_digest
 from resources.accelerator import Accelerator
@@ -19,7 +20,7 @@ NAME = "alternatives"
 
 
 def build_alternatives(calibration: Calibration, options: BankOptions) -> dg.AssetsDefinition:
-    chosen = options.model_dump(mode="json")
+    chosen = bank_identity(options)
     ins = {"base": dg.AssetIn(base_model.key)}
     ins["tokens"] = dg.AssetIn(calibration_key(calibration, "calibration_tokens"))
     if options.sparsities:

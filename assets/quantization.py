@@ -8,9 +8,8 @@ from assets.base_models import base_models
 from assets.calibration import calibration_key
 from assets.merging import recipe_key
 from assets.publishing import GPU_POOL, publish
-from compression_dags.planning.bank import VERSION as BANK_VERSION
+from compression_dags.planning.identity import mixed_identity
 from compression_dags.planning.mixed import VERSION as MIXED_VERSION
-from compression_dags.planning.mixed import bank_options
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
 from resources.accelerator import Accelerator
@@ -21,8 +20,7 @@ def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
     """Only of recipes that ask for an average of bits."""
     quantizer = recipe.quantize
     assert quantizer is not None and quantizer.bits
-    options = {"bits": quantizer.bits, "bank": bank_options(quantizer).model_dump(mode="json")}
-    options["ignore"] = list(quantizer.ignore)
+    options = mixed_identity(quantizer)
 
     @dg.asset(
         key=recipe_key(recipe, "quantization_plan"),
@@ -30,7 +28,7 @@ def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
         group_name=recipe.slug,
         kinds={"parquet"},
         tags={"recipe": recipe.name, "method": quantizer.method},
-        code_version=f"{MIXED_VERSION}.{BANK_VERSION}:{options_digest(options)}",
+        code_version=f"{MIXED_VERSION}:{options_digest(options)}",
         ins={
             "weights": dg.AssetIn(weights_key),
             "tokens": dg.AssetIn(calibration_key(recipe.calibration, "calibration_tokens")),
@@ -65,8 +63,7 @@ def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             write_decisions(decisions, work.out / DECISIONS)
             return {"bits_per_weight": plan.bits, "predicted_kl": plan.cost}
 
-        version = f"{MIXED_VERSION}.{BANK_VERSION}"
-        request = Request("quantization_plan", version, options, inputs, accelerator.numeric)
+        request = Request("quantization_plan", MIXED_VERSION, options, inputs, accelerator.numeric)
         return publish(context, store, request, build, recipe=recipe.as_run())
 
     return quantization_plan

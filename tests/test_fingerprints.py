@@ -29,6 +29,12 @@ calibration: {corpus: CORPUS, sequences: 8, length: 64, samples: 64}
 stages: [sparsify: {method: wanda, sparsity: 0.5, allocation: {method: als}}]
 """
 
+MIXED = """
+name: mixed
+calibration: {corpus: CORPUS, sequences: 8, length: 64, samples: 64}
+stages: [quantize: {method: rtn, scheme: W4A16, bits: 5}]
+"""
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
@@ -40,7 +46,7 @@ def corpus(tmp_path_factory) -> Path:
 def recipes_on(corpus: Path) -> dict[str, Recipe]:
     """Recipes that calibrate, and distil, on a text of one's own."""
     found = {}
-    for text in (WHOLE, SPARSE):
+    for text in (WHOLE, SPARSE, MIXED):
         file = corpus.with_name("recipe.yaml")
         file.write_text(text.replace("CORPUS", json.dumps(str(corpus))))
         recipe = load_recipe(file)
@@ -117,6 +123,8 @@ def test_a_raised_version_of_any_method_reaches_the_steps_that_run_it(first, tmp
     decided = ("merge_plan", "recovered_weights", "sparsity_plan", "sparse_weights", "quantization_plan")
     for key, fingerprint in first.fingerprints(*decided, "quantized_weights").items():
         assert after.requests[key].fingerprint != fingerprint, key
+    mixed = "mixed/quantization_plan"
+    assert after.requests[mixed].inputs == first.requests[mixed].inputs
     assert after.fingerprints("calibration_activations", "base_model") == first.fingerprints(
         "calibration_activations", "base_model"
     )
