@@ -162,21 +162,29 @@ def feasible(recipes: Path, model: Path) -> dict[str, str]:
 class Commands:
     """Calls of the command line, each a process in the empty directory."""
 
-    def __init__(self, work: Path, threads: int):
-        self.work, self.text = work, work / "text.txt"
+    def __init__(self, work: Path, threads: int, seconds: float):
+        self.work, self.text, self.end = work, work / "text.txt", time.monotonic() + seconds
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
     def run(self, run: Run, recipes: list[str]) -> subprocess.CompletedProcess[str]:
         names = [word for name in recipes for word in ("-r", name)]
         command = [sys.executable, "-m", "compression_dags.cli", "run", "-m", str(run.path), *names]
         command += ["--tasks", str(self.text), "--home", str(run.home), "--device", run.device, "--dtype", run.dtype]
-        return subprocess.run(
-            [*command, "--json"],
-            cwd=self.work / "empty",
-            env=self.environment | {"COMPRESSION_DAGS_RECIPES": str(self.work / "recipes" / run.model)},
-            capture_output=True,
-            text=True,
-        )
+        return self.called([*command, "--json"], COMPRESSION_DAGS_RECIPES=str(self.work / "recipes" / run.model))
+
+    def called(self, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+        """A finished process; what still runs when the time allowed is over is stopped, with exit code 124."""
+        try:
+            return subprocess.run(
+                command,
+                cwd=self.work / "empty",
+                env=self.environment | environment,
+                timeout=max(0.1, self.end - time.monotonic()),
+                capture_output=True,
+                text=True,
+            )
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, 124, "", "failed: not finished in time")
 
     def whole(self, run: Run, recipes: list[str]) -> Run:
         """All recipes in one call; one that fails is put down by name, and the call is made again without it."""
@@ -206,13 +214,7 @@ class Commands:
         report = self.work / "tests.xml"
         options = ["-m", "gpu", "-q", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), *options]
-        done = subprocess.run(
-            [*command, *map(str, sorted(files))],
-            cwd=self.work / "empty",
-            env=self.environment,
-            capture_output=True,
-            text=True,
-        )
+        done = self.called([*command, *map(str, sorted(files))])
         print(done.stdout[-3000:], file=sys.stderr, flush=True)
         if not report.exists():
             return [{"test": "pytest", "outcome": "failed", "why": (done.stdout + done.stderr)[-500:]}]
@@ -348,7 +350,7 @@ def main() -> int:
     models = write_models(args.work / "models", package, args.models)
     text = (package / "shipped" / "data" / "heldout" / "stories.jsonl").read_text().splitlines()
     (args.work / "text.txt").write_text("\n\n".join(json.loads(line)["text"] for line in text)[: args.characters])
-    commands, first, second = Commands(args.work, args.threads), *args.devices
+    commands, first, second = Commands(args.work, args.threads, args.seconds), *args.devices
     runs: dict[str, list[Run]] = {}
     refused: dict[str, dict[str, str]] = {}
     recipes: dict[str, list[str]] = {}
@@ -443,6 +445,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="WORD", help="only recipes with this in their name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--seconds", type=float, default=480, help="then what still runs is stopped and has failed")
     parser.add_argument("--characters", type=int, default=8000, help="of the text that is scored")
     parser.add_argument("--no-tests", action="store_true", help="leave the tests marked gpu out")
     parser.add_argument("--keep", action="store_true", help="keep --work")
