@@ -48,6 +48,7 @@ def publish(
         "seconds": round(produced.seconds, 3),
         "computed_seconds": artifact.seconds,
         "peak_memory_mb": artifact.peak_memory_mb,
+        "peak_device_memory_mb": artifact.peak_device_memory_mb,
         "fingerprint": artifact.fingerprint,
         "path": dg.MetadataValue.path(artifact.path),
         **({"damage": "kept aside: " + "; ".join(produced.damage)} if produced.damage else {}),

@@ -10,7 +10,8 @@ from assets.publishing import picture, publish
 from compression_dags.provenance.artifacts import Artifact, Request
 from resources.artifact_store import ArtifactStore
 
-#: Of the leaderboard. 2: its report shows what the models write. 3: what the report says of the model is an option; standard errors.
+#: Of the leaderboard. 2: its report shows what the models write. 3: what the report says of the model is an option;
+#: standard errors.
 VERSION = "3"
 #: 2: two recoveries of one recipe are two inputs; runs are looked up, not stored.
 LEDGER_VERSION = "2"

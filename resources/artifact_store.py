@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +31,7 @@ from compression_dags.statefile import replace_json
 from compression_dags.waiting import held
 from resources.home import running, working
 from resources.integrity import Integrity, protect, sync, sync_tree
+from resources.memory import PeakMemory, peak_memory
 
 logger = logging.getLogger("compression_dags")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -151,8 +150,9 @@ class ArtifactStore(dg.ConfigurableResource):
                     return Produced(found, True, time.monotonic() - start)
                 for line in damage:
                     logger.warning("%s %s is damaged and built again: %s", request.kind, fingerprint[:12], line)
-                facts = build(work)
-                artifact = self._publish(work, facts, run_id, time.monotonic() - start)
+                with peak_memory() as peak:
+                    facts = build(work)
+                artifact = self._publish(work, facts, run_id, time.monotonic() - start, peak)
         except Exception as error:
             if _is_full(error):
                 raise InputError(f"home {self.root} is full; free space (`compression-dags store --prune`)") from error
@@ -171,7 +171,9 @@ class ArtifactStore(dg.ConfigurableResource):
             shutil.rmtree(folder / fingerprint, ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
 
-    def _publish(self, work: Workplace, facts: dict[str, Any], run_id: str, seconds: float) -> Artifact:
+    def _publish(
+        self, work: Workplace, facts: dict[str, Any], run_id: str, seconds: float, peak: PeakMemory
+    ) -> Artifact:
         request, out = work.request, work.out
         files = describe_files(out, work.hashed)
         manifest = {
@@ -183,7 +185,8 @@ class ArtifactStore(dg.ConfigurableResource):
             "environment": environment(),
             "run_id": run_id,
             "seconds": round(seconds, 3),
-            "peak_memory_mb": round(peak_memory_mb(), 1),
+            "peak_memory_mb": round(peak.host_mb, 1),
+            "peak_device_memory_mb": round(peak.device_mb, 1),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
@@ -261,16 +264,6 @@ def environment() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process, and of the GPU if torch used one, in MB."""
-    unit = 1024 * 1024 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return max(host, torch.cuda.max_memory_allocated() / 2**20)
-    return host
 
 
 def _is_full(error: BaseException | None) -> bool:

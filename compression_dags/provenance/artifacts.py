@@ -30,7 +30,7 @@ class Artifact:
         facts: small JSON values for display. A later step reads files, never facts: the digest does not cover them.
         inputs: digest of every input, by role.
         run_id: the Dagster run that computed it.
-        seconds, peak_memory_mb: what computing it took.
+        seconds, peak_memory_mb, peak_device_memory_mb: what computing it took, in the host's memory and on its device.
         recipe: the recipe as it was run, where a handle of one of its assets led here.
     """
 
@@ -43,6 +43,7 @@ class Artifact:
     run_id: str = ""
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    peak_device_memory_mb: float = 0.0
     recipe: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
@@ -152,6 +153,7 @@ def artifact_of(directory: Path, manifest: Mapping[str, Any]) -> Artifact:
         manifest.get("run_id", ""),
         manifest.get("seconds", 0.0),
         manifest.get("peak_memory_mb", 0.0),
+        manifest.get("peak_device_memory_mb", 0.0),
     )
 
 
