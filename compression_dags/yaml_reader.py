@@ -46,7 +46,7 @@ class Document:
 
     Attributes:
         name: what messages call it, most often the file.
-        values: the mapping; numbers are finite, keys are text.
+        values: the mapping; numbers are finite, keys are text (`3:` too).
         lines: path of keys → line, counted from 1.
     """
 
@@ -181,6 +181,8 @@ class _Reader:
             if not isinstance(event, yaml.ScalarEvent):
                 raise self.fail(event, keys, "a key must be text, not a list or mapping")
             key = self.scalar(event, (*keys, event.value))
+            if isinstance(key, int) and not isinstance(key, bool):  # `3: 0.5`, a layer
+                key = str(key)
             if not isinstance(key, str):
                 raise self.fail(event, keys, f"the key {shown(event.value)} must be text; put it in quotes")
             own = (*keys, key)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 PROBE_TOKENS = 48
-#: Largest allowed ‖reloaded − in-memory‖ / ‖in-memory‖ of the logits. float32 on the CPU must be equal.
-TOLERANCE = {"float32": 0.0, "bfloat16": 2e-2, "float16": 5e-3}
+#: Largest allowed ‖reloaded − in-memory‖ / ‖in-memory‖ of the logits.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 
 
 def probe_ids(vocab_size: int, context: int) -> torch.Tensor:
@@ -121,7 +121,8 @@ def check_reload(
     if not torch.isfinite(logits).all():
         raise IntegrityError(f"{directory} computes non-finite logits after reload")
     error = float((logits - reference).norm() / reference.norm())
-    tolerance = TOLERANCE[dtype]
+    # On the CPU float32 is equal; a GPU may sum in another order when the same layers run by another path.
+    tolerance = 0.0 if (device, dtype) == ("cpu", "float32") else TOLERANCE[dtype]
     if not error <= tolerance:
         raise IntegrityError(f"{directory}: reloaded logits differ by {error:.3g} (relative), allowed {tolerance:g}")
     return {"gate": "passed", "relative_logit_error": error, "tolerance": tolerance, "dtype": dtype, "device": device}

@@ -158,7 +158,7 @@ def find_scales(
         return _power_scales(weight, torch.maximum(-low, high), grid)
     q_min, q_max = grid.range
     half = (q_max - q_min) / 2
-    ideal = torch.maximum(-low, high) / half if grid.symmetric else (high - low) / (q_max - q_min)
+    ideal = divided(torch.maximum(-low, high), half) if grid.symmetric else divided(high - low, q_max - q_min)
     scale = _store(ideal, stored or weight.dtype)
     if not torch.isfinite(scale).all():
         raise IntegrityError(f"{name}: a scale overflows {str(stored or weight.dtype).removeprefix('torch.')}")
@@ -166,6 +166,15 @@ def find_scales(
         return Scales(grid, scale)
     zero = (q_min - low / scale.float()).clamp(q_min, q_max).round().to(torch.int8)
     return Scales(grid, scale, zero)
+
+
+def divided(values: torch.Tensor, by: float) -> torch.Tensor:
+    """`values / by`, to the bit the same on every device.
+
+    By a number, CUDA multiplies by its reciprocal. The largest weight of a symmetric group lies on a tie of two codes,
+    so that a last bit of the scale decides between them.
+    """
+    return values / torch.tensor(by, dtype=values.dtype, device=values.device)
 
 
 def round_codes(weight: torch.Tensor, scales: Scales) -> torch.Tensor:
@@ -200,7 +209,7 @@ def _fp4_scales(peak: torch.Tensor, grid: Grid) -> Scales:
     (compressed-tensors would put 0.125 there and lose all of it).
     """
     whole = torch.nan_to_num(Q_MAX["fp8"] * Q_MAX["fp4"] / peak.max(), posinf=1.0).reshape(1)
-    scale = (peak / Q_MAX["fp4"] * whole).clamp(SMALLEST_FP8, Q_MAX["fp8"]).to(FP8)
+    scale = (divided(peak, Q_MAX["fp4"]) * whole).clamp(SMALLEST_FP8, Q_MAX["fp8"]).to(FP8)
     return Scales(grid, scale, global_scale=whole)
 
 
@@ -209,7 +218,7 @@ def _power_scales(weight: torch.Tensor, peak: torch.Tensor, grid: Grid) -> Scale
 
     (compressed-tensors rounds the exponent of the peak alone.)
     """
-    exponent = torch.ceil(torch.log2(peak / Q_MAX[grid.kind])).nan_to_num(neginf=0.0).clamp(-126, 127)
+    exponent = torch.ceil(torch.log2(divided(peak, Q_MAX[grid.kind]))).nan_to_num(neginf=0.0).clamp(-126, 127)
     found = [Scales(grid, torch.exp2(exponent - down)) for down in (0, 1)]
     errors = []
     for scales in found:
