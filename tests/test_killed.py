@@ -58,7 +58,7 @@ def test_two_first_runs_at_once_end_well(desk, twins):
     assert codes == [0, 0], said
     assert [run.status.value for run in runs_of(desk / "reference")] == ["SUCCESS"] * 2
     assert not any(p.is_dir() for p in (desk / "reference" / "partial").glob("*/*"))
-    for line in ("base_model", "chain/quantized_weights"):
+    for line in ("baseline/eval_cat", "chain/quantized_weights"):
         assert sorted(text.split(f" {line} ")[0].split()[-1] for text in said) == ["computed", "hit"]
 
 
@@ -68,7 +68,7 @@ def test_killed_and_stopped_runs_continue_to_the_same_bytes(desk, twins):
     def building(kind: str):
         return lambda: any(p.is_dir() for p in (home / "partial" / kind).glob("*"))
 
-    assert start(desk).until(building("base_model")).signal(signal.SIGKILL).ends() == -signal.SIGKILL
+    assert start(desk).until(building("evaluation")).signal(signal.SIGKILL).ends() == -signal.SIGKILL
     (killed,) = (home / "locks" / "runs").glob("*.lock")
 
     stopped = start(desk).until(building("sparse_weights")).signal(signal.SIGINT)
@@ -76,7 +76,7 @@ def test_killed_and_stopped_runs_continue_to_the_same_bytes(desk, twins):
     assert f"run {killed.stem[:8]} is marked as failed" in stopped.said() and not killed.exists()
 
     assert start(desk).until(building("quantized_weights")).signal(signal.SIGKILL).ends() == -signal.SIGKILL
-    ended = start(desk).until(building("evaluation")).signal(signal.SIGTERM)
+    ended = start(desk).until(building("samples")).signal(signal.SIGTERM)
     assert ended.ends() == 130, ended.said()
     last = start(desk)
     assert last.ends() == 0, last.said()
