@@ -43,18 +43,17 @@ class Angular(MergeStage):
 
     def _reason(self, index: int, total: int, count: int, windows: dict[int, float], best: int) -> str:
         """Why a layer stays or goes, by the distances of the windows by their first layer."""
-        chosen, window = layers_said(range(best, best + count)), f"{count}-layer window"
+        chosen, one = layers_said(range(best, best + count)), count == 1
         if why := self.protection(index, total):
             return why
         if best <= index < best + count:
+            among = counted(len(windows), "unprotected layer" if one else f"unprotected {count}-layer window")
             return (
                 f"dropped: {chosen}, {number(windows[best])} apart in angle from entry to exit, "
-                f"{'is' if count == 1 else 'are'} the closest of {counted(len(windows), f'unprotected {window}')}"
+                f"{'is' if one else 'are'} the closest of {among}"
             )
         nearest = min((s for s in windows if s <= index < s + count), key=lambda s: (windows[s], s))
         with_it, without = apart(windows[nearest], windows[best])
-        holds_it = layers_said(range(nearest, nearest + count))
-        return (
-            f"kept: the closest {window} that holds it, {holds_it}, is {with_it} apart in angle, and {chosen}, at "
-            f"{without}, went"
-        )
+        window = f"the closest {count}-layer window that holds it, {layers_said(range(nearest, nearest + count))},"
+        own = "from entry to exit it" if one else window
+        return f"kept: {own} is {with_it} apart in angle, and {chosen}, at {without}, went"
