@@ -41,6 +41,10 @@ SCHEME_PAIRS = list(itertools.combinations(get_args(Scheme), 2))
 needs_rebuilding = pytest.mark.skipif(not rebuilds_while_loading(), reason="loads FP4 in bfloat16 only")
 
 
+def rtn(form: str, **more: Any) -> RTN:
+    return RTN.model_validate(FORMS[form] | more)
+
+
 def tiny_llama(directory: Path, width: int, layers: int = 1) -> Checkpoint:
     """128 wide, its MLP `width` wide."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,7 +77,7 @@ def reload(stage: RTN, source: Checkpoint, directory: Path):
 
 
 def pair(first: str, second: str) -> RTN:
-    return RTN(**FORMS[first], overrides={"model.layers.0.mlp.down_proj": FORMS[second]})
+    return rtn(first, overrides={"model.layers.0.mlp.down_proj": FORMS[second]})
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=map(" + ".join, PAIRS))
@@ -97,7 +101,7 @@ def test_a_pair_of_formats_reloads(first: str, second: str, model, tmp_path):
 def test_all_that_may_share_a_checkpoint_reload_from_one(tmp_path):
     source = tiny_llama(tmp_path / "dense", 128, layers=len(SHARING) // 2)
     own = {f"re:model.layers.{i // 2}[.]{'ms'[i % 2]}": FORMS[form] for i, form in enumerate(SHARING)}
-    made = reload(RTN(scheme="W8A16", overrides=own), source, tmp_path / "made")
+    made = reload(rtn("W8A16", overrides=own), source, tmp_path / "made")
     assert len(set(made.rounding.choices.values())) == len(SHARING)
 
 
@@ -107,24 +111,24 @@ def test_all_that_may_share_a_checkpoint_reload_from_one(tmp_path):
 )
 def test_a_form_and_its_fallback_reload(form: str, width: int, model, tmp_path):
     """172 is no multiple of 8, 96 one of 32 but not of 128."""
-    made = reload(RTN(**FORMS[form]), model(width), tmp_path)
+    made = reload(rtn(form), model(width), tmp_path)
     asked = {d.target: d.evidence.get("asked") for d in made.decisions}
-    fits = RTN(**FORMS[form]).choice.fits(width)
+    fits = rtn(form).choice.fits(width)
     assert bool(asked["model.layers.0.mlp.down_proj"]) == (not fits)
 
 
 @needs_rebuilding
 def test_a_matrix_that_fp4_does_not_fit_stays_as_it_is(model, tmp_path):
-    made = reload(RTN(scheme="NVFP4A16"), model(172), tmp_path)
+    made = reload(rtn("NVFP4A16"), model(172), tmp_path)
     down = next(d for d in made.decisions if d.target.endswith("down_proj"))
     assert down.action == "keep" and down.evidence["asked"] == "NVFP4A16, group size 16, which does not divide"
     assert sum(d.action == "quantize" for d in made.decisions) == 6
     with pytest.raises(InputError, match=r"down_proj: group size 16 .* its 172 inputs.* would leave it as it is"):
-        RTN(scheme="NVFP4A16", fallback="refuse").check(model(172).facts)
+        rtn("NVFP4A16", fallback="refuse").check(model(172).facts)
 
 
 def test_zero_points_get_one_group_size_for_all_matrices(model, tmp_path):
-    made = reload(RTN(scheme="W4A16", symmetric=False), model(96), tmp_path)
+    made = reload(rtn("W4A16 asymmetric"), model(96), tmp_path)
     assert set(made.rounding.choices.values()) == {Choice("W4A16", 32, False)} and len(made.rounding.choices) == 7
     query = next(d for d in made.decisions if d.target.endswith("q_proj"))
     assert query.evidence["asked"] == "W4A16, group size 128, which does not divide other matrices' inputs"
@@ -132,23 +136,23 @@ def test_zero_points_get_one_group_size_for_all_matrices(model, tmp_path):
 
 def test_a_group_size_of_a_wish_that_no_power_of_two_replaces(model, tmp_path):
     """43 divides 172 and not 128: both cannot share a checkpoint, so the others get groups, this stays as it is."""
-    made = reload(RTN(scheme="W4A16", group_size=64, symmetric=False), model(172), tmp_path)
+    made = reload(rtn("W4A16 asymmetric", group_size=64), model(172), tmp_path)
     assert {c.group_size for c in made.rounding.choices.values()} == {64} and len(made.rounding.choices) == 6
 
 
 def test_part_of_a_group_may_be_ignored(model, tmp_path):
     ignore = ("lm_head", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj")
     for form in ("W4A16 asymmetric", "FP8_BLOCK"):
-        made = reload(RTN(**FORMS[form], ignore=ignore), model(172), tmp_path / form)
+        made = reload(rtn(form, ignore=ignore), model(172), tmp_path / form)
         assert not set(ignore) & set(made.rounding.choices)
 
 
 def test_a_scheme_that_fits_nothing(model):
     facts = model(172).facts
     with pytest.raises(InputError, match=r"FP4A16 fits no matrix of the model, whose inputs are: .*mlp_output 172"):
-        RTN(scheme="NVFP4A16", ignore=("lm_head", "re:.*(attn|gate|up)")).check(facts)
+        rtn("NVFP4A16", ignore=("lm_head", "re:.*(attn|gate|up)")).check(facts)
     with pytest.raises(InputError, match="the head is never quantized"):
-        RTN(scheme="W8A16", overrides={"lm_head": {"scheme": "W4A16"}}).check(facts)
+        rtn("W8A16", overrides={"lm_head": {"scheme": "W4A16"}}).check(facts)
 
 
 @pytest.mark.parametrize(("first", "second"), SCHEME_PAIRS, ids=map(" + ".join, SCHEME_PAIRS))
