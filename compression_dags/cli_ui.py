@@ -113,8 +113,8 @@ def _serve(
     from dagster import DagsterInstance
     from dagster._core.workspace.context import WorkspaceProcessContext
     from dagster._core.workspace.load_target import WorkspaceFileTarget
-    from dagster_webserver.version import __version__
     from dagster_webserver.app import create_app_from_workspace_process_context
+    from dagster_webserver.version import __version__
 
     from resources.ui_guard import Guard
 
