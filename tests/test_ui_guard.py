@@ -135,7 +135,7 @@ def test_a_header_that_is_there_twice(header: str):
 
 
 def test_further_names():
-    proxy = {"allowed": ("dags.example.org", "LocalHost:9999")}
+    proxy: dict[str, Any] = {"allowed": ("dags.example.org", "LocalHost:9999")}
     assert status("GET", "/", {"host": "dags.example.org", "origin": "https://dags.example.org"}, **proxy) == 200
     assert status("GET", "/", {"host": "dags.example.org:8443"}, **proxy) == 200
     assert status("GET", "/", {"host": "localhost:9999"}, **proxy) == 200
