@@ -54,20 +54,23 @@ def _exists(home: Path) -> None:
 
 
 def _present(home: Path) -> Wanted:
-    """Whether an asset belongs to the present recipes, tasks and calibration sets.
+    """Whether an asset belongs to a recipe, or to a calibration set, that is still there.
 
-    Calibration sets that a planner's bank was measured on stay: no recipe names them, and a bank takes hours.
+    Tasks do not count: a text may only be away for a while. Calibration sets that a planner's bank was measured on
+    stay: no recipe names them, and a bank takes hours.
+
+    Raises:
+        InputError: a recipe file cannot be read, so that nobody knows whether its recipe is gone.
     """
     from assets.planning import NAME as ALTERNATIVES
-    from compression_dags.definitions import Settings, added_tasks, build_graph, evaluation_book
-    from compression_dags.recipes import load_recipes, recipes_folder
+    from compression_dags.cli_results import _graph
 
-    folder = recipes_folder()
-    book = evaluation_book(folder)
-    graph = build_graph(load_recipes(folder), book, Settings(home), book.resolve(added_tasks(home)))
-    keys = {tuple(key.path) for key in graph.definitions.resolve_asset_graph().get_all_asset_keys()}
+    graph = _graph()
+    if unread := [str(path) for path in getattr(graph.recipes, "left_out", ())]:
+        raise InputError(f"--recipes-gone: repair or remove first, as its recipe may be there: {', '.join(unread)}")
+    first = {key.path[0] for key in graph.definitions.resolve_asset_graph().get_all_asset_keys()}
     banks = {path.parent.name for path in (home / "handles").glob(f"*/{ALTERNATIVES}")}
-    return lambda key: key in keys or key[0] in banks
+    return lambda key: key[0] in first | banks
 
 
 def sizes_text(home: Path, sizes: dict[str, dict[str, int]]) -> str:
