@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compression_dags.definitions import Graph, Settings
     from compression_dags.evaluation.tasks import TaskBook
     from compression_dags.provenance.artifacts import Artifact
-    from resources.artifact_store import Produced
+    from resources.artifact_store import ArtifactStore, Produced
     from resources.model_hub import ModelSource
 
 #: The daemon of a UI on this home neither ends such a run after a day nor starts it again: this process sees to both.
@@ -249,7 +249,16 @@ def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) 
     checkpoint = stored_model(source, settings)
     for recipe in recipes:
         recipe.check(checkpoint.stated_facts)
-    ArtifactStore(home=str(settings.home)).ensure_writable(checkpoint.nbytes * (1 + len(recipes)))
+    store = ArtifactStore(home=str(settings.home))
+    missing = [n for n in ("base_model", *(f"{r.slug}/scorecard" for r in recipes)) if not _stored(store, n, source)]
+    store.ensure_writable(checkpoint.nbytes * len(missing))
+
+
+def _stored(store: ArtifactStore, key: str, source: ModelSource) -> bool:
+    """Whether an asset of the model was made before, and with it whatever it is made of."""
+    import dagster as dg
+
+    return store.recall(dg.AssetKey(key.split("/")), source.slug) is not None
 
 
 def _wanted_tasks(book: TaskBook, slug: str, recipes: list[Recipe], folders: list[Path]) -> list[str]:

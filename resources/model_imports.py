@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +82,9 @@ def opened(hub: ModelHub, source: ModelSource, track: Track = silent) -> Iterato
     with _staging(Path(hub.home), source.slug) as folder:
         found = Opened(hub, source, {})
         try:
+            start = time.monotonic()
             found.staged = _import(found, hub.fetch(source, folder), folder / "checkpoint", track)
+            found.staged.facts["import_seconds"] = round(time.monotonic() - start, 1)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(f"home {hub.home} is full; free space (`compression-dags store --prune`)") from error
