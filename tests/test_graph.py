@@ -225,16 +225,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_the_science_imports_no_dagster_assets_or_resources():
-<<<<<<< HEAD
     for path in (PROJECT / "compression_dags").rglob("*.py"):
         composes = path.name == "definitions.py" or path.name.startswith("cli")
         if path.parent.name == "compression_dags" and composes:
-=======
-    package = PROJECT / "compression_dags"
-    composition = {package / "definitions.py", *package.glob("cli*.py")}
-    for path in package.rglob("*.py"):
-        if path in composition:
->>>>>>> why
             continue
         outer = {n for n in imports_of(path) if n.split(".")[0] in {"dagster", "assets", "resources"}}
         assert not outer, (path, outer)
