@@ -284,9 +284,13 @@ def _type(field: Any) -> str:
 @json_option
 def leaderboard(model: str | None, home: Path, as_json: bool) -> None:
     """Scores of all recipes that were run, against the baseline."""
+    from compression_dags.cli_export import changed_recipes
     from compression_dags.cli_results import leaderboard_text, leaderboards
 
     tables = leaderboards(home, model)
+    changed = {slug: changed_recipes(home, slug, table["family"]) for slug, table in tables.items()}
+    for slug, table in tables.items():
+        table["recipe_changed"] = [changed[slug].get(name) for name in table["family"]]
     emit(
         {slug: json.loads(t.to_json(orient="records") or "[]") for slug, t in tables.items()},
         as_json,
@@ -328,13 +332,14 @@ def why(model: str, recipe: str, layer: str, home: Path, as_json: bool) -> None:
 @model_option
 @click.option("-r", "--recipe", required=True, metavar="RECIPE")
 @click.option("--to", "target", required=True, metavar="DIR", help="A new or empty directory.")
+@click.option("--as-run", is_flag=True, help="What was run, though the recipe says something else now.")
 @home_option
 @json_option
-def export(model: str, recipe: str, target: str, home: Path, as_json: bool) -> None:
+def export(model: str, recipe: str, target: str, as_run: bool, home: Path, as_json: bool) -> None:
     """Write a stock checkpoint directory with model card and lineage."""
-    from compression_dags.cli_results import export_checkpoint
+    from compression_dags.cli_export import export_checkpoint
 
-    written = export_checkpoint(home, model, recipe, Path(target))
+    written = export_checkpoint(home, model, recipe, Path(target), as_run=as_run)
     emit({"checkpoint": str(written)}, as_json, f"{written}: loads with AutoModelForCausalLM.from_pretrained")
 
 

@@ -1,21 +1,16 @@
-"""The CLI's reading verbs: leaderboard, decisions, export, store. They read the artifact store and compute nothing."""
+"""The CLI's reading verbs: leaderboard and decisions. They read the artifact store and compute nothing."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from assets.base_models import base_model
-from compression_dags.checkpoints.exporting import copy_checkpoint, new_directory
 from compression_dags.definitions import Graph, Settings, build_graph
 from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import evaluation_book
-from compression_dags.provenance.artifacts import Artifact
 from compression_dags.provenance.decisions import read_decisions
-from compression_dags.recipes import load_recipes, pick_recipes, recipes_folder
+from compression_dags.recipes import load_recipes, recipes_folder
 from resources.artifact_store import ArtifactStore
 from resources.model_hub import ModelHub
 
@@ -24,7 +19,7 @@ def _graph() -> Graph:
     return build_graph(load_recipes(), evaluation_book(recipes_folder()), Settings.from_environment())
 
 
-def _slug(home: Path, model: str) -> str:
+def known_slug(home: Path, model: str) -> str:
     """The slug of a model that this home knows.
 
     Raises:
@@ -43,17 +38,24 @@ def _slug(home: Path, model: str) -> str:
 def leaderboards(home: Path, model: str | None) -> dict[str, pd.DataFrame]:
     """Slug → leaderboard of every model that has one."""
     store = ArtifactStore(home=str(home))
-    slugs = [_slug(home, model)] if model else sorted(ModelHub(home=str(home)).registered())
+    slugs = [known_slug(home, model)] if model else sorted(ModelHub(home=str(home)).registered())
     found = {slug: store.recall(Graph.SUMMARY[0], slug) for slug in slugs}
     return {slug: pd.read_parquet(a.path / "leaderboard.parquet") for slug, a in found.items() if a}
 
 
 def leaderboard_text(tables: dict[str, pd.DataFrame]) -> str:
-    from compression_dags.evaluation.scorecard import frame_text
-
     if not tables:
         return "nothing was run yet: compression-dags run -m MODEL -r RECIPE"
-    return "\n\n".join(f"{slug}\n{frame_text(table)}" for slug, table in tables.items())
+    return "\n\n".join(f"{slug}\n{_board(table)}" for slug, table in tables.items())
+
+
+def _board(table: pd.DataFrame) -> str:
+    """A leaderboard, and below it what recipes say otherwise now than when they were run."""
+    from compression_dags.evaluation.scorecard import frame_text
+
+    changed = table.pop("recipe_changed").dropna()
+    notes = [f"{table['family'][i]} was run with another form of its recipe: {why}" for i, why in changed.items()]
+    return "\n".join([frame_text(table), *notes])
 
 
 def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.DataFrame:
@@ -62,7 +64,7 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
     Raises:
         InputError: unknown model, recipe or stage, or nothing run yet.
     """
-    slug = _slug(home, model)
+    slug = known_slug(home, model)
     store = ArtifactStore(home=str(home))
     found = store.recall(Graph.SUMMARY[1], slug)
     if found is None:
@@ -88,40 +90,3 @@ def ledger_text(frame: pd.DataFrame) -> str:
     reasons = ["reason", *(r or "(stored before reasons were recorded)" for r in frame["reason"])]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"{line}  {reason}" for line, reason in zip(lines, reasons, strict=True))
-
-
-def export_checkpoint(home: Path, model: str, recipe: str, target: Path) -> Path:
-    """Copy the last weights of a recipe with model card and `compression.json`.
-
-    Raises:
-        InputError: not run yet, or the target is not an empty or new directory that can be written.
-        IntegrityError: the stored weights are damaged; nothing was exported.
-    """
-    from compression_dags.provenance.model_card import write_card
-
-    slug, store, graph = _slug(home, model), ArtifactStore(home=str(home)), _graph()
-    (chosen,) = pick_recipes(graph.recipes, [recipe])
-    family = graph.families[recipe]
-    weights, card = store.recall(family.weights, slug), store.recall(family.scorecard, slug)
-    base = store.recall(base_model.key, slug)
-    if weights is None or card is None or base is None:
-        raise InputError(f"recipe {recipe} was not run on {slug}: compression-dags run -m {slug} -r {recipe}")
-    lineage = {key.to_user_string(): a for key in family.keys([]) if (a := store.recall(key, slug))}
-    scores = json.loads((card.path / "scorecard.json").read_text())
-    with new_directory(target, outside=home) as work:
-        copy_checkpoint(weights, work)
-        write_card(work, chosen.describe(), slug, base, weights, _lineage(lineage), scores, _stage_decisions(lineage))
-    return target
-
-
-def _lineage(artifacts: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
-    return {
-        key: {"fingerprint": a.fingerprint, "digest": a.digest, "run_id": a.run_id, "inputs": a.inputs}
-        for key, a in artifacts.items()
-    }
-
-
-def _stage_decisions(artifacts: dict[str, Artifact]) -> pd.DataFrame:
-    from compression_dags.provenance.decisions import join_ledger
-
-    return join_ledger("", [("", a) for a in artifacts.values()])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from assets.base_models import base_model
 from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.cli_results import _graph, _slug
+from compression_dags.cli_results import _graph, known_slug
 from compression_dags.errors import InputError
 from compression_dags.provenance.story import Story, decided_names, story, subject_of
 from compression_dags.recipes import BASELINE, pick_recipes
@@ -19,7 +19,7 @@ def tell(home: Path, model: str, recipe: str, layer: str) -> tuple[str, Story]:
     Raises:
         InputError: an unknown model, recipe or layer, naming the known ones; or a recipe that was not run.
     """
-    slug, store, graph = _slug(home, model), ArtifactStore(home=str(home)), _graph()
+    slug, store, graph = known_slug(home, model), ArtifactStore(home=str(home)), _graph()
     if recipe != BASELINE:
         pick_recipes(graph.recipes, [recipe])
     base = store.recall(base_model.key, slug)

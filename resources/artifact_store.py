@@ -232,6 +232,12 @@ class ArtifactStore(dg.ConfigurableResource):
         found = self.find(kind, fingerprint)
         return replace(found, recipe=recipe) if found else None
 
+    def keys_of(self, partition: str) -> list[dg.AssetKey]:
+        """Assets of which this partition has a handle, sorted."""
+        root = self.root / "handles"
+        found = [path for path in root.rglob("*.json") if path.name == f"{partition}.json"]
+        return [dg.AssetKey(list(parts)) for parts in sorted(p.parent.relative_to(root).parts for p in found)]
+
     def forget(self, partition: str) -> None:
         """Remove the handles of a partition; its artifacts stay until they are pruned."""
         for path in (self.root / "handles").rglob("*.json"):

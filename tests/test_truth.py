@@ -9,7 +9,9 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from click.testing import CliRunner
 
+from compression_dags.cli import main
 from compression_dags.definitions import Settings, build_graph, evaluation_book
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.artifacts import Request, content_digest, describe_files
@@ -169,6 +171,30 @@ def test_the_digest_of_a_checkpoint_is_what_it_computes(tmp_path):
         (checkpoint / name).write_text('{"do_sample": true}')
         assert digest() != plain, name
         plain = digest()
+
+
+def test_what_was_run_is_what_is_described(tmp_path, stub_scores, monkeypatch):
+    """A recipe that was edited since: export says so and asks, the board marks it, the card says what was run."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    run(tmp_path / "home", folder, "stories260k")
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(folder))
+    line = ["export", "-m", "stories260k", "-r", "cut", "--home", str(tmp_path / "home"), "--to"]
+    assert CliRunner().invoke(main, [*line, str(tmp_path / "same")]).exit_code == 0
+    (folder / "cut.yaml").write_text(CUT.replace("W8A16", "W4A16"))
+    refused = CliRunner().invoke(main, [*line, str(tmp_path / "out")])
+    assert refused.exit_code == 2 and "scheme was" in refused.stderr and not (tmp_path / "out").exists()
+    assert CliRunner().invoke(main, [*line, str(tmp_path / "out"), "--as-run"]).exit_code == 0
+    record = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert record["recipe"]["stages"][1]["quantize"]["scheme"] == "W8A16"
+    assert "scheme: W8A16" in (tmp_path / "out" / "README.md").read_text()
+    assert list(record["lineage"]) == ["base_model", "cut/merge_plan", "cut/merged_weights", "cut/quantized_weights"]
+    board = CliRunner().invoke(main, ["leaderboard", "--home", str(tmp_path / "home")]).stdout
+    assert "cut was run with another form of its recipe" in board
+    victim = next((tmp_path / "home" / "artifacts" / "quantized_weights").rglob("*.safetensors"))
+    flip(victim)
+    damaged = CliRunner().invoke(main, [*line, str(tmp_path / "bad"), "--as-run"])
+    assert damaged.exit_code == 1 and "damaged" in damaged.stderr and not (tmp_path / "bad").exists()
 
 
 MANY = """
