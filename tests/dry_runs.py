@@ -63,7 +63,7 @@ def dry_run(home: Path, recipes: dict[str, Recipe], tasks=("heldout_stories",), 
     resources = {**graph.definitions.resources, "store": store, "io_manager": HandleIO(store=store)}
     definitions = dg.Definitions(assets=graph.definitions.assets, resources=resources, executor=dg.in_process_executor)
     keys = [k for k in graph.keys(list(recipes), list(tasks)) if k not in graph.SUMMARY]
-    with dg.instance_for_test() as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(base_models.name or "", [source.slug])
         result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=instance,

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import signal
 import sys
@@ -142,17 +141,16 @@ def test_one_of_two_devices_is_free(cuda, tmp_path):
         assert device.name == "cuda:1"
 
 
-def test_a_wait_says_for_what_and_ends_with_its_holder(cuda, tmp_path, caplog, monkeypatch):
+def test_a_wait_says_for_what_and_ends_with_its_holder(cuda, tmp_path, monkeypatch):
     cuda()
-    monkeypatch.setattr(logging.getLogger("compression_dags"), "propagate", True)
-    caplog.set_level(logging.INFO, "compression_dags")
+    said: list[str] = []
+    monkeypatch.setattr(accelerator.logger, "info", lambda text, *values: said.append(text % values))
     lock = tmp_path / "locks" / "cuda-0.lock"
     with another_process(lock.parent) as (kill, holder):
         waits = iter([lambda: None, kill])
         monkeypatch.setattr(accelerator, "time", SimpleNamespace(sleep=lambda _: next(waits)()))
         with Accelerator(home=str(tmp_path)).lease() as device:
             assert device.name == "cuda:0" and lock.read_text() == str(os.getpid())
-    said = [r.message for r in caplog.records if "waiting" in r.message]
     assert said == [f"waiting for a device: cuda:0 is held by process {holder} ({lock})"]
 
 

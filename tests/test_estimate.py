@@ -123,7 +123,7 @@ def test_assets_are_counted_as_the_graph_has_them(house):
     pretend(settings, graph, activations, config={"samples": 2048, "seed": 0})
     assert missing(settings, graph, keys) == len(keys), "what it is made of is not"
     tokens = next(k for k in keys if k.path[-1] == "calibration_tokens")
-    options = {"corpus": "c4-sample", "sequences": 16, "length": 9000, "seed": 0, "packing": "concat"}
+    options = {"sequences": 16, "length": 9000, "seed": 0, "packing": "concat"}
     for key, config in ((tokens, options), (dg.AssetKey(["base_model"]), {})):
         pretend(settings, graph, key, config=config)
     stored = settings.home / "artifacts" / "base_model" / "base_model0"

@@ -39,7 +39,7 @@ def run(home: Path, recipes: dict, names=None, tasks=("heldout_stories",), model
     source = hub.resolve(model)
     hub.register(source)
     graph = graph_of(home, recipes)
-    with dg.instance_for_test() as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(base_models.name, [source.slug])
         result = graph.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=instance,

@@ -202,7 +202,7 @@ def test_yaml_taken():
         ("0.20", ".nan", "3: stages.0.merge.ratio"),
         ("0.20", "'nan'", "3: stages.0.merge.ratio: 'nan'"),
         ("0.20", "'inf'", "3: stages.0.merge.ratio: 'inf'"),
-        ("ratio: 0.20", "layers: true", "3: stages.0.merge.layers: true is not allowed"),
+        ("ratio: 0.20", "layers: true", "3: stages.0.merge: layers: must be a number, not true"),
         ("shortgpt", "no", "3: stages.0.merge.method: 'no' is unknown"),
         ("shortgpt", "[a]", "is unknown"),
         ("try-20", "all", "1: name: 'all' is reserved"),
@@ -412,7 +412,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("error", "code", "says"), FAILURES, ids=lambda v: type(v).__name__)
 def test_every_failure_is_one_line(desk, monkeypatch, error, code, says):
-    def fail(_):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr("compression_dags.recipes.load_recipes", fail)
@@ -432,7 +432,7 @@ def test_a_reader_that_leaves_is_no_failure(desk, monkeypatch):
 def test_dagster_s_interruption_is_a_stop(desk, monkeypatch):
     from dagster._core.errors import DagsterExecutionInterruptedError
 
-    def fail(_):
+    def fail(*_):
         raise DagsterExecutionInterruptedError()
 
     monkeypatch.setattr("compression_dags.recipes.load_recipes", fail)

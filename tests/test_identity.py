@@ -31,7 +31,7 @@ def test_the_identity_is_json_and_names_every_method():
     assert found["stages"]["together"]["damping"] == GPTQ.model_fields["damping"].default
     assert found["stages"]["single groups"]["target"] == "own"
     assert bank_versions(options(sparsities=[0.5])).keys() == {
-        "alternatives", "quantize: gptq", "recover: least-squares", "sparsify: wanda",
+        "alternatives", "quantize: gptq", "recover: least-squares", "sparsify: wanda", "allocation: uniform",
     }  # fmt: skip
     plain = options(quantizer={"method": "rtn"}, depth=False)
     assert bank_versions(plain).keys() == {"alternatives", "quantize: rtn"}

@@ -51,7 +51,7 @@ def costed(source, options):
         {"depth": False},
         {"units": "layer"},
         {"sparsities": [0.25, 0.5], "most_removed": 0.6},
-        {"schemes": ["NVFP4A16", "MXFP4A16"], "depth": False},
+        {"schemes": ["NVFP4A16"], "depth": False},
         {"schemes": ["W4A16/32"], "quantizer": {"method": "rtn", "ignore": ["lm_head", r"re:.*\.1\..*"]}},
     ],
 )
@@ -334,10 +334,7 @@ def test_a_model_from_the_hub_is_checked_as_soon_as_it_is_here(stories, tmp_path
     cached.parent.mkdir(parents=True)
     cached.symlink_to(stories)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    computed, execute = [], cli_run.execute
-    monkeypatch.setattr(
-        cli_run, "execute", lambda d, s, keys, x: computed.append([k.path[-1] for k in keys]) or execute(d, s, keys, x)
-    )
+    monkeypatch.setattr(cli_run, "execute", lambda *_: pytest.fail("something is computed"))
     monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path))
     (tmp_path / "r.yaml").write_text("name: r\nstages:\n  - quantize: {method: gptq, scheme: W4A16, bits: 3.5}\n")
     common = ["-m", "tiny/stories@" + "0" * 40, "--home", str(tmp_path / "home")]
@@ -345,4 +342,4 @@ def test_a_model_from_the_hub_is_checked_as_soon_as_it_is_here(stories, tmp_path
     planned = CliRunner().invoke(main, ["plan", *common, "--bits", "3.5"])
     for done in (ran, planned):
         assert done.exit_code == 2 and "3.5 bits: the least that these schemes allow is 4.6582" in done.output
-    assert computed == [["base_model"]], "the second time its headers are known"
+    assert [p.name for p in (tmp_path / "home" / "artifacts").iterdir()] == ["base_model"]

@@ -15,6 +15,7 @@ import pytest
 
 from assets.base_models import import_base_model
 from compression_dags.checkpoints import gguf_import, importing
+from compression_dags.checkpoints.contents import computed_digest
 from compression_dags.checkpoints.gate import load_stock, probe_ids
 from compression_dags.checkpoints.reader import SINGLE, Checkpoint
 from compression_dags.errors import InputError
@@ -157,7 +158,8 @@ def test_identity_reads_unchanged_files_once(hub, model, monkeypatch):
     copies = count_copies(monkeypatch)
     source = hub.resolve(str(model))
     first = hub.identity(source)
-    assert first == {name: file_digest(model / name) for name in first} and SINGLE in first and "README.md" not in first
+    assert first == {name: computed_digest(model / name, file_digest(model / name)) for name in first}
+    assert SINGLE in first and "README.md" not in first
     assert ModelHub(home=hub.home).identity(source) == first and len(copies) == 1
     edit_weights(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
     changed = hub.identity(source)

@@ -39,7 +39,7 @@ def run(home: Path, folder: Path, model: str, tasks=("heldout_stories",)) -> dic
     ModelHub(home=str(home)).register(source)
     book = evaluation_book(PROJECT / "recipes")
     graph = build_graph(recipes, book, Settings(home, device="cpu"), book.resolve(list(tasks)))
-    with dg.instance_for_test() as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(base_models.name or "", [source.slug])
         result = graph.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
             instance=instance,
@@ -203,7 +203,7 @@ calibration: {sequences: 24, length: 64, samples: 64}
 stages:
   - merge: {method: shortgpt, ratio: 0.2}
   - recover: {method: least-squares}
-  - sparsify: {method: sparsegpt, sparsity: 0.5, allocation: {method: als}}
+  - sparsify: {method: sparsegpt, sparsity: 0.5}
   - quantize: {method: gptq, scheme: W8A16, group_size: 32}
 evaluate: [heldout_stories]
 """

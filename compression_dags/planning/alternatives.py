@@ -103,7 +103,7 @@ class BankOptions(Options):
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
         for choice in self.choices():
             quantizer_stage(self.quantizer, choice)
-        check_together({f"schemes {entry}": c for entry, c in zip(self.schemes, self.choices(), strict=True)})
+        check_together({f"schemes {choice.label}": choice for choice in self.choices()})
         if isinstance(self.recover, dict):
             recovery_of(self.recover)
         if self.first_rows > self.rows:
