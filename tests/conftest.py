@@ -22,6 +22,15 @@ os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+#: Files that take long because they start processes or run whole graphs: first, so that no worker ends alone with one.
+LONG = ("cli", "truth", "killed", "graph", "readers", "planning", "fingerprints", "distillation", "wheel")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `gpu` are skipped without a GPU; a kernel alone also runs in Triton's interpreter."""
     marker = item.get_closest_marker("gpu")
