@@ -5,12 +5,12 @@ from typing import Any
 
 import dagster as dg
 
-from assets.publishing import publish
+from compression_dags.assets.publishing import publish
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact, Request, write_size
-from compression_dags.stages import bar
-from resources.artifact_store import ArtifactStore, Produced, Workplace
-from resources.model_hub import ModelHub, ModelSource
+from compression_dags.resources.artifact_store import ArtifactStore, Produced, Workplace
+from compression_dags.resources.model_hub import ModelHub, ModelSource
+from compression_dags.stage import bar
 
 #: 2: the digest covers what computes, not the card; `size.json`.
 VERSION = "2"
@@ -26,7 +26,7 @@ def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: Mod
     """A base model as it came: weights, tokenizer and config, validated (architecture, whole and finite safetensors,
     tokenizer matches the vocabulary, stock reload, one forward pass) with revision, licence and the sha256 of every
     file. It is registered when it has passed."""
-    from resources.model_imports import opened
+    from compression_dags.resources.model_imports import opened
 
     slug = context.partition_key
     source = _source(hub, slug, context.run.tags.get(REFERENCE))
@@ -48,7 +48,7 @@ def import_base_model(store: ArtifactStore, hub: ModelHub, source: ModelSource) 
     Raises:
         InputError: the model is refused or cannot be fetched; nothing was registered or stored.
     """
-    from resources.model_imports import opened
+    from compression_dags.resources.model_imports import opened
 
     with opened(hub, source, bar) as found:
         produced = store.produce(_request(found.identity), _build(found))

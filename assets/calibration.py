@@ -2,17 +2,17 @@
 
 import dagster as dg
 
-from assets.base_models import base_model, base_models
-from assets.publishing import GPU_POOL, picture, publish
+from compression_dags.assets.base_models import base_model, base_models
+from compression_dags.assets.publishing import GPU_POOL, picture, publish
 from compression_dags.calibration.corpora import Calibration, corpus_digest
 from compression_dags.calibration.statistics import VERSION
-from compression_dags.merging.similarity import VERSION as SIMILARITY_VERSION
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.provenance.escaping import markdown_code
 from compression_dags.recipes import options_digest
-from compression_dags.sparsity.redundancy import VERSION as REDUNDANCY_VERSION
-from resources.accelerator import Accelerator
-from resources.artifact_store import ArtifactStore
+from compression_dags.resources.accelerator import Accelerator
+from compression_dags.resources.artifact_store import ArtifactStore
+from compression_dags.similarity.evidence import VERSION as SIMILARITY_VERSION
+from compression_dags.similarity.redundancy import VERSION as REDUNDANCY_VERSION
 
 SIMILARITIES = ("block_influence", "angular", "npib", "cka")
 #: Also drawn from the activations, for sparsity; its tables are not a merging method's.
@@ -101,7 +101,7 @@ def _activations(calibration: Calibration) -> dg.AssetsDefinition:
             from compression_dags.calibration.corpora import load_blocks
             from compression_dags.calibration.streaming import DecoderStream
             from compression_dags.checkpoints.reader import Checkpoint
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             with accelerator.lease() as device:
                 stream = DecoderStream(Checkpoint(base.checkpoint), device=device.name, dtype=device.dtype)
@@ -140,7 +140,7 @@ def _similarity(calibration: Calibration, metric: str) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, store: ArtifactStore, activations: Artifact
     ) -> dg.Output[Artifact]:
         def build(work):
-            from compression_dags.merging.similarity import write_similarity
+            from compression_dags.similarity.evidence import write_similarity
 
             return write_similarity(metric, activations.path, work.out)
 
@@ -170,7 +170,7 @@ def _redundancy(calibration: Calibration) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, store: ArtifactStore, activations: Artifact
     ) -> dg.Output[Artifact]:
         def build(work):
-            from compression_dags.sparsity.redundancy import write_redundancy
+            from compression_dags.similarity.redundancy import write_redundancy
 
             return write_redundancy(activations.path, work.out)
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import dagster as dg
 
-from assets.base_models import base_model, base_models
-from assets.publishing import GPU_POOL, publish
+from compression_dags.assets.base_models import base_model, base_models
+from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.evaluation.samples import NEW_TOKENS, NO_TOKENIZER, PROMPTS
 from compression_dags.evaluation.samples import VERSION as SAMPLES_VERSION
 from compression_dags.evaluation.tasks import Task
 from compression_dags.provenance.artifacts import Artifact, Request, write_metrics
 from compression_dags.provenance.escaping import markdown_code, markdown_line, markdown_text
 from compression_dags.recipes import BASELINE, options_digest
-from resources.accelerator import Accelerator
-from resources.artifact_store import ArtifactStore
-from resources.evaluator import Evaluator
+from compression_dags.resources.accelerator import Accelerator
+from compression_dags.resources.artifact_store import ArtifactStore
+from compression_dags.resources.evaluator import Evaluator
 
 SAMPLES = "samples.json"
 #: 2: with samples. 3: scores and sizes from files that digests cover; names the weights it is about.
@@ -152,7 +152,7 @@ def build_scorecard(family: str, weights_key: dg.AssetKey, tasks: Sequence[Task]
             inputs["samples"] = written.digest
 
         def build(work):
-            from compression_dags.evaluation.scorecard import make_scorecard
+            from compression_dags.reports.scorecard import make_scorecard
 
             baseline = json.loads((dense.path / "scorecard.json").read_text()) if dense else None
             samples = json.loads((written.path / SAMPLES).read_text()) if written else None

@@ -5,12 +5,18 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from assets.base_models import base_model
-from assets.calibration import SIMILARITIES, calibration_key
-from assets.evaluation import build_evaluations, build_scorecard, eval_key, samples_key
-from assets.merging import build_merge_plan, build_merged_weights, build_recovered_weights, recipe_key, recovered_key
-from assets.quantization import build_quantization_plan, build_quantized_weights
-from assets.sparsity import build_sparse_weights, build_sparsity_plan
+from compression_dags.assets.base_models import base_model
+from compression_dags.assets.calibration import SIMILARITIES, calibration_key
+from compression_dags.assets.evaluation import build_evaluations, build_scorecard, eval_key, samples_key
+from compression_dags.assets.merging import (
+    build_merge_plan,
+    build_merged_weights,
+    build_recovered_weights,
+    recipe_key,
+    recovered_key,
+)
+from compression_dags.assets.quantization import build_quantization_plan, build_quantized_weights
+from compression_dags.assets.sparsity import build_sparse_weights, build_sparsity_plan
 from compression_dags.evaluation.tasks import Task
 from compression_dags.recipes import BASELINE, Recipe
 

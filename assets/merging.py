@@ -4,14 +4,14 @@ from typing import Any
 
 import dagster as dg
 
-from assets.base_models import base_model, base_models
-from assets.calibration import calibration_key
-from assets.publishing import GPU_POOL, publish
-from compression_dags.merging.apply import VERSION
+from compression_dags.assets.base_models import base_model, base_models
+from compression_dags.assets.calibration import calibration_key
+from compression_dags.assets.publishing import GPU_POOL, publish
+from compression_dags.depth.apply import VERSION
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
-from resources.accelerator import Accelerator
-from resources.artifact_store import ArtifactStore
+from compression_dags.resources.accelerator import Accelerator
+from compression_dags.resources.artifact_store import ArtifactStore
 
 
 def recipe_key(recipe: Recipe, name: str) -> dg.AssetKey:
@@ -48,11 +48,11 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
         def build(work):
             from compression_dags.calibration.corpora import load_blocks
             from compression_dags.checkpoints.reader import Checkpoint
-            from compression_dags.merging.apply import removed_share
-            from compression_dags.merging.plan import Bench
-            from compression_dags.merging.similarity import read_evidence
+            from compression_dags.depth.apply import removed_share
+            from compression_dags.depth.plan import Bench
             from compression_dags.provenance.decisions import write_decisions
-            from compression_dags.stages import bar
+            from compression_dags.similarity.evidence import read_evidence
+            from compression_dags.stage import bar
 
             source = Checkpoint(base.checkpoint)
             merge.check(source.facts)
@@ -110,8 +110,8 @@ def build_merged_weights(recipe: Recipe) -> dg.AssetsDefinition:
             from compression_dags.checkpoints.facts import record_size
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
-            from compression_dags.merging.apply import apply_plan, reference_logits
-            from compression_dags.merging.plan import MergePlan
+            from compression_dags.depth.apply import apply_plan, reference_logits
+            from compression_dags.depth.plan import MergePlan
 
             source, chosen = Checkpoint(base.checkpoint), MergePlan.load(plan.path)
             written = apply_plan(source, chosen, work.out / CHECKPOINT)
@@ -167,10 +167,10 @@ def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> 
             from compression_dags.checkpoints.facts import record_size
             from compression_dags.checkpoints.gate import check_reload
             from compression_dags.checkpoints.reader import Checkpoint
-            from compression_dags.merging.apply import reference_logits
-            from compression_dags.merging.plan import MergePlan, keep_only
+            from compression_dags.depth.apply import reference_logits
+            from compression_dags.depth.plan import MergePlan, keep_only
             from compression_dags.provenance.decisions import write_decisions
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             teacher, student = Checkpoint(base.checkpoint), Checkpoint(weights.checkpoint)
             recover.check(teacher.facts)

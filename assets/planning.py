@@ -4,17 +4,17 @@ from typing import Any
 
 import dagster as dg
 
-from assets.base_models import base_model, base_models
-from assets.calibration import calibration_key
-from assets.publishing import GPU_POOL, publish
+from compression_dags.assets.base_models import base_model, base_models
+from compression_dags.assets.calibration import calibration_key
+from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.calibration.corpora import Calibration
-from compression_dags.planning.alternatives import BankOptions
-from compression_dags.planning.bank import VERSION
+from compression_dags.planning.candidate_table import VERSION
+from compression_dags.planning.candidates import BankOptions
 from compression_dags.planning.identity import bank_identity
 from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
 from compression_dags.recipes import options_digest
-from resources.accelerator import Accelerator
-from resources.artifact_store import ArtifactStore
+from compression_dags.resources.accelerator import Accelerator
+from compression_dags.resources.artifact_store import ArtifactStore
 
 NAME = "alternatives"
 
@@ -53,9 +53,9 @@ def build_alternatives(calibration: Calibration, options: BankOptions) -> dg.Ass
             from compression_dags.calibration.corpora import load_blocks
             from compression_dags.calibration.statistics import load_statistics
             from compression_dags.checkpoints.reader import Checkpoint
-            from compression_dags.planning.bank import bank_decisions, measure_bank
+            from compression_dags.planning.candidate_table import bank_decisions, measure_bank
             from compression_dags.provenance.decisions import write_decisions
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             source, blocks = Checkpoint(base.checkpoint), load_blocks(tokens.path / "tokens.safetensors")
             found = load_statistics(activations["activations"].path) if activations else None

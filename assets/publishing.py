@@ -11,7 +11,7 @@ import dagster as dg
 from compression_dags.errors import InputError, IntegrityError, naming_dtype
 from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
-from resources.artifact_store import ArtifactStore, Workplace
+from compression_dags.resources.artifact_store import ArtifactStore, Workplace
 
 logger = logging.getLogger("compression_dags")
 #: Dagster queues assets of this pool one at a time; `Accelerator.lease` decides who computes on which device.

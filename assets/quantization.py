@@ -4,16 +4,16 @@ from typing import Any
 
 import dagster as dg
 
-from assets.base_models import base_models
-from assets.calibration import calibration_key
-from assets.merging import recipe_key
-from assets.publishing import GPU_POOL, publish
+from compression_dags.assets.base_models import base_models
+from compression_dags.assets.calibration import calibration_key
+from compression_dags.assets.merging import recipe_key
+from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.planning.identity import mixed_identity
 from compression_dags.planning.mixed import VERSION as MIXED_VERSION
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
-from resources.accelerator import Accelerator
-from resources.artifact_store import ArtifactStore
+from compression_dags.resources.accelerator import Accelerator
+from compression_dags.resources.artifact_store import ArtifactStore
 
 
 def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDefinition:
@@ -51,7 +51,7 @@ def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.planning.mixed import plan_schemes
             from compression_dags.provenance.decisions import write_decisions
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             source = Checkpoint(weights.checkpoint)
             quantizer.check(source.facts)
@@ -109,7 +109,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             from compression_dags.checkpoints.serving_lint import serving_fact
             from compression_dags.planning.mixed import SchemePlan
             from compression_dags.provenance.decisions import write_decisions
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             source = Checkpoint(weights.checkpoint)
             quantizer.check(source.facts)

@@ -4,15 +4,15 @@ from typing import Any
 
 import dagster as dg
 
-from assets.base_models import base_models
-from assets.calibration import calibration_key
-from assets.merging import recipe_key
-from assets.publishing import GPU_POOL, publish
+from compression_dags.assets.base_models import base_models
+from compression_dags.assets.calibration import calibration_key
+from compression_dags.assets.merging import recipe_key
+from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
+from compression_dags.resources.accelerator import Accelerator
+from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.sparsity.evidence import plan_identity
-from resources.accelerator import Accelerator
-from resources.artifact_store import ArtifactStore
 
 
 def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDefinition:
@@ -50,7 +50,7 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.provenance.decisions import write_decisions
             from compression_dags.sparsity.evidence import PruneBench, fresh_evidence, stored_evidence
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             source = Checkpoint(weights.checkpoint)
             sparsify.check(source.facts)
@@ -118,7 +118,7 @@ def build_sparse_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsD
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.provenance.decisions import write_decisions
             from compression_dags.sparsity.allocation import SparsityPlan
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             source, chosen = Checkpoint(weights.checkpoint), SparsityPlan.load(plan.path)
             sparsify.check(source.facts)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from assets.base_models import base_model, base_models
-from assets.publishing import picture, publish
+from compression_dags.assets.base_models import base_model, base_models
+from compression_dags.assets.publishing import picture, publish
 from compression_dags.provenance.artifacts import Artifact, Request
-from resources.artifact_store import ArtifactStore
+from compression_dags.resources.artifact_store import ArtifactStore
 
 #: Of the leaderboard. 2: its report shows what the models write. 3: what the report says of the model is an option;
 #: standard errors.
@@ -41,8 +41,8 @@ def build_leaderboard(scorecards: dict[str, dg.AssetKey], similarities: Sequence
         about = {name: base.facts.get(name) for name in ABOUT} | base.size
 
         def build(work):
-            from compression_dags.evaluation.scorecard import leaderboard_frame
-            from compression_dags.provenance.report import write_report
+            from compression_dags.reports.report import write_report
+            from compression_dags.reports.scorecard import leaderboard_frame
 
             read = [json.loads((a.path / "scorecard.json").read_text()) | {"family": name} for name, a in cards.items()]
             frame = leaderboard_frame(read)

@@ -36,9 +36,9 @@ from compression_dags.calibration.activations import profile_activations
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.merging.apply import apply_plan
-from compression_dags.merging.least_squares import LeastSquares
-from compression_dags.merging.plan import Bench, Evidence, MergePlan
+from compression_dags.depth.apply import apply_plan
+from compression_dags.depth.plan import Bench, Evidence, MergePlan
+from compression_dags.recovery.least_squares import LeastSquares
 from compression_dags.registry import METHODS
 
 #: What is asked of the default shape on one H100.

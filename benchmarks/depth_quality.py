@@ -27,13 +27,13 @@ from compression_dags.calibration.corpora import Calibration, TokenBlocks, make_
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.depth.apply import apply_plan, reference_logits
+from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, keep_only
 from compression_dags.evaluation.perplexity import perplexity
 from compression_dags.evaluation.tasks import PerplexityTask
-from compression_dags.merging.apply import apply_plan, reference_logits
-from compression_dags.merging.plan import Bench, Evidence, MergePlan, MergeStage, keep_only
-from compression_dags.merging.recovery import RecoverStage
-from compression_dags.merging.similarity import read_evidence, write_similarity
+from compression_dags.recovery.stage import RecoverStage
 from compression_dags.registry import METHODS
+from compression_dags.similarity.evidence import read_evidence, write_similarity
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
 

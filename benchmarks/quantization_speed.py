@@ -54,8 +54,8 @@ from speed_rig import (
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.quantization.packing import Packer
+from compression_dags.quantization.rounding_pass import RoundWalk
 from compression_dags.quantization.schemes import QuantizeStage
-from compression_dags.quantization.walk import RoundWalk
 from compression_dags.registry import METHODS
 from compression_dags.solvers.rounding import Grid, Rounded, Scales, find_scales, round_codes
 

@@ -29,20 +29,20 @@ from transformers import AutoTokenizer
 
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.cli_plan import parse_budget
-from compression_dags.merging.apply import apply_plan
-from compression_dags.merging.plan import Bench, MergePlan, MergeStage
-from compression_dags.merging.recovery import RecoverStage
-from compression_dags.planning.alternatives import Bank, BankOptions
-from compression_dags.planning.bank import measure_bank
-from compression_dags.planning.emit import recipe_of, recipe_text
+from compression_dags.cli.plan import parse_budget
+from compression_dags.depth.apply import apply_plan
+from compression_dags.depth.plan import Bench, MergePlan, MergeStage
+from compression_dags.planning.budget_solver import Measure, solve
+from compression_dags.planning.candidate_table import measure_bank
+from compression_dags.planning.candidates import Bank, BankOptions
 from compression_dags.planning.mixed import plan_schemes
-from compression_dags.planning.solve import Measure, solve
+from compression_dags.planning.recipe_writer import recipe_of, recipe_text
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.recipes import Recipe, load_recipe
+from compression_dags.recovery.stage import RecoverStage
 from compression_dags.sparsity.evidence import PruneBench, fresh_evidence
 from compression_dags.sparsity.stage import SparsifyStage
-from compression_dags.stages import Stage
+from compression_dags.stage import Stage
 
 Row = dict[str, Any]
 

@@ -25,8 +25,8 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from compression_dags.merging import cka, npib  # noqa: E402
-from compression_dags.merging.diffusion import diffusion_embedding  # noqa: E402
+from compression_dags.similarity import cka, npib  # noqa: E402
+from compression_dags.similarity.diffusion import diffusion_embedding  # noqa: E402
 
 FLOORS = {"ksg over scikit-learn per pair, n = 57": 100, "binned, n = 57, milliseconds": 50}
 DISTINCT = 2048  # tokens of the default calibration

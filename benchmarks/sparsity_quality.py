@@ -35,9 +35,9 @@ from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.planning.mixed import plan_schemes
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
+from compression_dags.similarity.redundancy import compute_redundancy
 from compression_dags.sparsity.allocation import SparsityEvidence
 from compression_dags.sparsity.evidence import PruneBench
-from compression_dags.sparsity.redundancy import compute_redundancy
 from compression_dags.sparsity.stage import Sparsified, SparsifyStage, all_matrices
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"

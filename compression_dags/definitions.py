@@ -10,23 +10,23 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.base_models import REFERENCE, base_model, base_models
-from assets.calibration import SIMILARITIES, build_calibration_assets, calibration_key
-from assets.families import Family, build_baseline, build_recipe_family
-from assets.planning import NAME as ALTERNATIVES
-from assets.planning import build_alternatives
-from assets.summary import build_decision_ledger, build_leaderboard
+from compression_dags.assets.base_models import REFERENCE, base_model, base_models
+from compression_dags.assets.calibration import SIMILARITIES, build_calibration_assets, calibration_key
+from compression_dags.assets.families import Family, build_baseline, build_recipe_family
+from compression_dags.assets.planning import NAME as ALTERNATIVES
+from compression_dags.assets.planning import build_alternatives
+from compression_dags.assets.summary import build_decision_ledger, build_leaderboard
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.evaluation.added import added_tasks
 from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
-from compression_dags.planning.alternatives import BankOptions
+from compression_dags.planning.candidates import BankOptions
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
-from resources.accelerator import Accelerator
-from resources.artifact_store import ArtifactStore, HandleIO
-from resources.evaluator import Evaluator
-from resources.model_hub import ModelHub
-from resources.model_imports import stamp_of
+from compression_dags.resources.accelerator import Accelerator
+from compression_dags.resources.artifact_store import ArtifactStore, HandleIO
+from compression_dags.resources.evaluator import Evaluator
+from compression_dags.resources.model_hub import ModelHub
+from compression_dags.resources.model_imports import stamp_of
 
 logger = logging.getLogger("compression_dags")
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from compression_dags.merging.angular import Angular
-from compression_dags.merging.come import Come, ComeP
-from compression_dags.merging.come_released import ComeReleased
-from compression_dags.merging.concat import Concat
-from compression_dags.merging.distillation import DistillMP, DistillSP
-from compression_dags.merging.laco import LaCo
-from compression_dags.merging.least_squares import LeastSquares
-from compression_dags.merging.linear_patch import LinearPatch
-from compression_dags.merging.mka import MKA
-from compression_dags.merging.mka_paper import MKAPaper
-from compression_dags.merging.mka_released import MKACodeFixedWrite, MKAReleased
-from compression_dags.merging.planned import Planned
-from compression_dags.merging.reverse import Reverse
-from compression_dags.merging.shortgpt import ShortGPT
-from compression_dags.merging.sleb import SLEB
-from compression_dags.merging.weighted_sum import WeightedSum
+from compression_dags.depth.concat.come import Come, ComeP
+from compression_dags.depth.concat.come_released import ComeReleased
+from compression_dags.depth.concat.concat import Concat
+from compression_dags.depth.methods.angular import Angular
+from compression_dags.depth.methods.laco import LaCo
+from compression_dags.depth.methods.planned import Planned
+from compression_dags.depth.methods.reverse import Reverse
+from compression_dags.depth.methods.shortgpt import ShortGPT
+from compression_dags.depth.methods.sleb import SLEB
+from compression_dags.depth.methods.weighted_sum import WeightedSum
+from compression_dags.depth.mka.options import MKA
+from compression_dags.depth.mka.paper import MKAPaper
+from compression_dags.depth.mka.released import MKACodeFixedWrite, MKAReleased
 from compression_dags.quantization.awq import AWQ
 from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.smoothquant import SmoothQuant
-from compression_dags.sparsity.admm import ADMM
-from compression_dags.sparsity.magnitude import Magnitude
-from compression_dags.sparsity.sparsegpt import SparseGPT
-from compression_dags.sparsity.wanda import Wanda
-from compression_dags.stages import Stage
+from compression_dags.recovery.distillation.options import DistillMP, DistillSP
+from compression_dags.recovery.least_squares import LeastSquares
+from compression_dags.recovery.linear_patch import LinearPatch
+from compression_dags.sparsity.pruners.admm import ADMM
+from compression_dags.sparsity.pruners.magnitude import Magnitude
+from compression_dags.sparsity.pruners.sparsegpt import SparseGPT
+from compression_dags.sparsity.pruners.wanda import Wanda
+from compression_dags.stage import Stage
 
 METHODS: dict[str, dict[str, type[Stage]]] = {
     "merge": {

@@ -14,7 +14,7 @@ from pathlib import Path
 import dagster as dg
 
 from compression_dags.errors import InputError
-from resources.memory import device_peak
+from compression_dags.resources.memory import device_peak
 
 logger = logging.getLogger("compression_dags")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

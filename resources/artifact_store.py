@@ -26,12 +26,12 @@ from compression_dags.provenance.artifacts import (
     describe_files,
     read_manifest,
 )
-from compression_dags.provenance.progress import Progress
+from compression_dags.provenance.resume import Progress
+from compression_dags.resources.home import running, working
+from compression_dags.resources.integrity import Integrity, protect, sync, sync_tree
+from compression_dags.resources.memory import PeakMemory, peak_memory
 from compression_dags.statefile import replace_json
 from compression_dags.waiting import held
-from resources.home import running, working
-from resources.integrity import Integrity, protect, sync, sync_tree
-from resources.memory import PeakMemory, peak_memory
 
 logger = logging.getLogger("compression_dags")
 _FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -11,7 +11,7 @@ import dagster as dg
 
 from compression_dags.evaluation.tasks import HarnessTask, PerplexityTask, Task, data_digest
 from compression_dags.paths import PROJECT
-from resources.accelerator import Accelerator, Device
+from compression_dags.resources.accelerator import Accelerator, Device
 
 
 class Evaluator(dg.ConfigurableResource):
@@ -73,7 +73,7 @@ class Session:
         """Metrics of one task; a perplexity's per-window losses go into `directory`."""
         if isinstance(task, PerplexityTask):
             from compression_dags.evaluation.perplexity import perplexity
-            from compression_dags.stages import bar
+            from compression_dags.stage import bar
 
             result = perplexity(
                 self.model,

@@ -17,8 +17,8 @@ from dagster._core.events import DagsterEventType
 from dagster._core.instance.config import ConcurrencyConfig, PoolConfig, PoolGranularity
 from dagster._core.storage.dagster_run import RunRecord
 
+from compression_dags.resources.home import is_alive, run_lock
 from compression_dags.waiting import held, holder, take
-from resources.home import is_alive, run_lock
 
 logger = logging.getLogger("compression_dags")
 _UNFINISHED = [

@@ -180,13 +180,13 @@ class ModelHub(dg.ConfigurableResource):
 
     def identity(self, source: ModelSource) -> dict[str, str]:
         """What enters the fingerprint of the base model: see `model_imports.identity`."""
-        from resources.model_imports import identity
+        from compression_dags.resources.model_imports import identity
 
         return identity(self, source)
 
     def check(self, source: ModelSource) -> None:
         """Refuse what can be refused from names and headers alone: see `model_imports.check`."""
-        from resources.model_imports import check
+        from compression_dags.resources.model_imports import check
 
         check(self, source)
 

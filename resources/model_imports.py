@@ -19,9 +19,9 @@ from compression_dags.checkpoints.headers import is_file
 from compression_dags.checkpoints.importing import ImportedModel, check_headers, import_checkpoint, stamps_of
 from compression_dags.checkpoints.model_files import check_entries
 from compression_dags.errors import InputError
-from compression_dags.stages import Track, silent
+from compression_dags.resources.model_hub import ModelHub, ModelSource
+from compression_dags.stage import Track, silent
 from compression_dags.statefile import locked, read_entries, write_entries
-from resources.model_hub import ModelHub, ModelSource
 
 logger = logging.getLogger("compression_dags")
 REMEMBERED = "digests.json"

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import MANIFEST, file_digest
+from compression_dags.resources.home import alone, working
 from compression_dags.waiting import take
-from resources.home import alone, working
 
 logger = logging.getLogger("compression_dags")
 DAY = 86400.0

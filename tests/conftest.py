@@ -5,21 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from resources.model_hub import ModelHub
+from compression_dags.resources.model_hub import ModelHub
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # torch reads it when first imported: the lazy form of torch.set_num_threads. Two workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 #: Files that take long because they start processes or run whole graphs: first, so that no worker ends alone with one.
@@ -49,7 +46,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """The command line writes `--home` and `--debug` into the environment, for its children; a test must not leave them."""
+    """The command line writes `--home` and `--debug` into the environment; a test must not leave them."""
     before = dict(os.environ)
     yield
     os.environ.clear()

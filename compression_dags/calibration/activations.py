@@ -24,8 +24,8 @@ from compression_dags.calibration.module_features import ModuleAlignment, Module
 from compression_dags.calibration.statistics import HIDDEN_STATES, STATISTICS
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.errors import IntegrityError
-from compression_dags.provenance.progress import Progress
-from compression_dags.stages import Track, silent
+from compression_dags.provenance.resume import Progress
+from compression_dags.stage import Track, silent
 
 #: Leading tokens of sequence 0 whose states are kept.
 FIRST_TOKENS = 128

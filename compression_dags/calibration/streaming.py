@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from compression_dags.architectures import Experts
 from compression_dags.calibration.corpora import TokenBlocks
-from compression_dags.calibration.fused import fuse
 from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.kernels.fused_layer import fuse
 
 #: Tokens in one forward of one layer; large enough to fill the device, small enough for its activations.
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compression_dags.checkpoints.headers import TensorInfo, read_header
 from compression_dags.errors import InputError
-from compression_dags.stages import Track, silent
+from compression_dags.stage import Track, silent
 
 if TYPE_CHECKING:
     import numpy as np

@@ -31,7 +31,7 @@ from compression_dags.checkpoints.stock_check import check_stock_load
 from compression_dags.checkpoints.tokenizer_check import check_tokenizer
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import file_digest
-from compression_dags.stages import Track, silent
+from compression_dags.stage import Track, silent
 
 
 @dataclass(frozen=True)

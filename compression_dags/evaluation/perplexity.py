@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.stages import Track, silent
+from compression_dags.stage import Track, silent
 
 if TYPE_CHECKING:
     import pandas

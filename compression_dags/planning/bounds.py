@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from compression_dags.errors import InputError
-from compression_dags.planning.alternatives import (
+from compression_dags.planning.candidates import (
     Alternative,
     Bank,
     BankOptions,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.planning.alternatives import PLANNED, BankOptions, quantizer_stage, recovery_of
-from compression_dags.planning.bank import VERSION
+from compression_dags.planning.candidate_table import VERSION
+from compression_dags.planning.candidates import PLANNED, BankOptions, quantizer_stage, recovery_of
+from compression_dags.planning.joint_costs import AUTO
 from compression_dags.planning.mixed import VERSION as MIXED_VERSION
 from compression_dags.planning.mixed import bank_options
-from compression_dags.planning.together import AUTO
 
 if TYPE_CHECKING:
     from compression_dags.quantization.schemes import QuantizeStage
-    from compression_dags.stages import Stage
+    from compression_dags.stage import Stage
 
 
 def bank_versions(options: BankOptions) -> dict[str, str]:
@@ -47,7 +47,7 @@ def versions_of(stage: Stage) -> dict[str, str]:
 def _stages(options: BankOptions) -> dict[str, Stage]:
     """Every stage that a bank runs, by what it is for."""
     from compression_dags.quantization.gptq import GPTQ
-    from compression_dags.sparsity.wanda import Wanda
+    from compression_dags.sparsity.pruners.wanda import Wanda
 
     choice = options.choices()[0]
     found: dict[str, Stage] = {"together": quantizer_stage(options.quantizer, choice)}

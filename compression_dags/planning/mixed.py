@@ -1,8 +1,8 @@
 """Mixed bits: a scheme for every group of projections, so that the weights take a given number of bits on average.
 
 Sensitivity is KL(base ‖ changed) on calibration text with one group of one layer rounded (by GPTQ; to nearest for
-`rtn`); the allocation is the exact optimum of their sum (`planning/solve.py`). Matrices of one input share a scheme, as
-engines that fuse query, key and value, or gate and up, require.
+`rtn`); the allocation is the exact optimum of their sum (`planning/budget_solver.py`). Matrices of one input share a
+scheme, as engines that fuse query, key and value, or gate and up, require.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compression_dags.errors import InputError
-from compression_dags.planning.alternatives import label_of
+from compression_dags.planning.candidates import label_of
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
-from compression_dags.stages import Track, silent
+from compression_dags.stage import Track, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.planning.alternatives import Alternative, BankOptions
+    from compression_dags.planning.candidates import Alternative, BankOptions
     from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "schemes.json"
@@ -52,7 +52,7 @@ class SchemePlan:
 
 
 def bank_options(stage: QuantizeStage) -> BankOptions:
-    from compression_dags.planning.alternatives import PLANNED, BankOptions
+    from compression_dags.planning.candidates import PLANNED, BankOptions
 
     schemes = tuple(dict.fromkeys((stage.scheme, *stage.candidates)))
     asked = {"schemes": schemes, "group_size": stage.choice.group_size, "units": "group", "depth": False}
@@ -75,10 +75,10 @@ def plan_schemes(
     Raises:
         InputError: fewer bits than the smallest candidate takes.
     """
-    from compression_dags.planning.bank import measure_bank
     from compression_dags.planning.bounds import check_bits
-    from compression_dags.planning.emit import chosen_schemes
-    from compression_dags.planning.solve import solve
+    from compression_dags.planning.budget_solver import solve
+    from compression_dags.planning.candidate_table import measure_bank
+    from compression_dags.planning.recipe_writer import chosen_schemes
 
     if stage.bits is None:
         raise InputError(f"quantize: {stage.method} asks for no average of bits")

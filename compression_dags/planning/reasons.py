@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from compression_dags.planning.alternatives import Alternative, Bank
+from compression_dags.planning.candidates import Alternative, Bank
 from compression_dags.provenance.wording import apart, counted, layers_said, number
 
 

@@ -12,17 +12,17 @@ from pydantic import Field
 
 from compression_dags.provenance.wording import number
 from compression_dags.quantization.schemes import QuantizeStage
-from compression_dags.stages import StatisticKind
+from compression_dags.stage import StatisticKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from compression_dags.calibration.inputs import InputSums
+    from compression_dags.passes.input_sums import InputSums
     from compression_dags.quantization.formats import Choice
+    from compression_dags.quantization.rounding_pass import RoundedGroup
     from compression_dags.quantization.smoothing import Fold
-    from compression_dags.quantization.walk import RoundedGroup
     from compression_dags.solvers.rounding import Rounded
 
 
@@ -172,7 +172,7 @@ def nearest_group(
     shares: dict[str, Tensor] | None = None,
 ) -> RoundedGroup:
     """W diag(s) of matrices (out_i, in) rounded to nearest, with the ranges of their groups times `shares`."""
-    from compression_dags.quantization.walk import RoundedGroup, as_bytes
+    from compression_dags.quantization.rounding_pass import RoundedGroup, as_bytes
     from compression_dags.solvers.rounding import Rounded, find_scales, round_codes
 
     def rounded(name: str, rows: Tensor | None = None) -> Rounded:

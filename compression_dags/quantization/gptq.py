@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.quantization.schemes import QuantizeStage
-from compression_dags.stages import Follows, StatisticKind
+from compression_dags.stage import Follows, StatisticKind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compression_dags.calibration.inputs import InputSums
+    from compression_dags.passes.input_sums import InputSums
     from compression_dags.quantization.formats import Choice
-    from compression_dags.quantization.walk import RoundedGroup
+    from compression_dags.quantization.rounding_pass import RoundedGroup
     from compression_dags.solvers.factor import Factor
 
 
@@ -61,7 +61,7 @@ def sweep_group(
     """GPTQ of matrices (out_i, in) that read one input. With `columns` s (in,) of W diag(s), whose input is x / s."""
     import torch
 
-    from compression_dags.quantization.walk import RoundedGroup, as_bytes
+    from compression_dags.quantization.rounding_pass import RoundedGroup, as_bytes
     from compression_dags.solvers.factor import inverse_factor
     from compression_dags.solvers.hessian import energy
     from compression_dags.solvers.round_sweep import round_sweep

@@ -14,7 +14,7 @@ from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import Choice, Layout
 from compression_dags.quantization.reasons import why_kept, why_scheme
 from compression_dags.quantization.schemes import QuantizedModel, QuantizeStage, Rounding, needs_rebuilding
-from compression_dags.stages import Track
+from compression_dags.stage import Track
 
 if TYPE_CHECKING:
     import torch

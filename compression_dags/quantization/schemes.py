@@ -22,16 +22,16 @@ from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
-from compression_dags.stages import Follows, Stage, StatisticKind, Track, silent
+from compression_dags.stage import Follows, Stage, StatisticKind, Track, silent
 
 if TYPE_CHECKING:
     import torch
 
     from compression_dags.calibration.corpora import TokenBlocks
-    from compression_dags.calibration.inputs import InputSums
-    from compression_dags.provenance.progress import Progress
+    from compression_dags.passes.input_sums import InputSums
+    from compression_dags.provenance.resume import Progress
+    from compression_dags.quantization.rounding_pass import RoundedGroup
     from compression_dags.quantization.smoothing import Fold
-    from compression_dags.quantization.walk import RoundedGroup
     from compression_dags.solvers.rounding import Rounded
 
     Rounder = Callable[[str], Rounded]
@@ -292,7 +292,7 @@ class QuantizeStage(Stage):
             raise InputError(f"{fp4} in {dtype} needs transformers >= 5.23; older ones load it in bfloat16 only")
         if not self.reads_tokens:
             return Packer(self, source, self._directly(source, choices, device), device, track).write(directory)
-        from compression_dags.quantization.walk import RoundWalk
+        from compression_dags.quantization.rounding_pass import RoundWalk
 
         walk = RoundWalk(self, source, choices, blocks, device, dtype)
         walk.run_layers(progress, track)

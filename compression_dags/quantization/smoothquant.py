@@ -8,15 +8,15 @@ from pydantic import Field, model_validator
 
 from compression_dags.errors import InputError
 from compression_dags.quantization.gptq import GPTQ, sweep_group
-from compression_dags.stages import Follows, StatisticKind
+from compression_dags.stage import Follows, StatisticKind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compression_dags.calibration.inputs import InputSums
+    from compression_dags.passes.input_sums import InputSums
     from compression_dags.quantization.formats import Choice
+    from compression_dags.quantization.rounding_pass import RoundedGroup
     from compression_dags.quantization.smoothing import Fold
-    from compression_dags.quantization.walk import RoundedGroup
 
 
 class SmoothQuant(GPTQ):

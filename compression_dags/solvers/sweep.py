@@ -111,11 +111,11 @@ def _walker(weight: Tensor, backend: str):
     if backend == "auto":
         backend = "torch"
         if weight.is_cuda and weight.dtype == torch.float32:
-            from compression_dags.solvers.sweep_triton import AVAILABLE
+            from compression_dags.kernels.sweep import AVAILABLE
 
             backend = "triton" if AVAILABLE else "torch"
     if backend == "triton":
-        from compression_dags.solvers.sweep_triton import walk_block as triton_walk
+        from compression_dags.kernels.sweep import walk_block as triton_walk
 
         return triton_walk
     if backend != "torch":

@@ -21,9 +21,9 @@ from pydantic import Field, field_validator
 from compression_dags.architectures import Architecture, StackFacts
 from compression_dags.errors import InputError
 from compression_dags.options import Options
+from compression_dags.similarity.redundancy import Redundancy
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.sparsity.knapsack import fill_smooth
-from compression_dags.sparsity.redundancy import Redundancy
 
 if TYPE_CHECKING:
     from torch import Tensor

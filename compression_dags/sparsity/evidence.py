@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from compression_dags.calibration.statistics import load_statistics
 from compression_dags.errors import InputError
+from compression_dags.similarity.redundancy import compute_redundancy, read_redundancy
 from compression_dags.sparsity.allocation import Allocation, SparsityEvidence, SparsityPlan
-from compression_dags.sparsity.redundancy import compute_redundancy, read_redundancy
-from compression_dags.stages import Track, silent
+from compression_dags.stage import Track, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def plan_identity(stage: SparsifyStage, reads: Sequence[str], samples: int, seed
         reads: `Recipe.sparsity_reads`.
     """
     from compression_dags.calibration.statistics import VERSION as PASS
-    from compression_dags.sparsity.redundancy import VERSION as REDUNDANCY
+    from compression_dags.similarity.redundancy import VERSION as REDUNDANCY
 
     allocation = stage.allocation
     found: dict[str, Any] = dict(stage.plan_options())
@@ -126,8 +126,8 @@ class PruneBench:
 
     def held_out_loss(self, plan: SparsityPlan) -> float:
         """Mean next-token loss (nats) of the model pruned by `plan`; rows at the end of the calibration set."""
-        from compression_dags.calibration.scored_rows import chosen_rows, stream_loss
         from compression_dags.calibration.streaming import DecoderStream
+        from compression_dags.passes.scored_rows import chosen_rows, stream_loss
 
         if self.blocks is None:
             raise InputError("allocation: scoring a candidate needs calibration tokens")

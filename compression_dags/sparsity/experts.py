@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compression_dags.calibration.inputs import InputSums
+from compression_dags.passes.input_sums import InputSums
 
 if TYPE_CHECKING:
-    from compression_dags.sparsity.walk import PruneWalk
+    from compression_dags.sparsity.pruning_pass import PruneWalk
 
 #: The module, within a layer, that holds the fused experts of every family.
 FUSED = "mlp.experts"

@@ -11,7 +11,7 @@ from compression_dags.solvers.patterns import Pattern
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compression_dags.calibration.inputs import InputSums
+    from compression_dags.passes.input_sums import InputSums
     from compression_dags.solvers.hessian import Hessian
     from compression_dags.sparsity.allocation import SparsityPlan
 

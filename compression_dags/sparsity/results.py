@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression_dags.calibration.host_copies import HostCopies
+from compression_dags.passes.host_copies import HostCopies
 from compression_dags.provenance.decisions import Decision
-from compression_dags.provenance.progress import as_note, from_note
+from compression_dags.provenance.resume import as_note, from_note
 from compression_dags.provenance.wording import apart
 from compression_dags.sparsity.allocation import UNSTRUCTURED, SparsityPlan
 from compression_dags.sparsity.experts import SAW_NONE

@@ -15,7 +15,6 @@ from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
 from compression_dags.solvers.patterns import Pattern
-from compression_dags.sparsity.allocate_uniform import Uniform
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     AllocationBench,
@@ -25,14 +24,15 @@ from compression_dags.sparsity.allocation import (
     make_plan,
 )
 from compression_dags.sparsity.allocators import AnyAllocation
-from compression_dags.stages import Follows, Stage, StatisticKind, Track, silent
+from compression_dags.sparsity.allocators.uniform import Uniform
+from compression_dags.stage import Follows, Stage, StatisticKind, Track, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.provenance.progress import Progress
+    from compression_dags.provenance.resume import Progress
     from compression_dags.sparsity.pruner import Problem, Pruned
 
 PLAN_FIELDS = {"sparsity", "pattern", "allocation"}
@@ -200,7 +200,7 @@ class SparsifyStage(Stage):
             InputError: no calibration tokens for a pruner that reads them, or a plan for other matrices.
             IntegrityError: activations or Hessians that cannot be used.
         """
-        from compression_dags.sparsity.walk import PruneWalk
+        from compression_dags.sparsity.pruning_pass import PruneWalk
 
         self.check(source.facts)
         if self.reads_tokens and blocks is None:

@@ -1,0 +1,1 @@
+"""Depth: which layers stay, and how others are dropped, merged or concatenated."""

@@ -1,0 +1,45 @@
+"""Concatenation of optimally chosen windows, as a start for a closed-form refit: no forward beyond the cached pass."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from compression_dags.architectures import StackFacts
+from compression_dags.depth.concat.come import ConcatStage
+from compression_dags.depth.plan import Bench, Evidence, MergePlan
+from compression_dags.depth.windows import cheapest_groups, window_distance
+from compression_dags.provenance.decisions import Decision
+
+
+class Concat(ConcatStage):
+    """Merge the windows of adjacent layers of least total angular distance, one layer each; then refit them.
+
+    CoMe's concatenation (arXiv 2510.15304) with everything chosen at once from the cached calibration pass: windows by
+    dynamic programming, where CoMe takes pair after pair; by default one ranking of all members' units, so that the
+    shares are an outcome; units scored by the error that losing each alone causes. Meant to be followed by
+    `recover: least-squares`, which refits the output projection of every merged layer to the base model's state at the
+    window's exit.
+    """
+
+    version: ClassVar[str] = "1"
+    method: Literal["concat"] = "concat"
+    score: Literal["l1", "l2"] = Field(
+        "l2", description="sensitivity of a unit: root mean square · L2 norm of its column, or mean |a| · L1 (CoMe)"
+    )
+    shares: Literal["free", "bi", "equal"] = Field(
+        "free", description="free: one ranking of all members' units; bi: by block influence; equal"
+    )
+    power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares")
+
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
+        assert bench is not None  # `measures`: the scores need the weights
+        self.check(facts)
+        goal = facts.layers - self.removed(facts.layers)
+        distance = window_distance(facts, self.free_layers(facts.layers), evidence.angular)
+        groups = cheapest_groups(facts.layers, goal, self.largest(facts), distance)
+        assert groups is not None  # `check` refused the impossible
+        return self._one_shot(facts, evidence, bench, groups, self.shares, self.power)

@@ -1,0 +1,34 @@
+"""Reverse pruning: remove the last layers first. The floor of every comparison (MKA's released code equals it)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from compression_dags.architectures import StackFacts
+from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.depth.reasons import from_the_end
+from compression_dags.provenance.decisions import Decision
+
+
+class Reverse(MergeStage):
+    """Drop the last layers, nearest the output first; needs no data.
+
+    Source: "reverse-order" in Men et al. 2024 and Lu et al. 2024 (arXiv 2411.15558). The method is the removal of the
+    tail, so the last layer is not protected by default.
+    """
+
+    version: ClassVar[str] = "1"
+    method: Literal["reverse"] = "reverse"
+    protect_last: int = Field(0, ge=0, description="last layers never touched")
+
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
+        free = self.free_layers(facts.layers)
+        gone = free[len(free) - self.removed(facts.layers) :]
+        plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
+        depth = [float(facts.layers - 1 - i) for i in range(facts.layers)]
+        reasons = from_the_end(self, facts.layers, gone, "reverse order")
+        return plan, depth_decisions(plan, depth, "layers from the output", {}, reasons)

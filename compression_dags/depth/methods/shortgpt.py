@@ -1,0 +1,35 @@
+"""ShortGPT (Men et al. 2024, arXiv 2403.03853): drop the layers of lowest block influence."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from compression_dags.architectures import StackFacts
+from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.depth.reasons import by_score
+from compression_dags.provenance.decisions import Decision
+
+
+class ShortGPT(MergeStage):
+    """Drop the layers of lowest block influence BI_l = 1 − E_t[cos(h_l,t, h_{l+1},t)].
+
+    Unlike the released code: cosines in float32 and sums in float64, all real tokens and no padding, and the last layer
+    is scored before the final norm. Nothing is done to the weights that stay.
+    """
+
+    version: ClassVar[str] = "1"
+    needs: ClassVar[tuple[str, ...]] = ("block_influence",)
+    method: Literal["shortgpt"] = "shortgpt"
+
+    def plan(
+        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+    ) -> tuple[MergePlan, list[Decision]]:
+        scores = evidence.block_influence
+        free = np.asarray(self.free_layers(facts.layers))
+        # stable: of equal scores the earlier layer goes first
+        gone = set(free[np.argsort(scores[free], kind="stable")[: self.removed(facts.layers)]].tolist())
+        plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
+        reasons = by_score(self, facts.layers, gone, scores, "block influence")
+        return plan, depth_decisions(plan, scores, "block influence", {}, reasons)

@@ -1,0 +1,1 @@
+"""Repair of a model after a cut or merge; never accepted if worse."""

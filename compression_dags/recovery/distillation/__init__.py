@@ -1,0 +1,1 @@
+"""Hierarchical distillation of merged layers."""

@@ -1,0 +1,1 @@
+"""Scorecards, leaderboard, HTML report, model card, and the story of one layer."""

@@ -1,0 +1,1 @@
+"""How alike layers are: NPIB, CKA, redundancy, with intervals and plots."""

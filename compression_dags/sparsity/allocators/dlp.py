@@ -1,0 +1,70 @@
+"""DLP (ICML 2025, code ironartisan/DLP): layers with a smaller mean |W|·‖x‖ than the others keep more.
+
+o_l: mean of |W_ij| · ‖x_j‖ over a layer. Relative importance 1 − o_l / Σ o. Densities: 2α (imp − min) / (max − min),
+shifted so that their mean is 1 − S. (The paper speaks of medians; the released unstructured path, `lib/prune.py`, takes
+means, as here.) Clipping and the parameter-weighted shift are as in `allocate_owl.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from compression_dags.errors import InputError
+from compression_dags.provenance.wording import counted, number, ranked
+from compression_dags.sparsity.allocation import (
+    UNSTRUCTURED,
+    Allocated,
+    AllocationBench,
+    GriddedAllocation,
+    Matrix,
+    SparsityEvidence,
+    check_target,
+    layer_units,
+    need_bench,
+    place_among,
+)
+from compression_dags.sparsity.allocators.owl import by_density_score, mean_score
+
+
+class DLP(GriddedAllocation):
+    """Dynamic layer-wise pruning: layers with a larger mean |W|·‖x‖ than others keep less, within ± `spread`."""
+
+    reads_statistics = True
+
+    method: Literal["dlp"] = "dlp"
+    spread: float = Field(0.15, gt=0, lt=0.5, description="α: densities span 2α before clipping")
+
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
+    def allocate(
+        self,
+        matrices: Sequence[Matrix],
+        target: float,
+        evidence: SparsityEvidence,
+        bench: AllocationBench | None = None,
+        pattern: str = UNSTRUCTURED,
+    ) -> Allocated:
+        check_target(target)
+        units, bench = layer_units(matrices), need_bench(bench, self.method)
+        mean = np.array([mean_score(u, evidence, bench) for u in units])
+        if mean.sum() <= 0:
+            raise InputError("dlp: all weights or all activations are 0; no layer is more important than another")
+        importance = 1 - mean / mean.sum()
+        rows = [
+            {"mean_score": float(o), "relative_importance": float(i)} for o, i in zip(mean, importance, strict=True)
+        ]
+        return by_density_score(units, importance, self.spread, target, self.granularity, rows, evidence)
+
+    def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
+        mean = number(allocated.evidence[matrix.name]["mean_score"])
+        place, of = place_among(allocated, matrix.name, "mean_score")
+        return (
+            f"its layer's mean |W|·‖x‖, {mean}, is {ranked(place, 'largest')} of {counted(of, 'layer')}, and a larger "
+            f"one keeps less (± {number(self.spread)} about {number(target)})"
+        )

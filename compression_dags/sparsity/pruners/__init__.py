@@ -1,0 +1,1 @@
+"""Pruners: which weights of a matrix go, and what the kept ones become."""

@@ -1,0 +1,81 @@
+"""The pruning pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from compression_dags.errors import InputError
+from compression_dags.passes.input_sums import InputSums
+from compression_dags.passes.sequential import Modules, SequentialWalk
+from compression_dags.provenance.resume import Progress
+from compression_dags.sparsity.allocation import SparsityPlan
+from compression_dags.sparsity.experts import FUSED, ExpertBlock
+from compression_dags.sparsity.pruner import Problem, Pruned
+from compression_dags.sparsity.results import Results
+from compression_dags.sparsity.stage import Sparsified, SparsifyStage, all_matrices
+from compression_dags.stage import Track
+
+if TYPE_CHECKING:
+    from compression_dags.calibration.corpora import TokenBlocks
+    from compression_dags.checkpoints.reader import Checkpoint
+
+
+class PruneWalk(SequentialWalk):
+    """One run of a pruner over a model. Experts are one more stop of a layer's forward: `ExpertBlock`."""
+
+    def __init__(
+        self,
+        stage: SparsifyStage,
+        source: Checkpoint,
+        plan: SparsityPlan,
+        blocks: TokenBlocks | None,
+        device: str,
+        dtype: str,
+    ):
+        wanted = {m.name for m in all_matrices(source)}
+        if wanted != set(plan.patterns):
+            odd = sorted(wanted ^ set(plan.patterns))
+            raise InputError(f"sparsify: the plan is for another model: {len(odd)} matrices differ, first {odd[0]}")
+        self.stage, self.plan = stage, plan
+        self.results = Results(stage, source, plan)
+        super().__init__(
+            source,
+            blocks,
+            device,
+            dtype,
+            name=stage.method,
+            statistic=stage.statistic,
+            propagate=stage.propagate,
+            follows=stage.follows,
+        )
+
+    def run(self, directory: Path, progress: Progress | None, track: Track) -> Sparsified:
+        self.run_layers(progress, track)
+        return self.results.write(directory)
+
+    def change(self, index: int, held: dict[str, Tensor], seen: InputSums | None, label: str) -> list[Tensor]:
+        return [pruned.weight for pruned in self.prune_matrices(index, held, seen, label)]
+
+    def prune_matrices(
+        self, index: int, held: dict[str, Tensor], seen: InputSums | None, label: str, **stated: str
+    ) -> list[Pruned]:
+        """Prune and record matrices that read one input; `stated` goes into the row of each."""
+        weights = tuple(self.stored(name, weight) for name, weight in held.items())
+        problem = Problem.of(tuple(held), weights, self.plan, seen, label)
+        found = self.stage.prune(problem)
+        for name, pruned in zip(held, found, strict=True):
+            pruned.evidence.update(stated)
+            self.results.add(index, name, pruned, problem.tokens)
+        return found
+
+    def extras(self, index: int, modules: Modules) -> list[ExpertBlock]:
+        return [ExpertBlock(self, index, modules[FUSED])] if FUSED in modules else []
+
+    def results_state(self) -> dict[str, Tensor]:
+        return self.results.state()
+
+    def restore_results(self, state: dict[str, Tensor]) -> None:
+        self.results.restore(state)

@@ -1,0 +1,125 @@
+"""Runs that are killed, stopped or doubled: the same command then ends well, with the same bytes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.events import DagsterEventType
+from home_runs import CHAIN, TEXT, Run, hang_in_pool, pooled, server_process
+
+from compression_dags.cli.run import execute
+from compression_dags.definitions import Settings
+from compression_dags.provenance.artifacts import describe_files
+from compression_dags.resources.home import run_lock
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "chain.yaml").write_text(CHAIN)
+    (folder / "cat.txt").write_text(TEXT)
+    return folder
+
+
+def start(desk: Path, home: str = "home") -> Run:
+    return Run(desk, home, "run", "-m", "stories260k", "-r", "chain", "--tasks", str(desk / "cat.txt"))
+
+
+def stored(home: Path) -> dict[str, dict]:
+    """Kind/fingerprint → files of every artifact, without the tables and reports that name runs."""
+    kinds = ("leaderboard", "decision_ledger")
+    folders = [p for p in (home / "artifacts").glob("*/*") if p.parent.name not in kinds]
+    return {f"{p.parent.name}/{p.name}": describe_files(p) for p in folders}
+
+
+def runs_of(home: Path) -> list[dg.DagsterRun]:
+    with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+        for pool in instance.event_log_storage.get_concurrency_keys():
+            assert not instance.event_log_storage.get_concurrency_info(pool).claimed_slots
+        return list(reversed(instance.get_runs()))
+
+
+@pytest.fixture(scope="module")
+def twins(desk):
+    """Two first runs at once, in a home that is moved aside then; what both said."""
+    pair = [start(desk) for _ in range(2)]
+    codes = [run.ends() for run in pair]
+    (desk / "home").rename(desk / "reference")
+    return codes, [run.said() for run in pair]
+
+
+def test_two_first_runs_at_once_end_well(desk, twins):
+    """Both set up the home, its database and its registry; one builds what the other waits for and uses."""
+    codes, said = twins
+    assert codes == [0, 0], said
+    assert [run.status.value for run in runs_of(desk / "reference")] == ["SUCCESS"] * 2
+    assert not any(p.is_dir() for p in (desk / "reference" / "partial").glob("*/*"))
+    for line in ("baseline/eval_cat", "chain/quantized_weights"):
+        assert sorted(text.split(f" {line} ")[0].split()[-1] for text in said) == ["computed", "hit"]
+
+
+def test_killed_and_stopped_runs_continue_to_the_same_bytes(desk, twins):
+    home = desk / "home"
+
+    def building(kind: str):
+        return lambda: any(p.is_dir() for p in (home / "partial" / kind).glob("*"))
+
+    assert start(desk).until(building("evaluation")).signal(signal.SIGKILL).ends() == -signal.SIGKILL
+    (killed,) = (home / "locks" / "runs").glob("*.lock")
+
+    stopped = start(desk).until(building("sparse_weights")).signal(signal.SIGINT)
+    assert stopped.ends() == 130 and stopped.said().endswith("stopped; the same command continues\n")
+    assert f"run {killed.stem[:8]} is marked as failed" in stopped.said() and not killed.exists()
+
+    assert start(desk).until(building("quantized_weights")).signal(signal.SIGKILL).ends() == -signal.SIGKILL
+    ended = start(desk).until(building("samples")).signal(signal.SIGTERM)
+    assert ended.ends() == 130, ended.said()
+    last = start(desk)
+    assert last.ends() == 0, last.said()
+
+    assert [run.status.value for run in runs_of(home)] == ["FAILURE"] * 4 + ["SUCCESS"]
+    assert stored(home) == stored(desk / "reference")
+    assert not list((home / "locks" / "runs").iterdir())
+
+
+def killed_in_a_pool(tmp_path: Path, old: bool) -> str:
+    """Id of a run whose process was killed inside a pooled asset.
+
+    Args:
+        old: as before: with a slot in the pool, and no lock left.
+    """
+    marker = tmp_path / "inside"
+    process = server_process(hang_in_pool, tmp_path / "home", marker, old)
+    end = time.monotonic() + 300
+    while not marker.exists():
+        assert process.is_alive() and time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with dg.DagsterInstance.from_config(str(tmp_path / "home" / "dagster")) as instance:
+        (run,) = instance.get_runs()
+        assert run.status == dg.DagsterRunStatus.STARTED
+        assert instance.event_log_storage.get_concurrency_info("gpu").active_slot_count == int(old)
+    lock = run_lock(tmp_path / "home", run.run_id)
+    assert lock.exists()  # also of a run that this project did not start: the store's resource takes it
+    if old:
+        lock.unlink()
+    return run.run_id
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_run_killed_inside_a_pooled_asset_holds_nothing_up(tmp_path, old):
+    home = tmp_path / "home"
+    dead = killed_in_a_pool(tmp_path, old)
+    assert execute(pooled(home), "m", [dg.AssetKey("thing")], Settings(home)).success
+    with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
+        statuses = {run.run_id: run.status.value for run in instance.get_runs()}
+        assert statuses.pop(dead) == "FAILURE" and list(statuses.values()) == ["SUCCESS"]
+        said = [entry.dagster_event.message for entry in instance.all_logs(dead, of_type=DagsterEventType.RUN_FAILURE)]
+        assert len(said) == 1 and "its process ended before the run did" in said[0]
+        assert instance.event_log_storage.get_concurrency_info("gpu").active_slot_count == 0
+    assert not list((home / "locks" / "runs").iterdir())
