@@ -106,7 +106,7 @@ def _activations(calibration: Calibration) -> dg.AssetsDefinition:
             with accelerator.lease() as device:
                 stream = DecoderStream(Checkpoint(base.checkpoint), device=device.name, dtype=device.dtype)
                 blocks = load_blocks(tokens.path / "tokens.safetensors")
-                found = profile_activations(stream, blocks, **options, progress=work.progress(), track=bar)
+                found = profile_activations(stream, blocks, **options, resume=work.resume(), progress=bar)
                 stream.close()
             found.save(work.out)
             return {"tokens": found.tokens, "layers": stream.num_layers, "sampled_tokens": len(found.sampled)}

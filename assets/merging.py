@@ -49,7 +49,7 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
             from compression_dags.calibration.corpora import load_blocks
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.depth.apply import removed_share
-            from compression_dags.depth.plan import Bench
+            from compression_dags.depth.plan import ProbeContext
             from compression_dags.provenance.decisions import write_decisions
             from compression_dags.similarity.evidence import read_evidence
             from compression_dags.stage import bar
@@ -62,8 +62,8 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
             if tokens:
                 with accelerator.lease() as device:
                     blocks = load_blocks(tokens / "tokens.safetensors")
-                    bench = Bench(source, blocks, device.name, device.dtype, work.progress(), bar)
-                    plan, decisions = merge.plan(source.facts, evidence, bench)
+                    probe = ProbeContext(source, blocks, device.name, device.dtype, work.resume(), bar)
+                    plan, decisions = merge.plan(source.facts, evidence, probe)
             else:
                 plan, decisions = merge.plan(source.facts, evidence)
             plan.save(work.out)
@@ -179,7 +179,7 @@ def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> 
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
                 recovery = recover.recover(
-                    teacher, student, chosen, blocks, work.out / CHECKPOINT, **on, progress=work.progress(), track=bar
+                    teacher, student, chosen, blocks, work.out / CHECKPOINT, **on, resume=work.resume(), progress=bar
                 )
                 same = keep_only("none", student.num_layers, list(range(student.num_layers)))
                 reference = reference_logits(student, same, replaced=recovery.fitted, **on)

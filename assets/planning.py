@@ -9,7 +9,7 @@ from compression_dags.assets.calibration import calibration_key
 from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.planning.candidate_table import VERSION
-from compression_dags.planning.candidates import BankOptions
+from compression_dags.planning.candidates import CandidateOptions
 from compression_dags.planning.identity import bank_identity
 from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
 from compression_dags.recipes import options_digest
@@ -19,7 +19,7 @@ from compression_dags.resources.artifact_store import ArtifactStore
 NAME = "alternatives"
 
 
-def build_alternatives(calibration: Calibration, options: BankOptions) -> dg.AssetsDefinition:
+def build_alternatives(calibration: Calibration, options: CandidateOptions) -> dg.AssetsDefinition:
     chosen = bank_identity(options)
     ins = {"base": dg.AssetIn(base_model.key)}
     ins["tokens"] = dg.AssetIn(calibration_key(calibration, "calibration_tokens"))
@@ -61,7 +61,7 @@ def build_alternatives(calibration: Calibration, options: BankOptions) -> dg.Ass
             found = load_statistics(activations["activations"].path) if activations else None
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype, "statistics": found}
-                bank = measure_bank(source, blocks, options, **on, track=bar)
+                bank = measure_bank(source, blocks, options, **on, progress=bar)
             bank.save(work.out)
             write_decisions(bank_decisions(bank), work.out / DECISIONS)
             alive = sum(a.alive for a in bank.alternatives)

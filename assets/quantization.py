@@ -58,7 +58,7 @@ def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             blocks = load_blocks(tokens.path / "tokens.safetensors")
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
-                plan, decisions = plan_schemes(quantizer, source, blocks, **on, track=bar)
+                plan, decisions = plan_schemes(quantizer, source, blocks, **on, progress=bar)
             plan.save(work.out)
             write_decisions(decisions, work.out / DECISIONS)
             return {"bits_per_weight": plan.bits, "predicted_kl": plan.cost}
@@ -123,8 +123,8 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
                     blocks=blocks,
                     schemes=schemes,
                     **on,
-                    progress=work.progress(),
-                    track=bar,
+                    resume=work.resume(),
+                    progress=bar,
                 )
                 reference = quantizer.reference_logits(source, rounding=model.rounding, **on)
                 gate = check_reload(model.checkpoint.path, reference, **on)

@@ -49,7 +49,7 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
             from compression_dags.calibration.corpora import load_blocks
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.provenance.decisions import write_decisions
-            from compression_dags.sparsity.evidence import PruneBench, fresh_evidence, stored_evidence
+            from compression_dags.sparsity.evidence import PruneProbe, fresh_evidence, stored_evidence
             from compression_dags.stage import bar
 
             source = Checkpoint(weights.checkpoint)
@@ -59,13 +59,15 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
                 with accelerator.lease() as device:
                     on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
                     blocks = load_blocks(tokens / "tokens.safetensors")
-                    evidence = fresh_evidence(source, allocation, blocks, samples=samples, seed=seed, **on, track=bar)
-                    plan, decisions = sparsify.plan(source, evidence, PruneBench(sparsify, source, blocks, **on))
+                    evidence = fresh_evidence(
+                        source, allocation, blocks, samples=samples, seed=seed, **on, progress=bar
+                    )
+                    plan, decisions = sparsify.plan(source, evidence, PruneProbe(sparsify, source, blocks, **on))
             else:
                 evidence = stored_evidence(
                     source, paths.get("calibration_activations"), paths.get("similarity_redundancy")
                 )
-                plan, decisions = sparsify.plan(source, evidence, PruneBench(sparsify, source))
+                plan, decisions = sparsify.plan(source, evidence, PruneProbe(sparsify, source))
             plan.save(work.out)
             write_decisions(decisions, work.out / DECISIONS)
             shares = [p.sparsity for p in plan.patterns.values()]
@@ -126,7 +128,7 @@ def build_sparse_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsD
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
                 sparse = sparsify.sparsify(
-                    source, chosen, blocks, work.out / CHECKPOINT, **on, progress=work.progress(), track=bar
+                    source, chosen, blocks, work.out / CHECKPOINT, **on, resume=work.resume(), progress=bar
                 )
                 gate = check_reload(sparse.checkpoint.path, sparse.reference_logits(source, **on), **on)
             write_decisions(sparse.decisions, work.out / DECISIONS)

@@ -37,7 +37,7 @@ from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import Bench, Evidence, MergePlan
+from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
 from compression_dags.recovery.least_squares import LeastSquares
 from compression_dags.registry import METHODS
 
@@ -116,10 +116,10 @@ def calibrate(source: Checkpoint, blocks: TokenBlocks, args: argparse.Namespace)
 def one_form(
     name: str, source: Checkpoint, blocks: TokenBlocks, evidence: Evidence, meter: Meter, args: argparse.Namespace
 ) -> None:
-    bench = Bench(source, blocks, args.device, args.dtype)
+    probe = ProbeContext(source, blocks, args.device, args.dtype)
     method, options = FORMS[name]
     chosen = stage(method, layers=args.merges, **options)
-    plan, _ = meter.phase(f"{name}: plan", lambda: chosen.plan(source.facts, evidence, bench))
+    plan, _ = meter.phase(f"{name}: plan", lambda: chosen.plan(source.facts, evidence, probe))
     assert len(plan.layers) == args.layers - args.merges
     written = args.work / "written"
     student = meter.phase(f"{name}: write", lambda: apply_plan(source, plan, written))
@@ -143,12 +143,12 @@ def refit(
 def reference(source: Checkpoint, blocks: TokenBlocks, meter: Meter, args: argparse.Namespace) -> None:
     """The released way: a whole pass for one merge, as often as there are merges, or once and multiplied."""
     nothing = Evidence(np.empty(0), np.empty(0), np.empty(0))
-    bench = Bench(source, blocks, args.device, args.dtype)
+    probe = ProbeContext(source, blocks, args.device, args.dtype)
     method, times = stage("come-released", layers=1), args.merges if args.full else 1
 
     def passes() -> None:
         for _ in range(times):
-            method.plan(source.facts, nothing, bench)
+            method.plan(source.facts, nothing, probe)
 
     meter.phase("reference", passes)
     row = meter.rows["reference"]

@@ -28,7 +28,7 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, keep_only
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, keep_only
 from compression_dags.evaluation.perplexity import perplexity
 from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.recovery.stage import RecoverStage
@@ -151,8 +151,8 @@ class Study:
 
     def run(self, stage: MergeStage, removed: int, options: dict[str, Any]) -> None:
         start = time.monotonic()
-        bench = Bench(self.base, self.blocks, **self.on)
-        plan, decisions = stage.plan(self.base.facts, self.evidence, bench)
+        probe = ProbeContext(self.base, self.blocks, **self.on)
+        plan, decisions = stage.plan(self.base.facts, self.evidence, probe)
         seconds = round(time.monotonic() - start, 1)
         with tempfile.TemporaryDirectory() as folder:
             merged = apply_plan(self.base, plan, Path(folder, "merged"))

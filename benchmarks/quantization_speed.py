@@ -54,7 +54,7 @@ from speed_rig import (
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.quantization.packing import Packer
-from compression_dags.quantization.rounding_pass import RoundWalk
+from compression_dags.quantization.rounding_pass import RoundingPass
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.solvers.rounding import Grid, Rounded, Scales, find_scales, round_codes
@@ -135,15 +135,15 @@ def run_ours(source: Checkpoint, blocks: TokenBlocks, asked: str, args: argparse
 
 def timed_stage(
     stage: QuantizeStage, source: Checkpoint, blocks: TokenBlocks, args: argparse.Namespace, *, write: bool
-) -> tuple[RoundWalk, float, float, float, float | None]:
+) -> tuple[RoundingPass, float, float, float, float | None]:
     """The walk; when the stage began, when all codes and scales were in host memory, and when it ended; the peak then.
 
     Without `write` nothing is packed.
     """
-    run, pack = RoundWalk.run_layers, Packer.write
-    seen: list[tuple[RoundWalk, float, float | None]] = []
+    run, pack = RoundingPass.run_layers, Packer.write
+    seen: list[tuple[RoundingPass, float, float | None]] = []
 
-    def measured(walk: RoundWalk, *rest: Any) -> None:
+    def measured(walk: RoundingPass, *rest: Any) -> None:
         run(walk, *rest)
         wait()
         seen.append((walk, time.perf_counter(), peak()))
@@ -153,7 +153,7 @@ def timed_stage(
 
     clear()
     start = time.perf_counter()
-    with patch.object(RoundWalk, "run_layers", measured), patch.object(Packer, "write", packed):
+    with patch.object(RoundingPass, "run_layers", measured), patch.object(Packer, "write", packed):
         stage.quantize(source, args.work / "written", blocks=blocks, device=args.device, dtype=args.dtype)
     end = time.perf_counter()
     shutil.rmtree(args.work / "written", ignore_errors=True)
@@ -164,7 +164,7 @@ def timed_stage(
 # -- what came out -----------------------------------------------------------------------------------------------------
 
 
-def checked_changes(walk: RoundWalk, source: Checkpoint, args: argparse.Namespace) -> list[float]:
+def checked_changes(walk: RoundingPass, source: Checkpoint, args: argparse.Namespace) -> list[float]:
     """Least and largest share of codes that rounding to nearest does not give; every matrix of ours is looked at."""
     if missing := walk.choices.keys() - walk.rounded.keys():
         raise SystemExit(f"{len(missing)} matrices were not rounded, among them {min(missing)}")

@@ -31,16 +31,16 @@ from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli.plan import parse_budget
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import Bench, MergePlan, MergeStage
+from compression_dags.depth.plan import MergePlan, MergeStage, ProbeContext
 from compression_dags.planning.budget_solver import Measure, solve
 from compression_dags.planning.candidate_table import measure_bank
-from compression_dags.planning.candidates import Bank, BankOptions
+from compression_dags.planning.candidates import CandidateOptions, CandidateTable
 from compression_dags.planning.mixed import plan_schemes
 from compression_dags.planning.recipe_writer import recipe_of, recipe_text
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.recipes import Recipe, load_recipe
 from compression_dags.recovery.stage import RecoverStage
-from compression_dags.sparsity.evidence import PruneBench, fresh_evidence
+from compression_dags.sparsity.evidence import PruneProbe, fresh_evidence
 from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stage import Stage
 
@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=json.loads, default={}, help="JSON: name → list of stages")
     parser.add_argument("--budgets", nargs="*", default=[], help="bytes of all tensors, for the planner: 120MB")
     parser.add_argument("--bits", nargs="*", default=[], help="bits a weight, for the planner")
-    parser.add_argument("--bank", type=BankOptions.model_validate_json, default=BankOptions())
+    parser.add_argument("--bank", type=CandidateOptions.model_validate_json, default=CandidateOptions())
     parser.add_argument("--keep-bank", type=Path, default=None, help="folder for it: solves other budgets anywhere")
     parser.add_argument("--gate", action="store_true", help="reload gate for every quantized checkpoint")
     return parser.parse_args()
@@ -136,7 +136,7 @@ class RecipeStudy(Study):
     def _applied(self, stage: Stage, before: Made, folder: Path) -> tuple[Checkpoint, MergePlan | None, Row]:
         source, plan = before.checkpoint, before.plan
         if isinstance(stage, MergeStage):
-            plan, _ = stage.plan(source.facts, self.evidence, Bench(source, self.blocks, **self.on))
+            plan, _ = stage.plan(source.facts, self.evidence, ProbeContext(source, self.blocks, **self.on))
             return apply_plan(source, plan, folder), plan, {}
         if isinstance(stage, RecoverStage):
             assert plan is not None
@@ -144,7 +144,7 @@ class RecipeStudy(Study):
             return found.checkpoint, plan, {}
         if isinstance(stage, SparsifyStage):
             evidence = fresh_evidence(source, stage.allocation, self.blocks, **self.on)
-            shares, _ = stage.plan(source, evidence, PruneBench(stage, source, self.blocks, **self.on))
+            shares, _ = stage.plan(source, evidence, PruneProbe(stage, source, self.blocks, **self.on))
             return stage.sparsify(source, shares, self.blocks, folder, **self.on).checkpoint, plan, {}
         assert isinstance(stage, QuantizeStage)
         return (*self._quantized(stage, source, folder, plan),)
@@ -175,7 +175,7 @@ class RecipeStudy(Study):
         asked += [("bits", float(text)) for text in self.args.bits]
         return [self._emitted(bank, *budget) for budget in asked]
 
-    def _emitted(self, bank: Bank, measure: Measure, budget: float) -> Recipe:
+    def _emitted(self, bank: CandidateTable, measure: Measure, budget: float) -> Recipe:
         start = time.monotonic()
         solution = solve(bank, measure, budget)
         name = f"planned-{budget / 1e6:g}mb" if measure == "bytes" else f"planned-{budget:g}-bits"

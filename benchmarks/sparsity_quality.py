@@ -37,7 +37,7 @@ from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.similarity.redundancy import compute_redundancy
 from compression_dags.sparsity.allocation import SparsityEvidence
-from compression_dags.sparsity.evidence import PruneBench
+from compression_dags.sparsity.evidence import PruneProbe
 from compression_dags.sparsity.stage import Sparsified, SparsifyStage, all_matrices
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
@@ -145,8 +145,8 @@ class Study:
         stage = METHODS["sparsify"][options["method"]].model_validate(options)
         assert isinstance(stage, SparsifyStage)
         start = time.monotonic()
-        evidence, bench = self.evidence(stage), PruneBench(stage, self.base, self.blocks, **self.on)
-        plan, _ = stage.plan(self.base, evidence, bench)
+        evidence, probe = self.evidence(stage), PruneProbe(stage, self.base, self.blocks, **self.on)
+        plan, _ = stage.plan(self.base, evidence, probe)
         planned = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             found = stage.sparsify(self.base, plan, self.blocks, Path(folder, "sparse"), **self.on)

@@ -20,7 +20,7 @@ from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.evaluation.added import added_tasks
 from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
-from compression_dags.planning.candidates import BankOptions
+from compression_dags.planning.candidates import CandidateOptions
 from compression_dags.recipes import BASELINE, Recipe, load_recipes, recipes_folder
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore, HandleIO
@@ -108,7 +108,7 @@ def build_graph(recipes: dict[str, Recipe], book: TaskBook, settings: Settings, 
     assets = [
         base_model,
         *(a for c in calibrations for a in build_calibration_assets(c)),
-        *(build_alternatives(c, BankOptions.model_validate({})) for c in calibrations),
+        *(build_alternatives(c, CandidateOptions.model_validate({})) for c in calibrations),
         *(a for f in families.values() for a in f.assets),
         build_leaderboard({n: f.scorecard for n, f in families.items()}, _similarity_keys(calibrations)),
         build_decision_ledger({n: f.stages for n, f in families.items() if f.stages}),

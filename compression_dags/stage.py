@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.options import Options
 
 T = TypeVar("T")
@@ -18,10 +18,10 @@ T = TypeVar("T")
 StatisticKind = Literal["none", "mean_square", "hessian", "peak", "hessian_peak"]
 #: Whose outputs changed weights should give: those of the same weights on the same, already changed inputs; the dense
 #: model's; or such that the residual stream after them is the dense model's.
-Follows = Literal["own", "dense", "residual"]
+Target = Literal["own", "dense", "residual"]
 
 
-class Track(Protocol):
+class Progress(Protocol):
     """Wraps an iterable to show progress; `silent` shows nothing."""
 
     def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]: ...
@@ -45,7 +45,7 @@ class Stage(Options):
     version: ClassVar[str]
     method: str
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         """Refuse what cannot work on this model, before any compute.
 
         Raises:
@@ -62,7 +62,7 @@ class Stage(Options):
         """The versions of all methods that this stage runs, as they enter fingerprints."""
         return ".".join(self.versions.values())
 
-    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
         """Refuse a calibration set that is too small, before any compute.
 
         Raises:

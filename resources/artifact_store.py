@@ -26,7 +26,7 @@ from compression_dags.provenance.artifacts import (
     describe_files,
     read_manifest,
 )
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.resources.home import running, working
 from compression_dags.resources.integrity import Integrity, protect, sync, sync_tree
 from compression_dags.resources.memory import PeakMemory, peak_memory
@@ -49,8 +49,8 @@ class Workplace:
     request: Request
     hashed: dict[str, str] = field(default_factory=dict)
 
-    def progress(self) -> Progress:
-        return Progress(self.scratch, asdict(self.request))
+    def resume(self) -> ResumePoint:
+        return ResumePoint(self.scratch, asdict(self.request))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Session:
                 window=task.window,
                 max_windows=task.max_windows,
                 device=self.device.name,
-                track=functools.partial(_labelled, bar, task.name),
+                progress=functools.partial(_labelled, bar, task.name),
             )
             result.frame().to_parquet(directory / "windows.parquet", index=False)
             return result.metrics

@@ -20,7 +20,7 @@ from compression_dags.checkpoints.importing import ImportedModel, check_headers,
 from compression_dags.checkpoints.model_files import check_entries
 from compression_dags.errors import InputError
 from compression_dags.resources.model_hub import ModelHub, ModelSource
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 from compression_dags.statefile import locked, read_entries, write_entries
 
 logger = logging.getLogger("compression_dags")
@@ -48,7 +48,7 @@ class Opened:
     staged: ImportedModel | None = None
     refused: bool = False
 
-    def place(self, directory: Path, scratch: Path, track: Track = silent) -> ImportedModel:
+    def place(self, directory: Path, scratch: Path, progress: Progress = silent) -> ImportedModel:
         """The checked copy, in `directory`.
 
         Raises:
@@ -58,7 +58,7 @@ class Opened:
             directory.parent.mkdir(parents=True, exist_ok=True)
             os.rename(self.staged.path, directory)
             return replace(self.staged, path=directory)
-        imported = _import(self, self.hub.fetch(self.source, scratch), directory, track)
+        imported = _import(self, self.hub.fetch(self.source, scratch), directory, progress)
         if is_local(self.source):
             if imported.identity != self.identity:
                 forget(self.hub, self.source)
@@ -69,7 +69,7 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(hub: ModelHub, source: ModelSource, track: Track = silent) -> Iterator[Opened]:
+def opened(hub: ModelHub, source: ModelSource, progress: Progress = silent) -> Iterator[Opened]:
     """Identify a source. Files that are known by their stamps are not read; others are imported into a private folder.
 
     Raises:
@@ -83,7 +83,7 @@ def opened(hub: ModelHub, source: ModelSource, track: Track = silent) -> Iterato
         found = Opened(hub, source, {})
         try:
             start = time.monotonic()
-            found.staged = _import(found, hub.fetch(source, folder), folder / "checkpoint", track)
+            found.staged = _import(found, hub.fetch(source, folder), folder / "checkpoint", progress)
             found.staged.facts["import_seconds"] = round(time.monotonic() - start, 1)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -180,10 +180,10 @@ def _update(hub: ModelHub, location: str, entry: dict[str, Any] | None) -> None:
         write_entries(path, entries)
 
 
-def _import(found: Opened, folder: Path, directory: Path, track: Track) -> ImportedModel:
+def _import(found: Opened, folder: Path, directory: Path, progress: Progress) -> ImportedModel:
     source = found.source
     try:
-        return import_checkpoint(folder, directory, revision=source.revision, origin=source.origin, track=track)
+        return import_checkpoint(folder, directory, revision=source.revision, origin=source.origin, progress=progress)
     except InputError:
         found.refused = True
         raise

@@ -162,7 +162,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class StackFacts:
+class ModelShape:
     """What a planner needs to know of a model, without its weights.
 
     Attributes:
@@ -203,13 +203,13 @@ class StackFacts:
         """Channels between an expert's input and output projections."""
         return int(self.config.get("moe_intermediate_size") or self.intermediate)
 
-    def shortened(self, layers: int) -> StackFacts:
+    def shortened(self, layers: int) -> ModelShape:
         """The facts after others but the first so many layers went; these facts where layers are of several kinds."""
         if layers == self.layers or len({self.kind(i) for i in range(self.layers)}) > 1:
             return self
         split = self.architecture.split_name
         kept = {n: t for n, t in self.tensors.items() if (index := split(n)[0]) is None or index < layers}
-        return StackFacts(self.architecture, self.architecture.remap_config(self.config, list(range(layers))), kept)
+        return ModelShape(self.architecture, self.architecture.remap_config(self.config, list(range(layers))), kept)
 
     def kind(self, index: int) -> tuple[str, str]:
         return self.architecture.layer_kind(self.config, index)

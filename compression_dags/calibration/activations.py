@@ -24,8 +24,8 @@ from compression_dags.calibration.module_features import ModuleAlignment, Module
 from compression_dags.calibration.statistics import HIDDEN_STATES, STATISTICS
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.errors import IntegrityError
-from compression_dags.provenance.resume import Progress
-from compression_dags.stage import Track, silent
+from compression_dags.provenance.resume import ResumePoint
+from compression_dags.stage import Progress, silent
 
 #: Leading tokens of sequence 0 whose states are kept.
 FIRST_TOKENS = 128
@@ -92,8 +92,8 @@ def profile_activations(
     *,
     samples: int = 2048,
     seed: int = 0,
-    progress: Progress | None = None,
-    track: Track = silent,
+    resume: ResumePoint | None = None,
+    progress: Progress = silent,
 ) -> Activations:
     """Run the calibration set through every layer once and accumulate.
 
@@ -104,10 +104,10 @@ def profile_activations(
     """
     accumulators = _Accumulators(stream, blocks, sample_tokens(blocks.lengths, samples, seed))
     batches = stream.batches(blocks)
-    first = accumulators.restore(progress, batches) if progress else 0
+    first = accumulators.restore(resume, batches) if resume else 0
     if first == 0:
         accumulators.record_states(0, batches)
-    for index in track(range(first, stream.num_layers), "calibration pass (layers)"):
+    for index in progress(range(first, stream.num_layers), "calibration pass (layers)"):
         with stream.layer(index) as layer:
             hooks = accumulators.watch(layer, index)
             for batch in batches:
@@ -119,8 +119,8 @@ def profile_activations(
                 hook.remove()
         accumulators.leave(index)
         accumulators.record_states(index + 1, batches)
-        if progress:
-            progress.save_if_due(index + 1, lambda: accumulators.state(batches))
+        if resume:
+            resume.save_if_due(index + 1, lambda: accumulators.state(batches))
     return accumulators.finish()
 
 
@@ -198,8 +198,8 @@ class _Accumulators:
         entry = torch.cat([b.hidden.cpu() for b in batches])
         return {"cosine": self.cosine, **states, **norms, **self.features.state(), "entry": entry}
 
-    def restore(self, progress: Progress, batches: list[Batch]) -> int:
-        saved = progress.load()
+    def restore(self, resume: ResumePoint, batches: list[Batch]) -> int:
+        saved = resume.load()
         if saved is None:
             return 0
         step, tensors = saved

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compression_dags.checkpoints.headers import TensorInfo, read_header
 from compression_dags.errors import InputError
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +47,7 @@ def stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def copy_weights(plans: list[FilePlan], directory: Path | None, track: Track = silent) -> dict[str, str]:
+def copy_weights(plans: list[FilePlan], directory: Path | None, progress: Progress = silent) -> dict[str, str]:
     """Write the files below `directory` and give name → sha256 of what was written; None only reads.
 
     Raises:
@@ -59,7 +59,7 @@ def copy_weights(plans: list[FilePlan], directory: Path | None, track: Track = s
     with ThreadPoolExecutor(readers) as hashers, ThreadPoolExecutor(readers) as files:
         jobs = [files.submit(_copy, plan, directory, hashers, stop) for plan in plans]
         try:
-            return dict(job.result() for job in track(jobs, "importing weights", len(jobs)))
+            return dict(job.result() for job in progress(jobs, "importing weights", len(jobs)))
         finally:
             stop.set()  # after a failure or Ctrl-C the other files are given up
 

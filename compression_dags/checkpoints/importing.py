@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.checkpoints.contents import computed_digest
 from compression_dags.checkpoints.copying import FilePlan, copy_weights, equal_bytes, stamp
 from compression_dags.checkpoints.gate import quiet
@@ -31,7 +31,7 @@ from compression_dags.checkpoints.stock_check import check_stock_load
 from compression_dags.checkpoints.tokenizer_check import check_tokenizer
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import file_digest
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def import_checkpoint(
     revision: str | None,
     origin: str,
     licence: str | None = None,
-    track: Track = silent,
+    progress: Progress = silent,
 ) -> ImportedModel:
     """Check the model in `source` and copy it into `directory`; its weights are read once.
 
@@ -103,7 +103,7 @@ def import_checkpoint(
     plan = check_headers(source)
     directory.mkdir(parents=True)
     try:
-        digests, notes = _copy(plan, directory, track)
+        digests, notes = _copy(plan, directory, progress)
         check_stock_load(Checkpoint(directory), source)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
@@ -206,7 +206,7 @@ def _check_config(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list
     check_layers(checkpoint)  # reads the headers: every file whole, index and headers agree
     filled = _filled(checkpoint, rewritten, notes)
     check_config(filled, path / "config.json")
-    check_shapes(checkpoint, StackFacts(checkpoint.architecture, filled))
+    check_shapes(checkpoint, ModelShape(checkpoint.architecture, filled))
 
 
 def _filled(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list[str]) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _dropped(checkpoint: Checkpoint, notes: list[str]) -> frozenset[str]:
     return frozenset(dropped)
 
 
-def _copy(plan: Plan, directory: Path, track: Track) -> tuple[dict[str, str], list[str]]:
+def _copy(plan: Plan, directory: Path, progress: Progress) -> tuple[dict[str, str], list[str]]:
     """(name → sha256 of every file written, notes). Small files and the tokenizer come first: they fail cheaply."""
     source, weights = plan.checkpoint.path, set(plan.checkpoint.files)
     for path in import_files(plan.checkpoint):
@@ -275,7 +275,7 @@ def _copy(plan: Plan, directory: Path, track: Track) -> tuple[dict[str, str], li
         for file in plan.checkpoint.files
         if any(info.file == file and info.name not in plan.dropped for info in tensors.values())
     ]
-    hashed = copy_weights(copies, directory, track)
+    hashed = copy_weights(copies, directory, progress)
     if any(stamp(source / name) != seen for name, seen in plan.stamps.items()):
         raise InputError(f"{source} changed while it was read; import it again when it is complete")
     small = {p.name: file_digest(p) for p in directory.iterdir() if p.name not in hashed}

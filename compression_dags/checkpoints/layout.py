@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from compression_dags.architectures import Architecture, StackFacts
+from compression_dags.architectures import Architecture, ModelShape
 from compression_dags.checkpoints.headers import TensorInfo
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
@@ -51,7 +51,7 @@ def check_layers(checkpoint: Checkpoint) -> None:
         raise InputError(f"{checkpoint.path}: {counted}")
 
 
-def check_shapes(checkpoint: Checkpoint, facts: StackFacts) -> None:
+def check_shapes(checkpoint: Checkpoint, facts: ModelShape) -> None:
     """Every projection, norm and expert of every layer is there, in float, with the shape that the config gives it.
 
     Raises:
@@ -95,7 +95,7 @@ def layer_tensors(checkpoint: Checkpoint) -> dict[int, dict[str, TensorInfo]]:
     return found
 
 
-def _expected(architecture: Architecture, facts: StackFacts, index: int, count: int) -> dict[str, tuple[int, ...]]:
+def _expected(architecture: Architecture, facts: ModelShape, index: int, count: int) -> dict[str, tuple[int, ...]]:
     """Local name → shape of the weights of one layer. `count` is how many tensors it has: it bounds the experts."""
     sparse = architecture.is_sparse_layer(facts.config, index)
     hidden, inner = facts.hidden, facts.intermediate

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.architectures import Architecture, StackFacts, architecture_of
+from compression_dags.architectures import Architecture, ModelShape, architecture_of
 from compression_dags.checkpoints.contents import without_machine_facts
 from compression_dags.checkpoints.headers import TensorInfo, is_file, read_header, read_object
 from compression_dags.errors import InputError
@@ -94,13 +94,13 @@ class Checkpoint:
         return without_machine_facts({**filled, **{k: v for k, v in self.raw_config.items() if v is not None}})
 
     @property
-    def facts(self) -> StackFacts:
-        return StackFacts(self.architecture, self.config, self.tensors)
+    def facts(self) -> ModelShape:
+        return ModelShape(self.architecture, self.config, self.tensors)
 
     @property
-    def stated_facts(self) -> StackFacts:
+    def stated_facts(self) -> ModelShape:
         """The same from `config.json` as it stands, without importing transformers: enough for checks before a run."""
-        return StackFacts(self.architecture, self.raw_config, self.tensors)
+        return ModelShape(self.architecture, self.raw_config, self.tensors)
 
     @property
     def num_layers(self) -> int:

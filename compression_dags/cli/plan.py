@@ -15,7 +15,7 @@ from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.planning.bounds import Measure, check_plan
 from compression_dags.planning.budget_solver import Solution, solve
-from compression_dags.planning.candidates import Bank, BankOptions
+from compression_dags.planning.candidates import CandidateOptions, CandidateTable
 from compression_dags.planning.recipe_writer import recipe_of, recipe_text
 from compression_dags.recipes import own_recipes, read_recipe
 from compression_dags.recipes.names import fault, made_name
@@ -139,7 +139,7 @@ def planning_options(
     recover: str,
     sequences: int | None,
     length: int | None,
-) -> tuple[BankOptions, Calibration]:
+) -> tuple[CandidateOptions, Calibration]:
     """Options of the bank and of its calibration set, defaults where nothing is given.
 
     Raises:
@@ -151,7 +151,7 @@ def planning_options(
     asked |= {"sparsities": [s.strip() for s in sparsities.split(",")]} if sparsities else {}
     asked |= {"schemes": [s.strip() for s in schemes.split(",")]} if schemes else {}
     given = {k: v for k, v in (("sequences", sequences), ("length", length)) if v is not None}
-    return _validated(BankOptions, asked, "plan"), _validated(Calibration, given, "plan")
+    return _validated(CandidateOptions, asked, "plan"), _validated(Calibration, given, "plan")
 
 
 def plan_budgets(
@@ -159,7 +159,7 @@ def plan_budgets(
     budgets: list[tuple[Measure, float]],
     settings: Settings,
     *,
-    options: BankOptions,
+    options: CandidateOptions,
     calibration: Calibration,
     name: str | None = None,
     folder: Path | None = None,
@@ -194,14 +194,14 @@ def plan_budgets(
 def _checked(
     model: str,
     settings: Settings,
-    options: BankOptions,
+    options: CandidateOptions,
     calibration: Calibration,
     budgets: list[tuple[Measure, float]],
 ) -> ModelSource:
     """The model, registered and imported if it was not, once everything that shapes can tell has been checked."""
-    from compression_dags.cli.run import admit, check_model, resolve, speak, stored_model
+    from compression_dags.cli.run import admit, check_model, configure_logging, resolve, stored_model
 
-    speak()
+    configure_logging()
     source = resolve(model, settings, None)
     check_model(source, [], settings)
     check_plan(stored_model(source, settings), options, calibration, budgets)
@@ -269,9 +269,9 @@ def _write(path: Path, name: str, recipe: dict[str, Any], text: str) -> None:
 def _bank(
     source: ModelSource,
     settings: Settings,
-    options: BankOptions,
+    options: CandidateOptions,
     calibration: Calibration,
-) -> tuple[Bank, dict[str, Any], bool]:
+) -> tuple[CandidateTable, dict[str, Any], bool]:
     """The bank, the base model's config, and whether the bank was stored already."""
     import dagster as dg
 
@@ -293,4 +293,4 @@ def _bank(
         if e.is_step_materialization and e.asset_key is not None
     }
     base, bank = (recall(settings, key, source.slug) for key in (wanted[0], wanted[-1]))
-    return Bank.load(bank.path), Checkpoint(base.checkpoint).config, states[wanted[-1]] == "hit"
+    return CandidateTable.load(bank.path), Checkpoint(base.checkpoint).config, states[wanted[-1]] == "hit"

@@ -120,7 +120,7 @@ def run_recipes(
         WorkFailed: a stage failed; what finished before is stored.
     """
     start = time.monotonic()
-    speak()
+    configure_logging()
     recipes = load_recipes()
     chosen = pick_recipes(recipes, names)
     if calibration:
@@ -160,7 +160,7 @@ def run_recipes(
 
 def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
     """Import one base model, and register it when it has passed."""
-    speak()
+    configure_logging()
     source = resolve(model, settings, name)
     check_model(source, [], settings)
     admit(source, settings)
@@ -173,7 +173,7 @@ def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
     return recall(settings, base_model.key, source.slug)
 
 
-def speak() -> None:
+def configure_logging() -> None:
     """One line an asset on standard error; Dagster's own chatter and library warnings stay in its event log."""
     logging.getLogger().handlers.clear()
     warnings.filterwarnings("ignore", message=".*(beta|preview|superseded).*")
@@ -273,7 +273,7 @@ def reap_runs(home: Path) -> None:
     """Mark runs whose process is gone as failed, before a UI shows them at work for ever."""
     from compression_dags.resources.instance import opened
 
-    speak()
+    configure_logging()
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
     with opened(home):
         pass

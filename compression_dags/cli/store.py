@@ -19,10 +19,10 @@ def store_sizes(home: Path) -> dict[str, dict[str, int]]:
 
 def check_store(home: Path) -> Checked:
     """Every artifact against the hashes in its manifest."""
-    from compression_dags.cli.run import speak
+    from compression_dags.cli.run import configure_logging
     from compression_dags.resources.upkeep import check
 
-    speak()
+    configure_logging()
     _exists(home)
     return check(home)
 
@@ -37,10 +37,10 @@ def prune_store(home: Path, *, delete: bool, days: float, recipes_gone: bool, wa
     Raises:
         InputError: runs are at work and `wait` is off.
     """
-    from compression_dags.cli.run import speak
+    from compression_dags.cli.run import configure_logging
     from compression_dags.resources.upkeep import DAY, prune, survey
 
-    speak()
+    configure_logging()
     _exists(home)
     wanted = _present(home) if recipes_gone else (lambda _: True)
     if delete:

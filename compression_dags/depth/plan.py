@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
-from compression_dags.stage import Stage, Track, silent
+from compression_dags.stage import Progress, Stage, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.provenance.resume import ResumePoint
 
 PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
 
@@ -161,15 +161,15 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Bench:
+class ProbeContext:
     """What a method that measures works on: the base model's weights and the calibration tokens, on one device."""
 
     source: Checkpoint
     blocks: TokenBlocks
     device: str = "cpu"
     dtype: str = "float32"
-    progress: Progress | None = None
-    track: Track = silent
+    resume: ResumePoint | None = None
+    progress: Progress = silent
 
 
 class MergeStage(Stage):
@@ -185,7 +185,7 @@ class MergeStage(Stage):
     reads_statistics: ClassVar[bool] = False
     """Whether `plan` reads the channel norms of the calibration pass (`evidence.statistics`)."""
     measures: ClassVar[bool] = False
-    """Whether `plan` reads weights or runs the model: it is then given a `Bench`, and a GPU lease."""
+    """Whether `plan` reads weights or runs the model: it is then given a `ProbeContext`, and a GPU lease."""
 
     @property
     def analysis(self) -> bool:
@@ -222,7 +222,7 @@ class MergeStage(Stage):
         where = f"{side} layer" if count == 1 else f"one of the {side} {min(count, total)} layers"
         return f"protected: {where} (protect_{side} {count})"
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         count, free = self.removed(facts.layers), len(self.free_layers(facts.layers))
         target = f"ratio {self.ratio}" if self.ratio is not None else f"layers {self.layers}"
         if count < 1:
@@ -236,7 +236,7 @@ class MergeStage(Stage):
             )
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         """Decide, and say why, layer by layer. `bench` is given to methods that measure."""
         raise AssertionError(f"{type(self).__name__} must define plan")

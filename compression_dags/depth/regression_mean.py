@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.concat.merge import SMALLEST_GAMMA
 
 #: Ridge of the mean, relative to the mean diagonal of Σ λ G.
@@ -38,7 +38,7 @@ class Member:
     grams: dict[str, Tensor]
 
 
-def regression_mean(a: Member, b: Member, share: float, facts: StackFacts) -> dict[str, Tensor]:
+def regression_mean(a: Member, b: Member, share: float, facts: ModelShape) -> dict[str, Tensor]:
     """The merged layer's tensors, float32; `share` λ is that of `a`. `b` should be aligned to `a` before."""
     architecture = facts.architecture
     merged = {k: share * t + (1 - share) * b.tensors[k] for k, t in a.tensors.items()}
@@ -58,7 +58,7 @@ def regression_mean(a: Member, b: Member, share: float, facts: StackFacts) -> di
 
 
 def _folding(
-    a: Member, b: Member, share: float, group: str, facts: StackFacts
+    a: Member, b: Member, share: float, group: str, facts: ModelShape
 ) -> tuple[str, Tensor, tuple[Tensor, Tensor]] | None:
     """Name and value of the merged γ of the norm before `group`, and what the columns of each member are scaled by."""
     norm = dict(facts.architecture.input_norms).get(group)
@@ -99,7 +99,7 @@ def matching_channels(a: Member, b: Member, cross: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(correlation, maximize=True)[1]).to(cross.device)
 
 
-def matching_groups(a: Member, b: Member, cross: Tensor, facts: StackFacts) -> Tensor:
+def matching_groups(a: Member, b: Member, cross: Tensor, facts: ModelShape) -> Tensor:
     """(n_kv,) for every key-value group of `a` the group of `b` in its place.
 
     Agreement of two groups is the cosine of their contributions to the residual stream, E⟨W_o,j u_j, W_o,k u_k⟩, since
@@ -124,7 +124,7 @@ def matching_groups(a: Member, b: Member, cross: Tensor, facts: StackFacts) -> T
     return torch.from_numpy(rows).to(cross.device)
 
 
-def permuted(member: Member, channels: Tensor, groups: Tensor, facts: StackFacts) -> Member:
+def permuted(member: Member, channels: Tensor, groups: Tensor, facts: ModelShape) -> Member:
     """The same function with its MLP channels and key-value groups in another order."""
     architecture = facts.architecture
     query, key, value = architecture.group("attention_input")

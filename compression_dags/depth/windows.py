@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
     from compression_dags.depth.plan import MergeStage
 
 
-def joinable(facts: StackFacts, free: range) -> list[bool]:
+def joinable(facts: ModelShape, free: range) -> list[bool]:
     """(L − 1) whether layers i and i + 1 may be in one group: both unprotected, and of one kind."""
     pairs = zip(range(facts.layers - 1), range(1, facts.layers), strict=True)
     return [a >= free.start and b < free.stop and facts.kind(a) == facts.kind(b) for a, b in pairs]
 
 
-def window_distance(facts: StackFacts, free: range, angular: np.ndarray) -> Callable[[range], float]:
+def window_distance(facts: ModelShape, free: range, angular: np.ndarray) -> Callable[[range], float]:
     """Distance from the entry of a group's first layer to the exit of its last; ∞ where it must not be a group.
 
     Args:
@@ -73,13 +73,13 @@ def fewest_groups(groups: Sequence[range], may_join: Sequence[bool], largest: in
     return found
 
 
-def most_removed(facts: StackFacts, free: range, largest: int) -> int:
+def most_removed(facts: ModelShape, free: range, largest: int) -> int:
     """The most layers that groups of at most `largest` unprotected layers of one kind can save."""
     alone = [range(i, i + 1) for i in range(facts.layers)]
     return facts.layers - fewest_groups(alone, joinable(facts, free), largest)
 
 
-def refuse_more(stage: MergeStage, facts: StackFacts, largest: int) -> None:
+def refuse_more(stage: MergeStage, facts: ModelShape, largest: int) -> None:
     """Refuse to merge more layers away than groups of at most `largest` allow.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     import pandas
@@ -109,7 +109,7 @@ def perplexity(
     max_windows: int | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
-    track: Track = silent,
+    progress: Progress = silent,
 ) -> PerplexityResult:
     """Measure `text` by the protocol above. NLL in float32 on the model's logits, sums in float64.
 
@@ -128,7 +128,7 @@ def perplexity(
         raise InputError("the text is empty: there is nothing to measure")
     width = min(window, context_length(model) or window)
     windows = cut_windows(tokenizer, text, width, max_windows)
-    return perplexity_of(model, windows, batch_size=batch_size, device=device, track=track)
+    return perplexity_of(model, windows, batch_size=batch_size, device=device, progress=progress)
 
 
 def perplexity_of(
@@ -137,7 +137,7 @@ def perplexity_of(
     *,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
-    track: Track = silent,
+    progress: Progress = silent,
 ) -> PerplexityResult:
     """`perplexity` of windows cut before, for many models with one tokenizer and context."""
     import torch
@@ -149,7 +149,7 @@ def perplexity_of(
     with torch.inference_mode():
         ids = torch.from_numpy(windows.ids)
         score = _scorer(model, ids[:1].to(device))
-        starts = track(range(0, len(ids), size), "perplexity", math.ceil(len(ids) / size))
+        starts = progress(range(0, len(ids), size), "perplexity", math.ceil(len(ids) / size))
         nll = np.concatenate([score(ids[start : start + size].to(device)).cpu().numpy() for start in starts])
     return _result(nll, windows.index, windows.available, width, windows.bos)
 

@@ -23,7 +23,7 @@ class _Cancelled(BaseException):
     """Ends a waiting thread after another one failed."""
 
 
-class StagedForward:
+class LockstepForward:
     """Runs `forward(i)` for i in range(count) in step.
 
     Args:

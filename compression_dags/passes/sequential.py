@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from compression_dags.architectures import ProjectionGroup
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.passes.input_sums import InputSums, Reference
-from compression_dags.passes.lockstep import StagedForward
-from compression_dags.provenance.resume import Progress
-from compression_dags.stage import Follows, StatisticKind, Track
+from compression_dags.passes.lockstep import LockstepForward
+from compression_dags.provenance.resume import ResumePoint
+from compression_dags.stage import Progress, StatisticKind, Target
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
@@ -42,7 +42,7 @@ class Extra(Protocol):
         ...
 
 
-class SequentialWalk(ABC):
+class SequentialPass(ABC):
     """One run over a model.
 
     `propagate: pruned` lets the statistics of every group be those of the model changed so far (true-sequential);
@@ -66,7 +66,7 @@ class SequentialWalk(ABC):
         name: str,
         statistic: StatisticKind,
         propagate: Literal["pruned", "dense"] = "pruned",
-        follows: Follows = "own",
+        follows: Target = "own",
     ):
         self.source, self.name = source, name
         self.statistic: StatisticKind = statistic
@@ -99,13 +99,13 @@ class SequentialWalk(ABC):
             return held
         return self.source.tensor(f"{name}.weight").to(self.stream.device)
 
-    def run_layers(self, progress: Progress | None, track: Track) -> None:
-        first = self._restore(progress)
-        for index in track(range(first, self.stream.num_layers), f"{self.name} (layers)"):
+    def run_layers(self, resume: ResumePoint | None, progress: Progress) -> None:
+        first = self._restore(resume)
+        for index in progress(range(first, self.stream.num_layers), f"{self.name} (layers)"):
             with torch.inference_mode(), self.stream.layer(index) as layer:
                 self._layer(index, layer)
-            if progress:
-                progress.save_if_due(index + 1, self._state)
+            if resume:
+                resume.save_if_due(index + 1, self._state)
         self.stream.close()
 
     # -- a layer ----------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class SequentialWalk(ABC):
                 extras[0].change(go_on=staged)
 
         stops = [*((modules[g.projections[0]],) for g in groups), *((e.module,) for e in extras)]
-        forward = StagedForward(
+        forward = LockstepForward(
             len(self.batches),
             lambda turn: self.stream.apply(layer, index, self.batches[turn]),
             stops,
@@ -192,7 +192,7 @@ class SequentialWalk(ABC):
         stops = [(modules[g.projections[0]], dense[g.projections[0]]) for g in groups]
         names = {id(module): name for name, module in modules.items()}
         stops += [(e.module, dense[names[id(e.module)]]) for e in extras]
-        staged = StagedForward(2 * len(self.batches), forward, stops, seen, change)
+        staged = LockstepForward(2 * len(self.batches), forward, stops, seen, change)
 
         def enters(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             residual[staged.turn] = args[0].reshape(residual[staged.turn].shape)
@@ -228,8 +228,8 @@ class SequentialWalk(ABC):
         dense = {"dense": torch.cat([h.cpu() for h in self.dense])} if self.dense else {}
         return {**hidden, **dense, **self.results_state()}
 
-    def _restore(self, progress: Progress | None) -> int:
-        saved = progress.load() if progress else None
+    def _restore(self, resume: ResumePoint | None) -> int:
+        saved = resume.load() if resume else None
         if saved is None:
             return 0
         step, state = saved

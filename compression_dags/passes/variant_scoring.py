@@ -57,7 +57,7 @@ def apply_edit(pieces: Sequence[Piece], edit: Edit) -> list[Piece]:
     return [*pieces[: edit.start], *edit.pieces, *pieces[edit.stop :]]
 
 
-class LossBench:
+class VariantScorer:
     """Scores edits of a student on fixed calibration tokens.
 
     Args:

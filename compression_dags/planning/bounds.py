@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from compression_dags.errors import InputError
 from compression_dags.planning.candidates import (
-    Alternative,
-    Bank,
-    BankOptions,
+    Candidate,
+    CandidateOptions,
+    CandidateTable,
     Shapes,
     candidates,
     empty_bank,
@@ -25,7 +25,7 @@ from compression_dags.planning.candidates import (
 )
 
 if TYPE_CHECKING:
-    from compression_dags.architectures import StackFacts
+    from compression_dags.architectures import ModelShape
     from compression_dags.calibration.corpora import Calibration
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.quantization.schemes import QuantizeStage
@@ -87,7 +87,7 @@ def _up(value: float) -> float:
     return math.ceil(value * 1e4 - 1e-6) / 1e4
 
 
-def limits_of(source: Shapes, options: BankOptions) -> dict[Measure, Limits]:
+def limits_of(source: Shapes, options: CandidateOptions) -> dict[Measure, Limits]:
     """Least and most of every measure, for the alternatives that `options` ask for."""
     bank = empty_bank(source, candidates(source, options, merges=False))
     return {
@@ -96,7 +96,7 @@ def limits_of(source: Shapes, options: BankOptions) -> dict[Measure, Limits]:
     }
 
 
-def limits_in(bank: Bank, alternatives: Iterable[Alternative], measure: Measure, gone: int) -> Limits:
+def limits_in(bank: CandidateTable, alternatives: Iterable[Candidate], measure: Measure, gone: int) -> Limits:
     """The same for some alternatives of a bank, of which `gone` layers may go."""
     if measure == "bits":
         gone = 0
@@ -111,7 +111,7 @@ def limits_in(bank: Bank, alternatives: Iterable[Alternative], measure: Measure,
     return Limits(measure, fixed + total, fixed + whole, fixed, gone, bank.layers)
 
 
-def _by_layer(alternatives: Iterable[Alternative], measure: Measure) -> list[int]:
+def _by_layer(alternatives: Iterable[Candidate], measure: Measure) -> list[int]:
     """The least size of every layer: its groups' smallest together, or the smallest of the layer as a whole."""
     groups: dict[int, dict[str | None, int]] = {}
     for a in alternatives:
@@ -127,7 +127,7 @@ def _ways(own: dict[str | None, int]) -> list[int]:
 
 
 def check_plan(
-    source: Checkpoint, options: BankOptions, calibration: Calibration, budgets: Iterable[tuple[Measure, float]]
+    source: Checkpoint, options: CandidateOptions, calibration: Calibration, budgets: Iterable[tuple[Measure, float]]
 ) -> None:
     """Refuse what cannot be planned for a model, before anything is measured.
 
@@ -150,7 +150,7 @@ def check_plan(
         found[measure].check(budget)
 
 
-def check_bits(stage: QuantizeStage, facts: StackFacts) -> None:
+def check_bits(stage: QuantizeStage, facts: ModelShape) -> None:
     """Refuse an average of bits that no mixture of the stage's schemes has on this model.
 
     Facts without the shapes of tensors are let pass.

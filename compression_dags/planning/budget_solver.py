@@ -23,7 +23,7 @@ import numpy as np
 
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.planning.bounds import Measure, limits_in
-from compression_dags.planning.candidates import Alternative, Bank
+from compression_dags.planning.candidates import Candidate, CandidateTable
 
 if TYPE_CHECKING:
     from scipy.optimize import LinearConstraint
@@ -49,7 +49,7 @@ class Solution:
         dense_bytes: of the base model.
     """
 
-    taken: tuple[Alternative, ...]
+    taken: tuple[Candidate, ...]
     cost: float
     bytes: int
     parameters: int
@@ -63,7 +63,7 @@ class Solution:
         return {a.label for a in self.taken if not a.gone}
 
 
-def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
+def solve(bank: CandidateTable, measure: Measure, budget: float) -> Solution:
     """The plan with the least predicted KL whose size is at most `budget`.
 
     Args:
@@ -90,7 +90,7 @@ def solve(bank: Bank, measure: Measure, budget: float) -> Solution:
     return min(fair, key=lambda pair: pair[0])[1]
 
 
-def mixture_sizes(bank: Bank) -> list[float]:
+def mixture_sizes(bank: CandidateTable) -> list[float]:
     """Bits a weight at which mixtures are worth measuring: those of the schemes between the smallest and the largest,
     and between every two neighbours their geometric mean."""
     bits = [_bits(bank, own) for own in bank.uniform().values() if own[0].kind == "quantize"]
@@ -100,18 +100,18 @@ def mixture_sizes(bank: Bank) -> list[float]:
     return sorted([*bits[1:-1], *between])
 
 
-def _bits(bank: Bank, own: list[Alternative]) -> float:
+def _bits(bank: CandidateTable, own: list[Candidate]) -> float:
     """Stored bits a weight of one scheme everywhere."""
     return 8 * (sum(a.bytes for a in (*own, *_left(bank, own))) - bank.norm_bytes) / bank.projections
 
 
-def _left(bank: Bank, own: list[Alternative]) -> list[Alternative]:
+def _left(bank: CandidateTable, own: list[Candidate]) -> list[Candidate]:
     """What these do not decide, as it is: groups that the quantizer ignores."""
     decided = {cell for a in own for cell in a.cells(bank.groups)}
     return [a for a in bank.alternatives if a.is_dense and decided.isdisjoint(a.cells(bank.groups))]
 
 
-def _over_promised(bank: Bank, bits: float) -> float:
+def _over_promised(bank: CandidateTable, bits: float) -> float:
     """Measured over promised cost of mixtures of about this size; 1 for a single scheme at either end."""
     ends = [_bits(bank, own) for own in bank.uniform().values() if own[0].kind == "quantize"]
     known = {min(ends): 1.0, max(ends): 1.0} | {b: kl / cost for b, cost, kl in bank.mixtures if cost > 0}
@@ -120,7 +120,7 @@ def _over_promised(bank: Bank, bits: float) -> float:
 
 
 def _program(
-    bank: Bank, alive: list[Alternative], measure: Measure, budget: float, mixing: float = 1.0
+    bank: CandidateTable, alive: list[Candidate], measure: Measure, budget: float, mixing: float = 1.0
 ) -> Solution | None:
     """The cheapest of these alternatives, those of schemes at `mixing` times their cost; None if nothing fits."""
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -147,7 +147,7 @@ def _program(
     raise IntegrityError(f"the solver returned a plan over the budget of {budget:g} {measure}")
 
 
-def _structure(bank: Bank, alive: list[Alternative]) -> list[LinearConstraint]:
+def _structure(bank: CandidateTable, alive: list[Candidate]) -> list[LinearConstraint]:
     """Every part decided once, at most one cut, and no more layers gone than the largest cut."""
     from scipy.optimize import LinearConstraint
     from scipy.sparse import csr_array
@@ -175,11 +175,11 @@ def _silent_solver() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _scale(bank: Bank, a: Alternative) -> float:
+def _scale(bank: CandidateTable, a: Candidate) -> float:
     return 1.0 if a.gone else bank.scale(a.label)
 
 
-def _sizes(bank: Bank, alive: list[Alternative], measure: Measure, budget: float) -> tuple[np.ndarray, float]:
+def _sizes(bank: CandidateTable, alive: list[Candidate], measure: Measure, budget: float) -> tuple[np.ndarray, float]:
     """Size of every alternative and the limit on their sum, in units of the measure."""
     if measure == "parameters":
         return np.array([float(a.parameters) for a in alive]), budget - bank.fixed_parameters
@@ -189,13 +189,13 @@ def _sizes(bank: Bank, alive: list[Alternative], measure: Measure, budget: float
     return sizes, budget * bank.projections / 8 + bank.norm_bytes
 
 
-def dense_itemsize(bank: Bank) -> int:
+def dense_itemsize(bank: CandidateTable) -> int:
     """Bytes a weight of the base model's projections."""
     dense = sum(a.bytes for a in bank.alternatives if a.kind == "quantize" and a.choice is None)
     return round(dense / bank.projections)
 
 
-def _solution(bank: Bank, taken: tuple[Alternative, ...], cost: float) -> Solution:
+def _solution(bank: CandidateTable, taken: tuple[Candidate, ...], cost: float) -> Solution:
     taken = tuple(sorted(taken, key=lambda a: (a.layer, bank.groups.index(a.group) if a.group else -1)))
     dense = [a for a in bank.alternatives if a.is_dense]
     total = bank.fixed_bytes + sum(a.bytes for a in taken)

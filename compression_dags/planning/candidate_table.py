@@ -18,11 +18,11 @@ import numpy as np
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import chosen_rows, even_rows, kl_by_row
-from compression_dags.passes.variant_scoring import Edit, LossBench, Piece, as_is
+from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer, as_is
 from compression_dags.planning.candidates import (
-    Alternative,
-    Bank,
-    BankOptions,
+    Candidate,
+    CandidateOptions,
+    CandidateTable,
     candidates,
     empty_bank,
     measured,
@@ -31,7 +31,7 @@ from compression_dags.planning.candidates import (
 )
 from compression_dags.planning.reasons import why
 from compression_dags.provenance.decisions import Decision
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +49,13 @@ SURE = 2.0
 def measure_bank(
     source: Checkpoint,
     blocks: TokenBlocks,
-    options: BankOptions,
+    options: CandidateOptions,
     *,
     statistics: Mapping[str, np.ndarray] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
-    track: Track = silent,
-) -> Bank:
+    progress: Progress = silent,
+) -> CandidateTable:
     """The alternatives of a dense model, measured on `blocks` (cut to `options.length` tokens).
 
     Args:
@@ -84,26 +84,28 @@ def measure_bank(
     rounded = RoundedLayers(stream, chosen_rows(unseen, even_rows(unseen, options.rows)), options.rounding)
     on: dict[str, Any] = {"device": device, "dtype": dtype}
     start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length), norms, rounded)
-    costs = dict(enumerate(start.costs(bank.alternatives, track, "alternatives, first sequences")))
+    costs = dict(enumerate(start.costs(bank.alternatives, progress, "alternatives, first sequences")))
     bank = _with(bank, costs, range(len(costs)))
     alive, meters = survivors(bank), [start]
     if rest:
         more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length), norms, rounded)
         meters.append(more)
-        found = more.costs([bank.alternatives[i] for i in alive], track, "alternatives, all sequences")
+        found = more.costs([bank.alternatives[i] for i in alive], progress, "alternatives, all sequences")
         costs |= {i: costs[i] + c for i, c in zip(alive, found, strict=True)}
         bank = _with(bank, costs, alive)
     bank = _merged_schemes(bank, options)
-    bank = _with_cuts(bank, options, source, meters, recovery, on, track)
+    bank = _with_cuts(bank, options, source, meters, recovery, on, progress)
     together = {}
     for label, same in bank.uniform().items():
         choice, pieces = same[0].choice, lambda same=same: start.all_of(same)
         if choice is not None:
-            pieces = quantized(source, quantizer_stage(options.quantizer, choice), options, unseen, **on, track=track)
+            pieces = quantized(
+                source, quantizer_stage(options.quantizer, choice), options, unseen, **on, progress=progress
+            )
         joint = _kl_of(meters, pieces)
         together[label] = (sum(joint) / len(joint), sum(a.cost for a in same))
     bank = replace(bank, together=together, tokens=len(rows) * options.length, quantizer=options.quantizer)
-    bank = _with_mixtures(bank, options, source, meters, unseen, on, track)
+    bank = _with_mixtures(bank, options, source, meters, unseen, on, progress)
     stream.close()
     return bank
 
@@ -114,14 +116,14 @@ def _kl_of(meters: list[_Meter], pieces: Callable[[], Iterable[Piece]]) -> list[
 
 
 def _with_cuts(
-    bank: Bank,
-    options: BankOptions,
+    bank: CandidateTable,
+    options: CandidateOptions,
     source: Checkpoint,
     meters: list[_Meter],
     recovery: FittedRecovery | None,
     on: dict[str, Any],
-    track: Track,
-) -> Bank:
+    progress: Progress,
+) -> CandidateTable:
     """Several layers dropped at once, as whole alternatives. After recovery a single layer is one of them, and what it
     cost without is no alternative any more."""
     from compression_dags.planning.joint_costs import counts_of, cut_pieces, cut_sets
@@ -133,23 +135,23 @@ def _with_cuts(
     counts = counts_of(most, recovery is not None)
     sets = cut_sets(bank.layers, [a.layer for a in drops], counts, meters[0].blocks_of)
     found = []
-    for gone in track([s for s in sets if recovery or len(s) > 1], "layers dropped together"):
+    for gone in progress([s for s in sets if recovery or len(s) > 1], "layers dropped together"):
         pieces = cut_pieces(source, gone, recovery, **on)
         costs = _kl_of(meters, lambda pieces=pieces: pieces)
-        found.append(measured(Alternative("drop", gone[0], None, None, 0, 0, layers=gone), costs))
+        found.append(measured(Candidate("drop", gone[0], None, None, 0, 0, layers=gone), costs))
     kept = [replace(a, alive=a.alive and not (recovery and a.kind == "drop")) for a in bank.alternatives]
     return replace(bank, alternatives=(*kept, *found), recovered=recovery.options if recovery else None)
 
 
 def _with_mixtures(
-    bank: Bank,
-    options: BankOptions,
+    bank: CandidateTable,
+    options: CandidateOptions,
     source: Checkpoint,
     meters: list[_Meter],
     unseen: TokenBlocks,
     on: dict[str, Any],
-    track: Track,
-) -> Bank:
+    progress: Progress,
+) -> CandidateTable:
     """The best mixtures as the bank sees them now, at the sizes of the schemes and between, by the recipe's quantizer.
 
     A mixture promises more than it keeps: it is what seemed cheapest, and a quantizer that lets later layers make up
@@ -167,7 +169,7 @@ def _with_mixtures(
         if asked is None or len(solution.labels) < 2:
             continue
         stage: Any = METHODS["quantize"][asked["method"]].model_validate(asked)
-        costs = _kl_of(meters, quantized(source, stage, options, unseen, **on, track=track))
+        costs = _kl_of(meters, quantized(source, stage, options, unseen, **on, progress=progress))
         if all(map(math.isfinite, costs)):
             found.append((solution.bits, solution.cost, sum(costs) / len(costs)))
     return replace(bank, mixtures=tuple(found))
@@ -184,13 +186,13 @@ def _cut(blocks: TokenBlocks, length: int) -> TokenBlocks:
     return TokenBlocks(blocks.ids[:, :length], blocks.lengths.clip(max=length), blocks.documents)
 
 
-def _with(bank: Bank, costs: dict[int, list[float]], alive: Iterable[int]) -> Bank:
+def _with(bank: CandidateTable, costs: dict[int, list[float]], alive: Iterable[int]) -> CandidateTable:
     keep = set(alive)
     found = [replace(measured(a, costs[i]), alive=i in keep) for i, a in enumerate(bank.alternatives)]
     return replace(bank, alternatives=tuple(found))
 
 
-def survivors(bank: Bank) -> list[int]:
+def survivors(bank: CandidateTable) -> list[int]:
     """Indices of alternatives that some plan could still want.
 
     Within what it covers, a scheme dies when another is no larger and surely cheaper. A removal dies when it is surely
@@ -199,7 +201,7 @@ def survivors(bank: Bank) -> list[int]:
     """
     drops = {a.layer: a for a in bank.alternatives if a.kind == "drop"}
 
-    def dies(a: Alternative) -> bool:
+    def dies(a: Candidate) -> bool:
         if not math.isfinite(a.cost):
             return True
         if a.kind == "merge":
@@ -212,15 +214,15 @@ def survivors(bank: Bank) -> list[int]:
     return [i for i, a in enumerate(bank.alternatives) if not dies(a)]
 
 
-def _sure(better: Alternative, worse: Alternative) -> bool:
+def _sure(better: Candidate, worse: Candidate) -> bool:
     return better.cost + SURE * better.error < worse.cost - SURE * worse.error
 
 
-def _merged_schemes(bank: Bank, options: BankOptions) -> Bank:
+def _merged_schemes(bank: CandidateTable, options: CandidateOptions) -> CandidateTable:
     """A merged layer at a scheme: what merging costs, and what the scheme costs where the first layer was."""
     base = {a.layer: a for a in bank.alternatives if a.kind == "merge" and a.choice is None}
 
-    def of(a: Alternative) -> Alternative:
+    def of(a: Candidate) -> Candidate:
         if a.kind != "merge" or a.choice is None:
             return a
         own = [q for q in bank.alternatives if (q.kind, q.layer, q.choice) == ("quantize", a.layer, a.choice)]
@@ -237,10 +239,10 @@ class _Meter:
     def __init__(
         self, stream: DecoderStream, blocks: TokenBlocks, norms: Mapping[str, np.ndarray], rounded: RoundedLayers
     ):
-        self.stream, self.bench, self.norms, self.rounded = stream, LossBench(stream, blocks), norms, rounded
-        self.dense = self.bench.states(as_is(stream.num_layers))
+        self.stream, self.probe, self.norms, self.rounded = stream, VariantScorer(stream, blocks), norms, rounded
+        self.dense = self.probe.states(as_is(stream.num_layers))
 
-    def costs(self, alternatives: Iterable[Alternative], track: Track, says: str) -> list[list[float]]:
+    def costs(self, alternatives: Iterable[Candidate], progress: Progress, says: str) -> list[list[float]]:
         """KL by sequence of each; those that change nothing, and merged layers at a scheme, are not run."""
         wanted = list(alternatives)
         edits = {i: self._edit(a) for i, a in enumerate(wanted) if self._runs(a)}
@@ -248,27 +250,27 @@ class _Meter:
         for i in edits:
             by_layer.setdefault(wanted[i].layer, []).append(i)
         found = {i: [0.0] * len(self.bench_rows) for i in range(len(wanted))}
-        for layer in track(sorted(by_layer), says):
+        for layer in progress(sorted(by_layer), says):
             chosen = by_layer[layer]
             student = as_is(self.stream.num_layers)
-            values = self.bench.measured(student, [edits[i] for i in chosen], self._kl)
+            values = self.probe.measured(student, [edits[i] for i in chosen], self._kl)
             found |= dict(zip(chosen, values, strict=True))
         return [found[i] for i in range(len(wanted))]
 
     def student(self, pieces: Iterable[Piece]) -> list[float]:
         """KL by sequence of a whole student, its pieces made as they are needed."""
-        return self._kl(self.bench.states(pieces))
+        return self._kl(self.probe.states(pieces))
 
     def blocks_of(self, count: int) -> list[float]:
         """Mean KL without the `count` layers from 0, from 1, … on."""
         layers = self.stream.num_layers
         edits = [Edit(first, first + count) for first in range(layers - count + 1)]
-        values = self.bench.measured(as_is(layers), edits, self._kl)
+        values = self.probe.measured(as_is(layers), edits, self._kl)
         return [sum(own) / len(own) if all(map(math.isfinite, own)) else math.inf for own in values]
 
-    def all_of(self, alternatives: Iterable[Alternative]) -> Iterator[Piece]:
+    def all_of(self, alternatives: Iterable[Candidate]) -> Iterator[Piece]:
         """Every layer with all of its alternatives at once."""
-        chosen: dict[int, list[Alternative]] = {}
+        chosen: dict[int, list[Candidate]] = {}
         for a in alternatives:
             chosen.setdefault(a.layer, []).append(a)
         for layer in sorted(chosen):
@@ -276,24 +278,24 @@ class _Meter:
 
     @property
     def bench_rows(self) -> list[int]:
-        return [row for batch in self.bench.batches for row in batch.rows]
+        return [row for batch in self.probe.batches for row in batch.rows]
 
     @staticmethod
-    def _runs(a: Alternative) -> bool:
+    def _runs(a: Candidate) -> bool:
         return a.kind in {"drop", "sparsify"} or (a.kind == "merge") == (a.choice is None)
 
     def _kl(self, states: list[Tensor]) -> list[float]:
-        pairs = zip(self.bench.batches, self.dense, states, strict=True)
+        pairs = zip(self.probe.batches, self.dense, states, strict=True)
         return [kl for batch, dense, state in pairs for kl in kl_by_row(self.stream, batch, dense, state)]
 
-    def _edit(self, a: Alternative) -> Edit:
+    def _edit(self, a: Candidate) -> Edit:
         if a.kind == "drop":
             return Edit(a.layer, a.layer + 1)
         if a.kind == "merge":
             return Edit(a.layer, a.layer + 2, _Made(lambda: Piece(a.layer, self._mean(a.layer))))
         return Edit(a.layer, a.layer + 1, _Made(lambda: Piece(a.layer, self._made(a))))
 
-    def _made(self, a: Alternative) -> dict[str, Tensor]:
+    def _made(self, a: Candidate) -> dict[str, Tensor]:
         if a.kind == "sparsify":
             return self._pruned(a.layer, a.share)
         assert a.choice is not None
@@ -331,7 +333,7 @@ class _Made:
         yield self.make()
 
 
-def bank_decisions(bank: Bank) -> list[Decision]:
+def bank_decisions(bank: CandidateTable) -> list[Decision]:
     """A row for every alternative: kept for the planner, or given up in the race."""
     rows, unit = [], "KL (nats a token)"
     for a in bank.alternatives:

@@ -61,7 +61,7 @@ def quantizer_stage(options: Mapping[str, Any], choice: Choice) -> QuantizeStage
     return cast("QuantizeStage", METHODS["quantize"][method].model_validate({**options, **choice.options()}))
 
 
-class BankOptions(Options):
+class CandidateOptions(Options):
     """Which alternatives are measured, and on how much text."""
 
     schemes: tuple[str, ...] = Field(
@@ -98,7 +98,7 @@ class BankOptions(Options):
         return entries
 
     @model_validator(mode="after")
-    def _first_is_a_part(self) -> BankOptions:
+    def _first_is_a_part(self) -> CandidateOptions:
         if bad := [s for s in self.sparsities if not 0 < s < 1]:
             raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
         for choice in self.choices():
@@ -134,7 +134,7 @@ def _choice(entry: str, group_size: int | None) -> Choice:
 
 
 @dataclass(frozen=True)
-class Alternative:
+class Candidate:
     """One thing that could be done.
 
     Attributes:
@@ -193,7 +193,7 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Bank:
+class CandidateTable:
     """All alternatives of a model, measured.
 
     Attributes:
@@ -210,7 +210,7 @@ class Bank:
     fixed_bytes: int
     fixed_parameters: int
     projections: int
-    alternatives: tuple[Alternative, ...]
+    alternatives: tuple[Candidate, ...]
     together: dict[str, tuple[float, float]] | None = None
     tokens: int = 0
     quantizer: dict[str, Any] = field(default_factory=lambda: QUANTIZER)
@@ -221,7 +221,7 @@ class Bank:
         (directory / FILE).write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
-    def load(cls, directory: Path) -> Bank:
+    def load(cls, directory: Path) -> CandidateTable:
         raw: dict[str, Any] = json.loads((directory / FILE).read_text())
         found = tuple(_read(a) for a in raw.pop("alternatives"))
         together = {k: (v[0], v[1]) for k, v in (raw.pop("together") or {}).items()}
@@ -245,18 +245,18 @@ class Bank:
         joint, alone = (self.together or {}).get(label, (0.0, 0.0))
         return joint / alone if joint > 0 and alone > 0 and math.isfinite(joint) else 1.0
 
-    def uniform(self) -> dict[str, list[Alternative]]:
+    def uniform(self) -> dict[str, list[Candidate]]:
         """Label → the alternatives that, together, do the same to every layer."""
-        found: dict[str, list[Alternative]] = {}
+        found: dict[str, list[Candidate]] = {}
         for a in self.alternatives:
             if a.kind == "sparsify" or (a.kind == "quantize" and a.choice is not None):
                 found.setdefault(a.label, []).append(a)
         return found
 
 
-def _read(raw: dict[str, Any]) -> Alternative:
+def _read(raw: dict[str, Any]) -> Candidate:
     choice = None if raw["choice"] is None else Choice(**raw["choice"])
-    return Alternative(**{**raw, "choice": choice, "layers": tuple(raw["layers"])})
+    return Candidate(**{**raw, "choice": choice, "layers": tuple(raw["layers"])})
 
 
 def label_of(choice: Choice | None) -> str:
@@ -265,7 +265,7 @@ def label_of(choice: Choice | None) -> str:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Tensors of a model as their headers say; of a checkpoint, or of what `StackFacts` knows."""
+    """Tensors of a model as their headers say; of a checkpoint, or of what `ModelShape` knows."""
 
     architecture: Architecture
     tensors: Mapping[str, TensorInfo]
@@ -285,37 +285,37 @@ class Shapes:
         return found
 
 
-def removable(options: BankOptions, layers: int) -> int:
+def removable(options: CandidateOptions, layers: int) -> int:
     """How many of the layers may go; one stays."""
     return min(layers - 1, max(1, int(options.most_removed * layers))) if options.depth else 0
 
 
-def candidates(source: Checkpoint | Shapes, options: BankOptions, merges: bool = True) -> list[Alternative]:
+def candidates(source: Checkpoint | Shapes, options: CandidateOptions, merges: bool = True) -> list[Candidate]:
     """Every alternative, with exact bytes and parameters, not measured yet; without merges for what knows no kinds."""
     shapes = source if isinstance(source, Shapes) else Shapes.of(source)
     kind = None if isinstance(source, Shapes) else source.facts.kind
     names, ignored = tuple(g.name for g in shapes.architecture.groups), ignored_cells(shapes, options)
-    found: list[Alternative] = []
+    found: list[Candidate] = []
     for layer, tensors in enumerate(shapes.by_layer()):
         sized = functools.partial(_size, shapes.architecture, tensors)
         fixed = {group for index, group in ignored if index == layer}
         for group in names if options.units == "group" else (None,):
             dense_only = bool(fixed) if group is None else group in fixed
             for choice in (None, *(() if dense_only else options.choices())):
-                found.append(Alternative("quantize", layer, group, choice, *sized(group, choice)))
+                found.append(Candidate("quantize", layer, group, choice, *sized(group, choice)))
         for share in options.sparsities:
             sizes = _sparse(shapes.architecture, tensors, share)
-            found.append(Alternative("sparsify", layer, None, None, *sizes, share=share))
+            found.append(Candidate("sparsify", layer, None, None, *sizes, share=share))
         if not removable(options, shapes.num_layers):
             continue
-        found.append(Alternative("drop", layer, None, None, 0, 0, layers=(layer,)))
+        found.append(Candidate("drop", layer, None, None, 0, 0, layers=(layer,)))
         if merges and kind and layer + 1 < shapes.num_layers and kind(layer) == kind(layer + 1):
             for choice in (None, *(() if fixed else options.choices())):
-                found.append(Alternative("merge", layer, None, choice, *sized(None, choice)))
+                found.append(Candidate("merge", layer, None, choice, *sized(None, choice)))
     return found
 
 
-def ignored_cells(source: Shapes, options: BankOptions) -> set[Cell]:
+def ignored_cells(source: Shapes, options: CandidateOptions) -> set[Cell]:
     """Groups of projections that the quantizer's `ignore` names one of: they stay as they are."""
     ignore = quantizer_stage(options.quantizer, options.choices()[0]).ignore
     if all(entry == "lm_head" for entry in ignore):
@@ -365,13 +365,13 @@ def stored_bytes(info: TensorInfo, choice: Choice | None) -> int:
     return sum(math.prod(shape) * _BYTES[dtype] for dtype, shape in layout.values())
 
 
-def empty_bank(source: Checkpoint | Shapes, alternatives: list[Alternative]) -> Bank:
+def empty_bank(source: Checkpoint | Shapes, alternatives: list[Candidate]) -> CandidateTable:
     """The bank of these alternatives before anything is measured."""
     architecture = source.architecture
     split = [(*architecture.split_name(name), info) for name, info in source.tensors.items()]
     outside = [info for index, _, info in split if index is None]
     weights = {f"{p}.weight" for p in architecture.projections()}
-    return Bank(
+    return CandidateTable(
         source.num_layers,
         tuple(g.name for g in architecture.groups),
         sum(t.nbytes for t in outside),
@@ -381,7 +381,7 @@ def empty_bank(source: Checkpoint | Shapes, alternatives: list[Alternative]) -> 
     )
 
 
-def measured(alternative: Alternative, costs: list[float]) -> Alternative:
+def measured(alternative: Candidate, costs: list[float]) -> Candidate:
     """With the mean and its standard error over sequences."""
     mean = sum(costs) / len(costs)
     spread = math.sqrt(sum((c - mean) ** 2 for c in costs) / max(1, len(costs) - 1) / len(costs))

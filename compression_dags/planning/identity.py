@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compression_dags.planning.candidate_table import VERSION
-from compression_dags.planning.candidates import PLANNED, BankOptions, quantizer_stage, recovery_of
+from compression_dags.planning.candidates import PLANNED, CandidateOptions, quantizer_stage, recovery_of
 from compression_dags.planning.joint_costs import AUTO
 from compression_dags.planning.mixed import VERSION as MIXED_VERSION
 from compression_dags.planning.mixed import bank_options
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compression_dags.stage import Stage
 
 
-def bank_versions(options: BankOptions) -> dict[str, str]:
+def bank_versions(options: CandidateOptions) -> dict[str, str]:
     """Method → version, of every method that measures a bank with these options; the bank's own first."""
     found = {"alternatives": VERSION}
     for stage in _stages(options).values():
@@ -23,7 +23,7 @@ def bank_versions(options: BankOptions) -> dict[str, str]:
     return found
 
 
-def bank_identity(options: BankOptions) -> dict[str, Any]:
+def bank_identity(options: CandidateOptions) -> dict[str, Any]:
     """What a bank's fingerprint holds beside the digests of its inputs: JSON values.
 
     A changed default of the quantizer, of the recovery, or of what measures single groups changes it.
@@ -44,7 +44,7 @@ def versions_of(stage: Stage) -> dict[str, str]:
     return getattr(stage, "versions", None) or {f"{stage.stage}: {stage.method}": stage.version}
 
 
-def _stages(options: BankOptions) -> dict[str, Stage]:
+def _stages(options: CandidateOptions) -> dict[str, Stage]:
     """Every stage that a bank runs, by what it is for."""
     from compression_dags.quantization.gptq import GPTQ
     from compression_dags.sparsity.pruners.wanda import Wanda

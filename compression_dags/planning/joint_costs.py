@@ -18,12 +18,12 @@ from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import chosen_rows, even_rows
 from compression_dags.passes.variant_scoring import Piece
 from compression_dags.planning.candidates import recovery_of
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.planning.candidates import BankOptions
+    from compression_dags.planning.candidates import CandidateOptions
     from compression_dags.quantization.schemes import QuantizeStage
     from compression_dags.recovery.stage import RecoverStage
 
@@ -44,7 +44,7 @@ class FittedRecovery:
     blocks: TokenBlocks
 
 
-def recovery_for(source: Checkpoint, options: BankOptions, blocks: TokenBlocks) -> FittedRecovery | None:
+def recovery_for(source: Checkpoint, options: CandidateOptions, blocks: TokenBlocks) -> FittedRecovery | None:
     """What `options.recover` asks for, on as few calibration sequences as the stage accepts.
 
     Raises:
@@ -129,18 +129,18 @@ def cut_pieces(
 def quantized(
     source: Checkpoint,
     stage: QuantizeStage,
-    options: BankOptions,
+    options: CandidateOptions,
     blocks: TokenBlocks,
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    track: Track = silent,
+    progress: Progress = silent,
 ) -> Callable[[], Iterator[Piece]]:
     """The model quantized as a recipe will, at one scheme or at a mixture: pieces of the base model, each made when it
     is wanted.
     """
     rows = chosen_rows(blocks, even_rows(blocks, MORE_ROWS * options.rows))
-    on: dict[str, Any] = {"device": device, "dtype": dtype, "track": track}
+    on: dict[str, Any] = {"device": device, "dtype": dtype, "track": progress}
     with tempfile.TemporaryDirectory() as folder:
         rounding = stage.quantize(source, Path(folder) / "quantized", blocks=rows, **on).rounding
     names = {f"{name}.weight": name for name in rounding.choices}

@@ -17,12 +17,12 @@ from compression_dags.planning.candidates import label_of
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.planning.candidates import Alternative, BankOptions
+    from compression_dags.planning.candidates import Candidate, CandidateOptions
     from compression_dags.quantization.schemes import QuantizeStage
 
 FILE = "schemes.json"
@@ -51,14 +51,14 @@ class SchemePlan:
         return cls({name: Choice(**choice) for name, choice in raw["choices"].items()}, raw["bits"], raw["cost"])
 
 
-def bank_options(stage: QuantizeStage) -> BankOptions:
-    from compression_dags.planning.candidates import PLANNED, BankOptions
+def bank_options(stage: QuantizeStage) -> CandidateOptions:
+    from compression_dags.planning.candidates import PLANNED, CandidateOptions
 
     schemes = tuple(dict.fromkeys((stage.scheme, *stage.candidates)))
     asked = {"schemes": schemes, "group_size": stage.choice.group_size, "units": "group", "depth": False}
     given = stage.model_dump(mode="json", exclude=PLANNED, exclude_defaults=True)
     asked["quantizer"] = given | {"method": stage.method}
-    return BankOptions.model_validate(asked)
+    return CandidateOptions.model_validate(asked)
 
 
 def plan_schemes(
@@ -68,7 +68,7 @@ def plan_schemes(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    track: Track = silent,
+    progress: Progress = silent,
 ) -> tuple[SchemePlan, list[Decision]]:
     """The schemes that `stage.bits` asks for, and a row for every group.
 
@@ -83,7 +83,7 @@ def plan_schemes(
     if stage.bits is None:
         raise InputError(f"quantize: {stage.method} asks for no average of bits")
     check_bits(stage, source.facts)
-    bank = measure_bank(source, blocks, bank_options(stage), device=device, dtype=dtype, track=track)
+    bank = measure_bank(source, blocks, bank_options(stage), device=device, dtype=dtype, progress=progress)
     solution = solve(bank, "bits", stage.bits)
     allowed, architecture = stage.choices(source.facts), source.architecture
     choices, rows = {}, []
@@ -116,7 +116,7 @@ def plan_schemes(
     return SchemePlan(choices, solution.bits, solution.cost), rows
 
 
-def _reason(bits: float, choice: Choice | None, columns: int, tried: list[Alternative]) -> str:
+def _reason(bits: float, choice: Choice | None, columns: int, tried: list[Candidate]) -> str:
     """Why a group got its scheme: what it loses alone, and what the next smaller and the next larger scheme would."""
     own = next(a for a in tried if a.choice == choice)
     stored = choice and choice.fitted(columns)

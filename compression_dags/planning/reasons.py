@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from compression_dags.planning.candidates import Alternative, Bank
+from compression_dags.planning.candidates import Candidate, CandidateTable
 from compression_dags.provenance.wording import apart, counted, layers_said, number
 
 
-def why(bank: Bank, a: Alternative) -> str:
+def why(bank: CandidateTable, a: Candidate) -> str:
     """A sentence for the row of an alternative: what it costs, and what beat it if something did."""
     cost = f"{a.label} costs {number(a.cost)} nats a token over {counted(a.rows, 'sequence')}"
     if not a.rows:
@@ -34,7 +34,7 @@ def why(bank: Bank, a: Alternative) -> str:
     return f"rejected: {a.label} costs {own} nats a token, and {best.label}, which is no larger, surely less ({less})"
 
 
-def _merge(bank: Bank, a: Alternative, cost: str) -> str:
+def _merge(bank: CandidateTable, a: Candidate, cost: str) -> str:
     """A merge dies with its layers' drops, or at a scheme with the merge or the scheme itself."""
     base = next(b for b in bank.alternatives if (b.kind, b.layer, b.choice) == ("merge", a.layer, None))
     if a.choice is not None and base.alive:

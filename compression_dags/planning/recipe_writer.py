@@ -10,13 +10,13 @@ import yaml
 
 from compression_dags.architectures import Architecture
 from compression_dags.planning.budget_solver import Solution
-from compression_dags.planning.candidates import Alternative, Bank
+from compression_dags.planning.candidates import Candidate, CandidateTable
 from compression_dags.quantization.formats import Choice
 
 
 def recipe_of(
     solution: Solution,
-    bank: Bank,
+    bank: CandidateTable,
     architecture: Architecture,
     *,
     name: str,
@@ -45,7 +45,7 @@ def recipe_of(
     return {"name": name, "description": description, "calibration": calibration, "stages": stages}
 
 
-def quantize_stage(solution: Solution, bank: Bank, architecture: Architecture) -> dict[str, Any] | None:
+def quantize_stage(solution: Solution, bank: CandidateTable, architecture: Architecture) -> dict[str, Any] | None:
     """Options of the quantizer: the most frequent scheme for all, the others as overrides, what stays dense ignored."""
     chosen = chosen_schemes(solution, bank)
     schemes = Counter(c for c in chosen.values() if c is not None)
@@ -65,7 +65,7 @@ def quantize_stage(solution: Solution, bank: Bank, architecture: Architecture) -
     return found | ({"overrides": overrides} if overrides else {})
 
 
-def chosen_schemes(solution: Solution, bank: Bank) -> dict[tuple[int, str], Choice | None]:
+def chosen_schemes(solution: Solution, bank: CandidateTable) -> dict[tuple[int, str], Choice | None]:
     """(new layer, group) → scheme, None for what stays dense."""
     found: dict[tuple[int, str], Choice | None] = {}
     for a in solution.taken:
@@ -100,7 +100,7 @@ def _patterns(architecture: Architecture, cells: list[tuple[int, str]]) -> list[
     return found
 
 
-def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
+def recipe_text(recipe: dict[str, Any], solution: Solution, bank: CandidateTable) -> str:
     """The file: evidence as comments, then YAML that `load_recipe` reads."""
     lines = [
         f"# Made by `compression-dags plan`. Predicted KL {solution.cost:.4f} nats a token; "
@@ -120,12 +120,12 @@ def recipe_text(recipe: dict[str, Any], solution: Solution, bank: Bank) -> str:
     return "\n".join(lines) + "\n" + body
 
 
-def _mixing(bank: Bank) -> list[str]:
+def _mixing(bank: CandidateTable) -> list[str]:
     """What mixtures of schemes were measured to cost over what the sum of their parts promised."""
     said = [f"{kl / cost:.2f} at {bits:.2f} bits" for bits, cost, kl in bank.mixtures if cost > 0]
     return [f"# Mixtures of schemes cost this many times what their parts promise: {', '.join(said)}."] if said else []
 
 
-def _said(a: Alternative) -> str:
+def _said(a: Candidate) -> str:
     where = f"layers {', '.join(map(str, a.layers))}" if a.kind == "drop" else a.group or "all"
     return f"{where} {a.label} {a.cost:.4f}"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Progress:
+class ResumePoint:
     """One resumable loop: tensors and a step number, replaced as a whole.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.quantization.schemes import QuantizeStage
-from compression_dags.stage import Follows, StatisticKind
+from compression_dags.stage import StatisticKind, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class GPTQ(QuantizeStage):
     act_order: bool = Field(
         True, description="round the inputs with the largest mean square first; scales are then found before (static)"
     )
-    target: Follows = Field(
+    target: Target = Field(
         "residual",
         description="own: W x of the rounded model's inputs (the paper); dense: of the dense model's (GPTAQ); "
         "residual: such that the residual stream is the dense model's (dense where a norm stands before the stream)",
@@ -43,7 +43,7 @@ class GPTQ(QuantizeStage):
     keep_zeros: bool = Field(True, description="weights that are 0 stay 0: a sparse model stays sparse")
 
     @property
-    def follows(self) -> Follows:
+    def follows(self) -> Target:
         return self.target
 
     def round_group(self, weights: dict[str, Tensor], seen: InputSums, choice: Choice, label: str) -> RoundedGroup:

@@ -14,7 +14,7 @@ from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import Choice, Layout
 from compression_dags.quantization.reasons import why_kept, why_scheme
 from compression_dags.quantization.schemes import QuantizedModel, QuantizeStage, Rounding, needs_rebuilding
-from compression_dags.stage import Track
+from compression_dags.stage import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -82,12 +82,12 @@ def pack(rounded: Rounded, choice: Choice) -> dict[str, torch.Tensor]:
 class Packer:
     """Streams a checkpoint through one stage: a module is rounded when the writer asks for its first tensor."""
 
-    def __init__(self, stage: QuantizeStage, source: Checkpoint, rounding: Rounding, device: str, track: Track):
+    def __init__(self, stage: QuantizeStage, source: Checkpoint, rounding: Rounding, device: str, progress: Progress):
         self.stage, self.source, self.rounding, self.device = stage, source, rounding, device
         self.linear = linear_modules(source)
         self.layouts = {name: self._layout(name) for name in rounding.choices}
         self.errors: dict[str, float] = {}
-        self.progress = iter(track(self.layouts, "round and pack", len(self.layouts)))
+        self.progress = iter(progress(self.layouts, "round and pack", len(self.layouts)))
         # One module at a time: its tensors are neighbours in the plan.
         self.packed = functools.lru_cache(maxsize=1)(self._pack)
 

@@ -13,13 +13,13 @@ from compression_dags.architectures import ProjectionGroup
 from compression_dags.errors import IntegrityError
 from compression_dags.passes.host_copies import HostCopies
 from compression_dags.passes.input_sums import InputSums
-from compression_dags.passes.sequential import SequentialWalk
-from compression_dags.provenance.resume import Progress, as_note, from_note
+from compression_dags.passes.sequential import SequentialPass
+from compression_dags.provenance.resume import ResumePoint, as_note, from_note
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.schemes import QuantizeStage, Rounding
 from compression_dags.quantization.smoothing import Fold, fold_of
 from compression_dags.solvers.rounding import Grid, Rounded, Scales
-from compression_dags.stage import Track
+from compression_dags.stage import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +43,7 @@ class RoundedGroup:
     again: Callable[[str, Tensor | None], Rounded] | None = None
 
 
-class RoundWalk(SequentialWalk):
+class RoundingPass(SequentialPass):
     """One run of a calibrated quantizer over a model.
 
     While a layer runs, weights whose input is to be divided by s are held as Ŵ diag(1/s): the model then computes what
@@ -74,8 +74,8 @@ class RoundWalk(SequentialWalk):
             source, blocks, device, dtype, name=stage.method, statistic=stage.wanted, follows=stage.follows
         )
 
-    def run_layers(self, progress: Progress | None, track: Track) -> None:
-        super().run_layers(progress, track)
+    def run_layers(self, resume: ResumePoint | None, progress: Progress) -> None:
+        super().run_layers(resume, progress)
         self._copies.close()
 
     def rounding(self, device: str) -> Rounding:

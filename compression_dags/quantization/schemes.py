@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
-from compression_dags.stage import Follows, Stage, StatisticKind, Track, silent
+from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
 
 if TYPE_CHECKING:
     import torch
 
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.passes.input_sums import InputSums
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.provenance.resume import ResumePoint
     from compression_dags.quantization.rounding_pass import RoundedGroup
     from compression_dags.quantization.smoothing import Fold
     from compression_dags.solvers.rounding import Rounded
@@ -153,13 +153,13 @@ class QuantizeStage(Stage):
     def _ignored(self, module: str) -> bool:
         return self.ignored_by(module) is not None
 
-    def wished(self, facts: StackFacts) -> list[str]:
+    def wished(self, facts: ModelShape) -> list[str]:
         """Projections that `ignore` does not name, whether their scheme fits them or not."""
         architecture, layers = facts.architecture, range(facts.layers)
         modules = [architecture.layer_prefix(i) + p for i in layers for p in architecture.projections()]
         return [m for m in modules if not self._ignored(m)]
 
-    def choices(self, facts: StackFacts) -> dict[str, Choice]:
+    def choices(self, facts: ModelShape) -> dict[str, Choice]:
         """Module → what it is quantized to, layer by layer. Modules that stay as they are do not appear.
 
         Raises:
@@ -194,7 +194,7 @@ class QuantizeStage(Stage):
             )
         return fitted
 
-    def _alike(self, found: dict[str, Choice], columns: dict[str, int], facts: StackFacts) -> dict[str, Choice]:
+    def _alike(self, found: dict[str, Choice], columns: dict[str, int], facts: ModelShape) -> dict[str, Choice]:
         """With one group size for all matrices that ask for one scheme, where a checkpoint can hold one only."""
         group = {p: g.name for g in facts.architecture.groups for p in g.projections}
         widths: dict[Choice, set[int]] = {}
@@ -203,7 +203,7 @@ class QuantizeStage(Stage):
         common = {asked: asked.common(seen) for asked, seen in widths.items() if asked.dequantize_on_load}
         return {name: common.get(self.asked(name), choice) for name, choice in found.items()}
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         """See `Stage.check`: mixtures of experts, quantized sources, bad `ignore` or `overrides`."""
         architecture = facts.architecture
         if architecture.experts is not None:
@@ -236,7 +236,7 @@ class QuantizeStage(Stage):
         return self.wanted != "none"
 
     @property
-    def follows(self) -> Follows:
+    def follows(self) -> Target:
         return "own"
 
     def round_weight(self, source: Checkpoint, name: str, device: str, choice: Choice) -> Rounded:
@@ -265,8 +265,8 @@ class QuantizeStage(Stage):
         schemes: Mapping[str, Choice] | None = None,
         device: str = "cpu",
         dtype: str = "float32",
-        progress: Progress | None = None,
-        track: Track = silent,
+        resume: ResumePoint | None = None,
+        progress: Progress = silent,
     ) -> QuantizedModel:
         """Write the quantized checkpoint. Equal inputs give equal bytes.
 
@@ -291,12 +291,12 @@ class QuantizeStage(Stage):
         if fp4 and dtype != "bfloat16" and not rebuilds_while_loading():
             raise InputError(f"{fp4} in {dtype} needs transformers >= 5.23; older ones load it in bfloat16 only")
         if not self.reads_tokens:
-            return Packer(self, source, self._directly(source, choices, device), device, track).write(directory)
-        from compression_dags.quantization.rounding_pass import RoundWalk
+            return Packer(self, source, self._directly(source, choices, device), device, progress).write(directory)
+        from compression_dags.quantization.rounding_pass import RoundingPass
 
-        walk = RoundWalk(self, source, choices, blocks, device, dtype)
-        walk.run_layers(progress, track)
-        return Packer(self, source, walk.rounding(device), device, track).write(directory)
+        walk = RoundingPass(self, source, choices, blocks, device, dtype)
+        walk.run_layers(resume, progress)
+        return Packer(self, source, walk.rounding(device), device, progress).write(directory)
 
     def _directly(self, source: Checkpoint, choices: Mapping[str, Choice], device: str) -> Rounding:
         return Rounding(choices, lambda name: self.round_weight(source, f"{name}.weight", device, choices[name]))
@@ -398,7 +398,7 @@ def rebuilds_while_loading() -> bool:
     return tuple(map(int, version("transformers").split(".")[:2])) >= (5, 23)
 
 
-def input_dimensions(facts: StackFacts) -> dict[str, int]:
+def input_dimensions(facts: ModelShape) -> dict[str, int]:
     """Group of projections → the dimension of the input that they read."""
     config = facts.config
     heads = int(config["num_attention_heads"])

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from compression_dags.errors import InputError
 from compression_dags.quantization.gptq import GPTQ, sweep_group
-from compression_dags.stage import Follows, StatisticKind
+from compression_dags.stage import StatisticKind, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ class SmoothQuant(GPTQ):
         "tokens (the paper), which one token decides, the more so the more tokens there are",
     )
     rounding: Literal["rtn", "gptq"] = "rtn"
-    target: Follows = Field("own", description="of `rounding: gptq`; as gptq's")
+    target: Target = Field("own", description="of `rounding: gptq`; as gptq's")
 
     @model_validator(mode="after")
     def _target_needs_gptq(self) -> SmoothQuant:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from compression_dags import yaml_reader
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.calibration.corpora import Calibration, check_corpus, check_size
 from compression_dags.depth.plan import MergeStage
 from compression_dags.errors import InputError
@@ -106,7 +106,7 @@ class Recipe:
         found = self.stage("quantize")
         return found if isinstance(found, QuantizeStage) else None
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         """Refuse what cannot work on a model, before any compute.
 
         Raises:
@@ -132,7 +132,7 @@ class Recipe:
         versions = {name: version for stage in self.stages for name, version in stage.versions.items()}
         return {**self.describe(), "versions": versions}
 
-    def _before(self, stage: Stage, facts: StackFacts) -> StackFacts:
+    def _before(self, stage: Stage, facts: ModelShape) -> ModelShape:
         """Facts of the model that a stage changes: without the layers that were merged away, for all but recovery."""
         if self.merge is None or stage is self.merge or isinstance(stage, RecoverStage):
             return facts

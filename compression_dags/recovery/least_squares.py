@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.options import Ridge
 from compression_dags.passes.scored_rows import loss_sum
@@ -37,7 +37,7 @@ from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.resume import as_note, from_note
 from compression_dags.provenance.wording import apart, number
 from compression_dags.recovery.stage import TOKENS_PER_UNKNOWN, RecoverStage, Recovery, write_recovered
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from compression_dags.calibration.streaming import Batch, DecoderStream
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.depth.plan import MergePlan
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.provenance.resume import ResumePoint
     from compression_dags.solvers.ridge import Fit, Sums
 
 
@@ -75,14 +75,14 @@ class LeastSquares(RecoverStage):
         "gaps", description="gaps: only layers before a gap; sweep: also every later layer, against drift"
     )
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         if facts.architecture.residual_writer is None:
             raise InputError(
                 f"recover: least-squares cannot fold into {facts.architecture.model_type}: a norm or a router stands "
                 "between its last projection and the residual stream; leave the stage out for this model"
             )
 
-    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
         """Refuse a fit with fewer than 10 tokens an unknown (per output column).
 
         Raises:
@@ -97,7 +97,7 @@ class LeastSquares(RecoverStage):
                 f"({TOKENS_PER_UNKNOWN} an unknown): raise calibration.sequences (now {sequences} × {length})"
             )
 
-    def writers(self, facts: StackFacts) -> tuple[str, ...]:
+    def writers(self, facts: ModelShape) -> tuple[str, ...]:
         """Projections that are refitted at a layer, in order."""
         last = facts.architecture.residual_writer
         assert last is not None  # `check` refused such models
@@ -116,13 +116,13 @@ class LeastSquares(RecoverStage):
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        progress: Progress | None = None,
-        track: Track = silent,
+        resume: ResumePoint | None = None,
+        progress: Progress = silent,
     ) -> Recovery:
         """Fit every gap of `plan` in turn, on the student's own (already recovered) states; write the checkpoint."""
         self.check_tokens(teacher.facts, len(blocks.lengths), int(blocks.tokens // len(blocks.lengths)))
         run = _Run(self, teacher, student, plan, blocks, device, dtype)
-        fitted, decisions = run.all_positions(progress, track)
+        fitted, decisions = run.all_positions(resume, progress)
         return Recovery(write_recovered(student, fitted, directory), fitted, decisions)
 
 
@@ -149,14 +149,14 @@ class _Run:
         self.rows = len(blocks.lengths)
         self.loss: float | None = None  # held-out loss of the student as it stands
 
-    def all_positions(self, progress: Progress | None, track: Track) -> tuple[dict[str, Tensor], list[Decision]]:
+    def all_positions(self, resume: ResumePoint | None, progress: Progress) -> tuple[dict[str, Tensor], list[Decision]]:
         gaps = self.plan.gaps()
         if not gaps:
             return {}, []
         last = gaps[-1] if self.options.scope == "gaps" else len(self.plan.layers) - 1
-        first, fitted, decisions = self._restore(progress)
+        first, fitted, decisions = self._restore(resume)
         exact = self.plan.slots[0] == 0 and all(self._same_layer(p) for p in range(min(first, gaps[0])))
-        for position in track(range(first, last + 1), "least squares (layers)"):
+        for position in progress(range(first, last + 1), "least squares (layers)"):
             self._advance_teacher(position)
             exact = exact and position < gaps[0] and self._same_layer(position)
             if exact:
@@ -169,8 +169,8 @@ class _Run:
                         decisions.append(self._fit(position, layer, writer, fitted, len(decisions)))
                 for batch in self.s_batches:
                     batch.hidden = self.student.apply(layer, position, batch)
-            if progress:
-                progress.save_if_due(position + 1, lambda: self._state(fitted, decisions))
+            if resume:
+                resume.save_if_due(position + 1, lambda: self._state(fitted, decisions))
         return fitted, decisions
 
     def _same_layer(self, position: int) -> bool:
@@ -296,8 +296,8 @@ class _Run:
             **{f"fitted.{k}": v for k, v in fitted.items()},
         }
 
-    def _restore(self, progress: Progress | None) -> tuple[int, dict[str, Tensor], list[Decision]]:
-        saved = progress.load() if progress else None
+    def _restore(self, resume: ResumePoint | None) -> tuple[int, dict[str, Tensor], list[Decision]]:
+        saved = resume.load() if resume else None
         if saved is None:
             return 0, {}, []
         step, tensors = saved

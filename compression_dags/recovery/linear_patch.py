@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import Architecture, StackFacts
+from compression_dags.architectures import Architecture, ModelShape
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, number
 from compression_dags.recovery.stage import RecoverStage, Recovery, write_recovered
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from compression_dags.calibration.streaming import Batch
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.depth.plan import MergePlan
-    from compression_dags.passes.variant_scoring import LossBench, Piece
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.passes.variant_scoring import Piece, VariantScorer
+    from compression_dags.provenance.resume import ResumePoint
 
 
 class LinearPatch(RecoverStage):
@@ -55,14 +55,14 @@ class LinearPatch(RecoverStage):
     holdout: float = Field(0.125, gt=0, lt=1, description="share of the calibration sequences held out for the gate")
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, left out of α (attention sinks)")
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         if facts.architecture.experts:
             raise InputError(
                 f"recover: linear-patch does not fold into {facts.architecture.model_type}: its experts are not "
                 "rescaled; leave the stage out for this model"
             )
 
-    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
         """Refuse a set without fitting tokens or without a held-out sequence.
 
         Raises:
@@ -92,14 +92,14 @@ class LinearPatch(RecoverStage):
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        progress: Progress | None = None,
-        track: Track = silent,
+        resume: ResumePoint | None = None,
+        progress: Progress = silent,
     ) -> Recovery:
         """Patch every gap of `plan` in turn, on the student's own (already patched) states; write the checkpoint."""
         rows = len(blocks.lengths)
         self.check_tokens(teacher.facts, rows, int(blocks.lengths.max()))
         run = _Run(self, student, plan, blocks, device, dtype)
-        decisions = run.all_gaps(run.exit_norms(teacher, track), track) if plan.gaps() else []
+        decisions = run.all_gaps(run.exit_norms(teacher, progress), progress) if plan.gaps() else []
         prefix = student.architecture.layer_prefix
         fitted = {prefix(p) + local: t for p, piece in enumerate(run.pieces) for local, t in piece.tensors.items()}
         return Recovery(write_recovered(student, fitted, directory), fitted, decisions, {"factor": run.factor})
@@ -123,7 +123,7 @@ class _Run:
         self.factor = 1.0
         self.loss: float | None = None  # held-out loss of the student as it stands
 
-    def exit_norms(self, teacher: Checkpoint, track: Track) -> dict[int, float]:
+    def exit_norms(self, teacher: Checkpoint, progress: Progress) -> dict[int, float]:
         """Position of a gap → mean norm of the teacher's states behind it."""
         import torch
 
@@ -134,7 +134,7 @@ class _Run:
         batches = stream.batches(self.fit)
         norms = {}
         with torch.inference_mode():
-            for index in track(range(max(wanted)), "linear patch: base model (layers)"):
+            for index in progress(range(max(wanted)), "linear patch: base model (layers)"):
                 with stream.layer(index) as layer:
                     for batch in batches:
                         batch.hidden = stream.apply(layer, index, batch)
@@ -143,16 +143,16 @@ class _Run:
         stream.close()
         return norms
 
-    def all_gaps(self, exits: dict[int, float], track: Track) -> list[Decision]:
+    def all_gaps(self, exits: dict[int, float], progress: Progress) -> list[Decision]:
         import torch
 
         from compression_dags.calibration.streaming import DecoderStream
-        from compression_dags.passes.variant_scoring import LossBench, placed
+        from compression_dags.passes.variant_scoring import VariantScorer, placed
 
         stream = DecoderStream(self.student, **self.on)
-        gate, batches = LossBench(stream, self.held), stream.batches(self.fit)
+        gate, batches = VariantScorer(stream, self.held), stream.batches(self.fit)
         decisions = []
-        for position in track(range(max(exits) + 1), "linear patch: student (layers)"):
+        for position in progress(range(max(exits) + 1), "linear patch: student (layers)"):
             with torch.inference_mode(), placed(stream, self.pieces[position]) as layer:
                 for batch in batches:
                     batch.hidden = stream.apply(layer, position, batch)
@@ -162,7 +162,7 @@ class _Run:
         stream.close()
         return decisions
 
-    def _gap(self, position: int, theirs: float, own: float, gate: LossBench, step: int) -> Decision:
+    def _gap(self, position: int, theirs: float, own: float, gate: VariantScorer, step: int) -> Decision:
         """Patch the cut behind layer `position` if that lowers the held-out loss, and say so.
 
         Args:

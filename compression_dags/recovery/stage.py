@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.provenance.decisions import Decision
-from compression_dags.stage import Stage, Track, silent
+from compression_dags.stage import Progress, Stage, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.depth.plan import MergePlan
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.provenance.resume import ResumePoint
 
 #: Closed-form fits need this many fitting tokens for every unknown of an output column.
 TOKENS_PER_UNKNOWN = 10
@@ -49,7 +49,7 @@ class RecoverStage(Stage):
         """Options as they enter the fingerprint: all but the places of what `data_digests` stands for."""
         return self.options()
 
-    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
         """Refuse too few calibration tokens, before any compute.
 
         Raises:
@@ -66,8 +66,8 @@ class RecoverStage(Stage):
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        progress: Progress | None = None,
-        track: Track = silent,
+        resume: ResumePoint | None = None,
+        progress: Progress = silent,
     ) -> Recovery:
         """Write the recovered checkpoint of `student` (whose layers are `plan`'s) into `directory`.
 

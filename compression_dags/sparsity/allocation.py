@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from pydantic import Field, field_validator
 
-from compression_dags.architectures import Architecture, StackFacts
+from compression_dags.architectures import Architecture, ModelShape
 from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.similarity.redundancy import Redundancy
@@ -92,7 +92,7 @@ class SparsityEvidence:
         return None if found is None else np.sqrt(np.asarray(found, dtype=np.float64))
 
 
-class AllocationBench(Protocol):
+class AllocationProbe(Protocol):
     """What an allocator that reads weights or measures works on."""
 
     def weights(self, name: str) -> Tensor:
@@ -211,7 +211,7 @@ class Allocation(Options):
         """
         check_target(target)
 
-    def check_model(self, target: float, facts: StackFacts) -> None:
+    def check_model(self, target: float, facts: ModelShape) -> None:
         """Refuse what the model's shapes do not allow, before any compute.
 
         Raises:
@@ -223,7 +223,7 @@ class Allocation(Options):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         """Decide the sparsity of every matrix, in depth order; `pattern` is only for what a candidate is scored with.
@@ -264,10 +264,10 @@ def check_target(target: float) -> None:
         raise InputError(f"sparsity {target} is not possible; allowed: at least 0 and below 1")
 
 
-def need_bench(bench: AllocationBench | None, method: str) -> AllocationBench:
-    if bench is None:
+def need_bench(probe: AllocationProbe | None, method: str) -> AllocationProbe:
+    if probe is None:
         raise InputError(f"allocation {method} reads weights; none were given")
-    return bench
+    return probe
 
 
 def layer_units(matrices: Sequence[Matrix]) -> list[Unit]:

@@ -11,7 +11,7 @@ from compression_dags.calibration.statistics import load_statistics
 from compression_dags.errors import InputError
 from compression_dags.similarity.redundancy import compute_redundancy, read_redundancy
 from compression_dags.sparsity.allocation import Allocation, SparsityEvidence, SparsityPlan
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def fresh_evidence(
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
-    track: Track = silent,
+    progress: Progress = silent,
 ) -> SparsityEvidence:
     """By a calibration pass of its own: weights that an earlier stage changed have no stored one.
 
@@ -83,7 +83,7 @@ def fresh_evidence(
     if not (allocation.needs or allocation.reads_statistics):
         return SparsityEvidence(source.architecture)
     stream = DecoderStream(source, device=device, dtype=dtype)
-    found = profile_activations(stream, blocks, samples=samples, seed=seed, track=track)
+    found = profile_activations(stream, blocks, samples=samples, seed=seed, progress=progress)
     stream.close()
     with tempfile.TemporaryDirectory() as folder:
         found.save(Path(folder))
@@ -91,7 +91,7 @@ def fresh_evidence(
         return SparsityEvidence(source.architecture, load_statistics(Path(folder)), redundancy)
 
 
-class PruneBench:
+class PruneProbe:
     """Weights of one model, and the loss of its pruned forms on calibration sequences kept apart.
 
     A candidate is pruned by the recipe's own pruner with `fit_rows` sequences and scored on `held_rows` others.

@@ -18,7 +18,7 @@ from torch.nn import functional
 from compression_dags.passes.input_sums import InputSums
 
 if TYPE_CHECKING:
-    from compression_dags.sparsity.pruning_pass import PruneWalk
+    from compression_dags.sparsity.pruning_pass import PruningPass
 
 #: The module, within a layer, that holds the fused experts of every family.
 FUSED = "mlp.experts"
@@ -40,7 +40,7 @@ class ExpertBlock:
         module: with `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`.
     """
 
-    def __init__(self, walk: PruneWalk, index: int, module: Any):
+    def __init__(self, walk: PruningPass, index: int, module: Any):
         self.walk, self.index, self.module = walk, index, module
         #: (tokens, H) inputs and (tokens, k) expert numbers of every batch, without padding
         self._batches: list[tuple[Tensor, Tensor]] = []

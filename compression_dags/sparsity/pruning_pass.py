@@ -9,21 +9,21 @@ from torch import Tensor
 
 from compression_dags.errors import InputError
 from compression_dags.passes.input_sums import InputSums
-from compression_dags.passes.sequential import Modules, SequentialWalk
-from compression_dags.provenance.resume import Progress
+from compression_dags.passes.sequential import Modules, SequentialPass
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.sparsity.allocation import SparsityPlan
 from compression_dags.sparsity.experts import FUSED, ExpertBlock
 from compression_dags.sparsity.pruner import Problem, Pruned
 from compression_dags.sparsity.results import Results
 from compression_dags.sparsity.stage import Sparsified, SparsifyStage, all_matrices
-from compression_dags.stage import Track
+from compression_dags.stage import Progress
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
 
 
-class PruneWalk(SequentialWalk):
+class PruningPass(SequentialPass):
     """One run of a pruner over a model. Experts are one more stop of a layer's forward: `ExpertBlock`."""
 
     def __init__(
@@ -52,8 +52,8 @@ class PruneWalk(SequentialWalk):
             follows=stage.follows,
         )
 
-    def run(self, directory: Path, progress: Progress | None, track: Track) -> Sparsified:
-        self.run_layers(progress, track)
+    def run(self, directory: Path, resume: ResumePoint | None, progress: Progress) -> Sparsified:
+        self.run_layers(resume, progress)
         return self.results.write(directory)
 
     def change(self, index: int, held: dict[str, Tensor], seen: InputSums | None, label: str) -> list[Tensor]:

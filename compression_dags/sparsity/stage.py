@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compression_dags.architectures import Architecture, StackFacts
+from compression_dags.architectures import Architecture, ModelShape
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
-    AllocationBench,
+    AllocationProbe,
     Matrix,
     SparsityEvidence,
     SparsityPlan,
@@ -25,14 +25,14 @@ from compression_dags.sparsity.allocation import (
 )
 from compression_dags.sparsity.allocators import AnyAllocation
 from compression_dags.sparsity.allocators.uniform import Uniform
-from compression_dags.stage import Follows, Stage, StatisticKind, Track, silent
+from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.provenance.resume import ResumePoint
     from compression_dags.sparsity.pruner import Problem, Pruned
 
 PLAN_FIELDS = {"sparsity", "pattern", "allocation"}
@@ -117,7 +117,7 @@ class SparsifyStage(Stage):
         return super().versions | {f"allocation: {allocation.method}": allocation.version}
 
     @property
-    def follows(self) -> Follows:
+    def follows(self) -> Target:
         """Whose outputs the pruned ones should be near. Experts always follow their own."""
         return "own"
 
@@ -134,7 +134,7 @@ class SparsifyStage(Stage):
         """Options that decide the weights, given the plan."""
         return {k: v for k, v in self.options().items() if k not in PLAN_FIELDS}
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         self.allocation.check(self.asked.sparsity)
         self.allocation.check_model(self.asked.sparsity, facts)
         kinds = {facts.kind(index)[1] for index in range(facts.layers)}
@@ -145,7 +145,7 @@ class SparsifyStage(Stage):
             if self.asked.m and width % self.asked.m:
                 raise InputError(f"sparsify: pattern {self.pattern} does not divide the {what} {width}")
 
-    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
         if self.allocation.measures and sequences < 2:
             raise InputError(
                 f"sparsify: allocation {self.allocation.method} scores candidates on sequences kept apart and needs 2, "
@@ -153,12 +153,12 @@ class SparsifyStage(Stage):
             )
 
     def plan(
-        self, source: Checkpoint, evidence: SparsityEvidence, bench: AllocationBench | None = None
+        self, source: Checkpoint, evidence: SparsityEvidence, probe: AllocationProbe | None = None
     ) -> tuple[SparsityPlan, list[Decision]]:
         """Which pattern every projection of `source` gets, and a row for each."""
         matrices, target = all_matrices(source), self.asked.sparsity
         pattern = self.pattern or UNSTRUCTURED
-        allocated = self.allocation.allocate(matrices, target, evidence, bench, pattern)
+        allocated = self.allocation.allocate(matrices, target, evidence, probe, pattern)
         found = make_plan(self.allocation.method, matrices, allocated, target, pattern)
         rows = [
             Decision(
@@ -191,8 +191,8 @@ class SparsifyStage(Stage):
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        progress: Progress | None = None,
-        track: Track = silent,
+        resume: ResumePoint | None = None,
+        progress: Progress = silent,
     ) -> Sparsified:
         """Prune every projection by `plan` and write the checkpoint, with its masks (`masks.MASKS`).
 
@@ -200,12 +200,12 @@ class SparsifyStage(Stage):
             InputError: no calibration tokens for a pruner that reads them, or a plan for other matrices.
             IntegrityError: activations or Hessians that cannot be used.
         """
-        from compression_dags.sparsity.pruning_pass import PruneWalk
+        from compression_dags.sparsity.pruning_pass import PruningPass
 
         self.check(source.facts)
         if self.reads_tokens and blocks is None:
             raise InputError(f"sparsify: {self.method} needs calibration tokens; none were given")
-        return PruneWalk(self, source, plan, blocks, device, dtype).run(directory, progress, track)
+        return PruningPass(self, source, plan, blocks, device, dtype).run(directory, resume, progress)
 
 
 def _share_said(pattern: Pattern, asked: float) -> str:

@@ -16,7 +16,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.kernels import rotary
 from compression_dags.kernels.fused_layer import fuse
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 from models import FAMILIES
 
 
@@ -229,16 +229,16 @@ def test_killed_pass_resumes_at_the_layer_it_lost(tiny_model, tmp_path):
         return original(module, index, batch, hidden)
 
     stream.apply = dies
-    progress = Progress(tmp_path, {"seed": 0}, every_seconds=0)
+    resume = ResumePoint(tmp_path, {"seed": 0}, every_seconds=0)
     with pytest.raises(Killed):
-        profile_activations(stream, blocks, progress=progress)
+        profile_activations(stream, blocks, resume=resume)
 
     resumed, applied = DecoderStream(checkpoint), []
     original_resumed = resumed.apply
     resumed.apply = lambda m, i, b, h=None: (applied.append(i), original_resumed(m, i, b, h))[1]
-    found = profile_activations(resumed, blocks, progress=Progress(tmp_path, {"seed": 0}))
+    found = profile_activations(resumed, blocks, resume=ResumePoint(tmp_path, {"seed": 0}))
     assert min(applied) == 2
     assert torch.equal(found.block_influence, whole.block_influence) and torch.equal(found.hidden, whole.hidden)
     assert all(torch.equal(found.norms[k], whole.norms[k]) for k in whole.norms)
     with pytest.raises(InputError, match="settings"):
-        Progress(tmp_path, {"seed": 1}).load()
+        ResumePoint(tmp_path, {"seed": 1}).load()

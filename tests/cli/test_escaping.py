@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from compression_dags.cli.main import emit
-from compression_dags.cli.run import speak
+from compression_dags.cli.run import configure_logging
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.provenance.escaping import (
     html_text,
@@ -165,7 +165,7 @@ def test_the_terminal(text: str, capsys):
     log = logging.getLogger("compression_dags")
     before, propagates, level = log.handlers[:], log.propagate, log.level
     try:
-        speak()
+        configure_logging()
         (handler,) = log.handlers
         assert isinstance(handler, logging.StreamHandler)
         handler.setStream(stream)

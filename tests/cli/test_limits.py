@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from concat_cases import random_blocks
 from pydantic import ValidationError
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli.main import main
@@ -17,7 +17,7 @@ from compression_dags.evaluation.tasks import HarnessTask, PerplexityTask
 from compression_dags.planning.bounds import Measure, check_plan, limits_of
 from compression_dags.planning.budget_solver import solve
 from compression_dags.planning.candidate_table import measure_bank
-from compression_dags.planning.candidates import BankOptions, Shapes, candidates, empty_bank
+from compression_dags.planning.candidates import CandidateOptions, Shapes, candidates, empty_bank
 from compression_dags.planning.mixed import plan_schemes
 from compression_dags.planning.recipe_writer import quantize_stage
 from compression_dags.quantization.rtn import RTN
@@ -33,13 +33,13 @@ def costed(source, options):
     """A bank whose costs were not measured: every alternative at 1, what is left as it is at 0."""
     from dataclasses import replace
 
-    from compression_dags.planning.candidates import Alternative, removable
+    from compression_dags.planning.candidates import Candidate, removable
 
     bank = empty_bank(source, candidates(source, options))
     most = removable(options, bank.layers)
     found = [replace(a, cost=0.0 if a.is_dense else 1.0) for a in bank.alternatives]
     if most:
-        found.append(Alternative("drop", 0, None, None, 0, 0, 9.0, layers=tuple(range(most))))
+        found.append(Candidate("drop", 0, None, None, 0, 0, 9.0, layers=tuple(range(most))))
     return replace(bank, alternatives=tuple(found))
 
 
@@ -56,7 +56,7 @@ def costed(source, options):
     ],
 )
 def test_the_least_by_shapes_is_the_least_of_the_solver(tiny_model, family, more):
-    source, options = Checkpoint(tiny_model(family, layers=4)), BankOptions.model_validate(SMALL | more)
+    source, options = Checkpoint(tiny_model(family, layers=4)), CandidateOptions.model_validate(SMALL | more)
     bank = costed(source, options)
     for measure, found in limits_of(Shapes.of(source), options).items():
         if found.least == found.most:
@@ -78,7 +78,7 @@ def test_the_least_by_shapes_is_the_least_of_the_solver(tiny_model, family, more
 
 def test_the_shown_least_is_allowed(stories):
     source = Checkpoint(stories)
-    found = limits_of(Shapes.of(source), BankOptions.model_validate({}))["bits"]
+    found = limits_of(Shapes.of(source), CandidateOptions.model_validate({}))["bits"]
     with pytest.raises(InputError) as error:
         found.check(3.5)
     shown = float(str(error.value).split("allow is ")[1].split(";")[0])
@@ -88,7 +88,7 @@ def test_the_shown_least_is_allowed(stories):
 
 def test_a_measured_bank_meets_what_its_shapes_promise(tiny_model):
     source = Checkpoint(tiny_model("llama", layers=3))
-    options = BankOptions.model_validate(SMALL | {"schemes": ["W8A16"]})
+    options = CandidateOptions.model_validate(SMALL | {"schemes": ["W8A16"]})
     bank = measure_bank(source, random_blocks(rows=4), options)
     found = limits_of(Shapes.of(source), options)
     assert bank.most_removed == found["bytes"].gone == 1
@@ -100,7 +100,7 @@ def test_what_the_quantizer_ignores_stays_as_it_is(tiny_model, tmp_path):
     """In the bank, in mixed bits, and in the recipe: the promised bytes are those on disk."""
     source, kept = Checkpoint(tiny_model("llama", layers=3)), ["lm_head", r"re:model\.layers\.0\."]
     asked = SMALL | {"depth": False, "quantizer": {"method": "rtn", "ignore": kept}}
-    bank = measure_bank(source, random_blocks(rows=4), BankOptions.model_validate(asked))
+    bank = measure_bank(source, random_blocks(rows=4), CandidateOptions.model_validate(asked))
     assert {a.layer for a in bank.alternatives if a.choice is not None} == {1, 2}
     solution = solve(bank, "bits", 15)
     stage = RTN.model_validate(quantize_stage(solution, bank, source.architecture))
@@ -266,7 +266,7 @@ def test_facts_after_depth_went(tiny_model):
     assert shorter.layers == 3 and len(shorter.tensors) < len(facts.tensors)
     mixed = Checkpoint(tiny_model("qwen3", layers=4)).facts
     assert mixed.shortened(3) is mixed, "which kinds stay is not known"
-    assert StackFacts(facts.architecture, facts.config).tensors == {}
+    assert ModelShape(facts.architecture, facts.config).tensors == {}
 
 
 GIVEN = {"merge": {"ratio": 0.2}, "recover": {}, "sparsify": {"sparsity": 0.5}, "quantize": {"scheme": "W4A16"}}
@@ -274,7 +274,7 @@ OPTIONS = [
     *((m, {**GIVEN[kind], "method": name}) for kind, group in METHODS.items() for name, m in group.items()),
     *((m, {"method": name}) for name, m in ALLOCATORS.items()),
     (Calibration, {}),
-    (BankOptions, {}),
+    (CandidateOptions, {}),
     (PerplexityTask, {"name": "a", "file": "x.txt"}),
     (HarnessTask, {"name": "a"}),
 ]

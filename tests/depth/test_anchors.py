@@ -16,11 +16,11 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.methods.laco import Group, LaCo, collapse
 from compression_dags.depth.methods.sleb import SLEB
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, PlannedLayer, keep_only
+from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, ProbeContext, keep_only
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.passes.scored_rows import chosen_rows, even_rows
-from compression_dags.passes.variant_scoring import LossBench, Piece
-from compression_dags.provenance.resume import Progress
+from compression_dags.passes.variant_scoring import Piece, VariantScorer
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.recovery import linear_patch
 from compression_dags.recovery.linear_patch import LinearPatch, divided, mean_norm
 from models import edit_weights
@@ -46,10 +46,10 @@ def story_blocks(stories):
     return text_blocks(stories)
 
 
-def planned(method, path, blocks, **bench):
+def planned(method, path, blocks, **probe):
     source = Checkpoint(path)
     method.check(source.facts)
-    return method.plan(source.facts, NO_EVIDENCE, Bench(source, blocks, **bench))
+    return method.plan(source.facts, NO_EVIDENCE, ProbeContext(source, blocks, **probe))
 
 
 # -- sleb ------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_sleb_keeps_out_of_protected_layers(stories, story_blocks):
 def test_searches_resume_with_the_same_result(tiny_model, tmp_path, monkeypatch, method):
     path, blocks = tiny_model("llama", layers=8), random_blocks(4)
     whole = planned(method, path, blocks)
-    measured, calls = LossBench.measured, []
+    measured, calls = VariantScorer.measured, []
 
     def dies(self, pieces, edits, measure):
         calls.append(len(pieces))
@@ -122,13 +122,13 @@ def test_searches_resume_with_the_same_result(tiny_model, tmp_path, monkeypatch,
             raise KeyboardInterrupt
         return measured(self, pieces, edits, measure)
 
-    monkeypatch.setattr(LossBench, "measured", dies)
+    monkeypatch.setattr(VariantScorer, "measured", dies)
     with pytest.raises(KeyboardInterrupt):
-        planned(method, path, blocks, progress=Progress(tmp_path, {}, every_seconds=0))
+        planned(method, path, blocks, resume=ResumePoint(tmp_path, {}, every_seconds=0))
     assert calls[0] == 8 and calls[-1] <= 6
     calls.clear()
-    monkeypatch.setattr(LossBench, "measured", lambda self, p, *a: calls.append(len(p)) or measured(self, p, *a))
-    resumed = planned(method, path, blocks, progress=Progress(tmp_path, {}))
+    monkeypatch.setattr(VariantScorer, "measured", lambda self, p, *a: calls.append(len(p)) or measured(self, p, *a))
+    resumed = planned(method, path, blocks, resume=ResumePoint(tmp_path, {}))
     assert calls[0] <= 6, "began at the step it lost"
     assert resumed == whole
 

@@ -23,11 +23,11 @@ from compression_dags.depth.concat.sensitivity import (
     Sensitivity,
     layer_sensitivity,
 )
-from compression_dags.depth.concat.student_pass import AllTokens, AsReleased, Walk
-from compression_dags.depth.plan import Bench
+from compression_dags.depth.concat.student_pass import AllTokens, AsReleased, StudentPass
+from compression_dags.depth.plan import ProbeContext
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.passes.variant_scoring import Edit, LossBench, Piece, as_is
-from compression_dags.provenance.resume import Progress
+from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer, as_is
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.recovery.least_squares import LeastSquares
 
 
@@ -45,7 +45,7 @@ def test_the_walk_depends_on_neither_batch_size_nor_padding(tiny_model, family, 
     ids = np.pad(blocks.ids, ((0, 0), (0, 9)), constant_values=7)  # more padding, other ids
     other = TokenBlocks(ids, blocks.lengths, blocks.documents)
     results = [
-        measured(Walk(Bench(source, b), score, rule(), size).measure(as_is(6), 0, []))
+        measured(StudentPass(ProbeContext(source, b), score, rule(), size).measure(as_is(6), 0, []))
         for score in ("l1", "l2")
         for b, size in ((blocks, 1), (blocks, 4), (other, 5))
     ]
@@ -58,7 +58,7 @@ def test_the_walk_depends_on_neither_batch_size_nor_padding(tiny_model, family, 
 def test_the_walk_agrees_with_the_calibration_pass(tiny_model):
     source, blocks = checkpoint(tiny_model, "qwen3"), random_blocks(padded=True)
     evidence = evidence_of(source, blocks)
-    found = Walk(Bench(source, blocks), "l2", AllTokens(), 2).measure(as_is(6), 0, [])
+    found = StudentPass(ProbeContext(source, blocks), "l2", AllTokens(), 2).measure(as_is(6), 0, [])
     np.testing.assert_allclose([found[i].influence for i in range(6)], evidence.block_influence, atol=1e-7)
     distances = [found[i + 1].distance for i in range(5)]
     np.testing.assert_allclose(distances, [evidence.angular[i, i + 2] for i in range(5)], rtol=1e-5)
@@ -71,8 +71,8 @@ def test_the_walk_agrees_with_the_calibration_pass(tiny_model):
 @pytest.mark.parametrize("room", [1, 2, 99])
 def test_a_pass_from_a_cached_state_is_a_whole_pass(tiny_model, monkeypatch, room):
     source, blocks = checkpoint(tiny_model, "llama"), random_blocks()
-    monkeypatch.setattr(Walk, "_room", lambda self: room)
-    walk = Walk(Bench(source, blocks), "l1", AllTokens(), 2)
+    monkeypatch.setattr(StudentPass, "_room", lambda self: room)
+    walk = StudentPass(ProbeContext(source, blocks), "l1", AllTokens(), 2)
     walk.measure(as_is(6), 0, [2, 1, 4, 3])
     assert set(walk.cached) == {1: {1}, 2: {1, 2}, 99: {1, 2, 3, 4}}[room]
     pieces = [*as_is(6)[:3], Piece(5)]
@@ -80,7 +80,7 @@ def test_a_pass_from_a_cached_state_is_a_whole_pass(tiny_model, monkeypatch, roo
     assert walk.stream._loaded == {0, 1, 2, 5} and set(walk.cached) <= {1, 2, 3}
     forwards = walk.layer_forwards
     found = walk.measure(pieces, 2, [2])
-    fresh = Walk(Bench(source, blocks), "l1", AllTokens(), 2).measure(pieces, 0, [])
+    fresh = StudentPass(ProbeContext(source, blocks), "l1", AllTokens(), 2).measure(pieces, 0, [])
     begin = 1 if room == 1 else 2
     assert sorted(found) == list(range(begin, 4)) and walk.layer_forwards - forwards == 4 - begin
     for position, values in found.items():
@@ -94,7 +94,7 @@ def test_non_finite_states_stop_the_walk(tiny_model):
     broken = [*as_is(2), Piece(2, {"mlp.down_proj.weight": torch.full((64, 96), float("inf"))}), *as_is(6)[3:]]
     for rule in (AllTokens(), AsReleased()):
         with pytest.raises(IntegrityError, match="finite"):
-            Walk(Bench(source, random_blocks()), "l1", rule, 2).measure(broken, 0, [])
+            StudentPass(ProbeContext(source, random_blocks()), "l1", rule, 2).measure(broken, 0, [])
 
 
 # -- the methods -------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_non_finite_states_stop_the_walk(tiny_model):
 def llama(tiny_model):
     source = checkpoint(tiny_model, "llama", layers=8, num_key_value_heads=4)
     blocks = random_blocks()
-    return source, evidence_of(source, blocks), Bench(source, blocks)
+    return source, evidence_of(source, blocks), ProbeContext(source, blocks)
 
 
 METHODS = {
@@ -122,9 +122,9 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_a_stock_model_and_says_why(llama, tmp_path, name):
-    source, evidence, bench = llama
+    source, evidence, probe = llama
     method = METHODS[name]
-    plan, rows = method.plan(source.facts, evidence, bench)
+    plan, rows = method.plan(source.facts, evidence, probe)
     assert len(plan.layers) == 8 - method.layers
     written = apply_plan(source, plan, tmp_path / "out")
     check_reload(written.path, reference_logits(source, plan))
@@ -141,7 +141,7 @@ def test_every_method_gives_a_stock_model_and_says_why(llama, tmp_path, name):
             assert row.evidence["kv_groups"][str(index)] == len(kept[f"heads.{index}"])
             assert sum(row.evidence["channels"].values()) == 96 and sum(row.evidence["kv_groups"].values()) == 4
             assert len(row.evidence["kept_sha256"]) == 64 and row.value == row.evidence["merges"][-1]["distance"]
-    again, _ = method.plan(source.facts, evidence, bench)
+    again, _ = method.plan(source.facts, evidence, probe)
     assert again.layers == plan.layers and all(torch.equal(again.tensors[k], t) for k, t in plan.tensors.items())
     if not isinstance(method, ComeReleased):
         assert {rows[0].action, rows[7].action} == {"keep"}  # the ends are protected
@@ -149,15 +149,15 @@ def test_every_method_gives_a_stock_model_and_says_why(llama, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["come one-shot", "come greedy", "concat", "concat bi"])
 def test_one_shot_runs_no_layer(llama, monkeypatch, name):
-    source, evidence, bench = llama
+    source, evidence, probe = llama
     monkeypatch.setattr(DecoderStream, "__init__", lambda *a, **k: pytest.fail("the model was run"))
-    _, rows = METHODS[name].plan(source.facts, evidence, bench)
+    _, rows = METHODS[name].plan(source.facts, evidence, probe)
     assert {r.evidence["layer_forwards"] for r in rows} == {0}
 
 
 @pytest.mark.parametrize("name", ["come", "come-p loss", "come-p window", "come-released"])
 def test_layer_forwards_are_as_stated(llama, monkeypatch, name):
-    source, evidence, bench = llama
+    source, evidence, probe = llama
     calls = []
     apply = DecoderStream.apply
 
@@ -166,10 +166,10 @@ def test_layer_forwards_are_as_stated(llama, monkeypatch, name):
         return apply(self, module, index, batch, hidden)
 
     monkeypatch.setattr(DecoderStream, "apply", counting)
-    _, rows = METHODS[name].plan(source.facts, evidence, bench)
+    _, rows = METHODS[name].plan(source.facts, evidence, probe)
     stated = rows[0].evidence["layer_forwards"]
     if name in ("come", "come-released"):  # every forward is over all rows
-        assert sum(calls) == stated * len(bench.blocks.lengths)
+        assert sum(calls) == stated * len(probe.blocks.lengths)
     else:  # the trials are over three of the five
         assert sum(n == 5 for n in calls) + sum(n == 3 for n in calls) == len(calls) == stated
     if name == "come-released":  # the first pass is whole, the others begin at the layer before the merge
@@ -179,14 +179,14 @@ def test_layer_forwards_are_as_stated(llama, monkeypatch, name):
 
 def test_come_measures_again_what_a_merge_changed(llama):
     """Step by step against searches written out with whole passes over the student as it then stands."""
-    source, evidence, bench = llama
-    _, rows = Come(layers=3).plan(source.facts, evidence, bench)
+    source, evidence, probe = llama
+    _, rows = Come(layers=3).plan(source.facts, evidence, probe)
     steps = {s["step"]: s for r in rows if "merges" in r.evidence for s in r.evidence["merges"]}
     assert sorted(steps) == [0, 1, 2]
     for count in (1, 2):
-        shorter, _ = Come(layers=count).plan(source.facts, evidence, bench)
+        shorter, _ = Come(layers=count).plan(source.facts, evidence, probe)
         pieces = [Piece(x.slot, layer_tensors(source, shorter, p)) for p, x in enumerate(shorter.layers)]
-        found = Walk(bench, "l1", AllTokens(), 1).measure(pieces, 0, [])
+        found = StudentPass(probe, "l1", AllTokens(), 1).measure(pieces, 0, [])
         inner = range(1, len(pieces) - 2)  # pairs of unprotected layers
         best = min(inner, key=lambda p: found[p + 1].distance)
         span = [*shorter.covered(best), *shorter.covered(best + 1)]
@@ -222,23 +222,23 @@ def test_merged_again_is_built_from_the_original_layers(llama):
 
 def test_come_p_contains_dropping(llama):
     """With G = 1 only the two drops are tried, and the better one's loss is that of the model without the layer."""
-    source, evidence, bench = llama
-    plan, rows = ComeP(layers=1, granularity=1, rows=5).plan(source.facts, evidence, bench)
+    source, evidence, probe = llama
+    plan, rows = ComeP(layers=1, granularity=1, rows=5).plan(source.facts, evidence, probe)
     assert all(x.kept for x in plan.layers) and not plan.tensors
     (gone,) = plan.dropped
     (step,) = rows[gone].evidence["merges"]
     a, b = step["span"]
-    losses = LossBench(DecoderStream(source), bench.blocks).losses(as_is(8), [Edit(a, a + 1), Edit(b, b + 1)])
+    losses = VariantScorer(DecoderStream(source), probe.blocks).losses(as_is(8), [Edit(a, a + 1), Edit(b, b + 1)])
     assert [step["trials"]["0"], step["trials"]["1"]] == pytest.approx(losses, rel=1e-6)
     assert rows[gone].action == "drop" and rows[gone].sources == [] and gone == (a if losses[0] <= losses[1] else b)
 
 
 def test_come_p_trials_are_the_models_that_would_be_written(llama, tmp_path):
-    source, evidence, bench = llama
-    plan, rows = ComeP(layers=1, granularity=4, rows=5).plan(source.facts, evidence, bench)
+    source, evidence, probe = llama
+    plan, rows = ComeP(layers=1, granularity=4, rows=5).plan(source.facts, evidence, probe)
     step = next(r for r in rows if "merges" in r.evidence).evidence["merges"][0]
     model = load_stock(apply_plan(source, plan, tmp_path / "out").path)
-    ids = torch.from_numpy(bench.blocks.ids).long()
+    ids = torch.from_numpy(probe.blocks.ids).long()
     with torch.inference_mode():
         logits = model(ids).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -250,7 +250,7 @@ def test_concat_is_refitted_by_least_squares(tiny_model, tmp_path):
     """The start that `concat` is meant to be: every merged layer is a gap that the recovery refits."""
     source = checkpoint(tiny_model, "llama", layers=8, num_key_value_heads=4)
     blocks = random_blocks(60, 32)
-    plan, _ = Concat(layers=3).plan(source.facts, evidence_of(source, blocks), Bench(source, blocks))
+    plan, _ = Concat(layers=3).plan(source.facts, evidence_of(source, blocks), ProbeContext(source, blocks))
     merged = apply_plan(source, plan, tmp_path / "merged")
     found = LeastSquares(accept="error").recover(source, merged, plan, blocks, tmp_path / "out")
     gaps = [p for p, x in enumerate(plan.layers) if len(x.sources) > 1]
@@ -260,8 +260,8 @@ def test_concat_is_refitted_by_least_squares(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("method", [Come(layers=4), ComeReleased(layers=4), ComeP(layers=3, granularity=2, rows=2)])
 def test_resumes_with_the_same_plan(llama, tmp_path, monkeypatch, method):
-    source, evidence, bench = llama
-    whole_plan, whole_rows = method.plan(source.facts, evidence, bench)
+    source, evidence, probe = llama
+    whole_plan, whole_rows = method.plan(source.facts, evidence, probe)
     accept, calls = search.Search._accept, []
 
     def dies(self, *args):
@@ -272,10 +272,10 @@ def test_resumes_with_the_same_plan(llama, tmp_path, monkeypatch, method):
 
     monkeypatch.setattr(search.Search, "_accept", dies)
     with pytest.raises(KeyboardInterrupt):
-        progress = Progress(tmp_path, {}, every_seconds=0)
-        method.plan(source.facts, evidence, replace(bench, progress=progress))
+        resume = ResumePoint(tmp_path, {}, every_seconds=0)
+        method.plan(source.facts, evidence, replace(probe, resume=resume))
     calls[:] = [0] * 5
-    plan, rows = method.plan(source.facts, evidence, replace(bench, progress=Progress(tmp_path, {})))
+    plan, rows = method.plan(source.facts, evidence, replace(probe, resume=ResumePoint(tmp_path, {})))
     assert calls[5:] == list(range(2, method.layers))
     assert plan.layers == whole_plan.layers
     assert all(torch.equal(plan.tensors[k], t) for k, t in whole_plan.tensors.items())
@@ -291,10 +291,10 @@ def test_resumes_with_the_same_plan(llama, tmp_path, monkeypatch, method):
 def test_kinds_are_never_mixed(tiny_model, method, family):
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["full_attention"]
     source = checkpoint(tiny_model, family, layers=7, layer_types=kinds)
-    bench = Bench(source, random_blocks(3))
-    evidence = evidence_of(source, bench.blocks)
+    probe = ProbeContext(source, random_blocks(3))
+    evidence = evidence_of(source, probe.blocks)
     options = {"protect_first": 0, "protect_last": 0}
-    plan, _ = method(layers=3, **options).plan(source.facts, evidence, bench)
+    plan, _ = method(layers=3, **options).plan(source.facts, evidence, probe)
     assert len(plan.layers) == 4
     assert all(len({kinds[i] for i in plan.covered(p)}) == 1 for p in range(4))
     with pytest.raises(InputError, match="remove 4 of 7 layers, but at most 3 can be merged away"):
@@ -326,11 +326,11 @@ def test_groups_larger_than_kv_heads(tiny_model):
 
 
 def test_batch_size_does_not_change_a_plan(llama, monkeypatch):
-    source, evidence, bench = llama
+    source, evidence, probe = llama
     plans = []
     for tokens in (24, 96):
         monkeypatch.setitem(streaming.TOKENS_PER_BATCH, "cpu", tokens)
-        plans.append(Come(layers=3).plan(source.facts, evidence, bench)[0])
+        plans.append(Come(layers=3).plan(source.facts, evidence, probe)[0])
     assert [x.sources for x in plans[0].layers] == [x.sources for x in plans[1].layers]
     assert all(torch.equal(plans[1].tensors[k], t) for k, t in plans[0].tensors.items())
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from compression_dags.architectures import KNOWN, StackFacts
+from compression_dags.architectures import KNOWN, ModelShape
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, layer_tensors, reference_logits
 from compression_dags.depth.concat.come_released import ComeReleased
 from compression_dags.depth.concat.merge import tiled_queries
-from compression_dags.depth.plan import Bench, Evidence, MergePlan
+from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
 from compression_dags.errors import InputError
 
 NOTHING = Evidence(np.empty(0), np.empty(0), np.empty(0))
@@ -49,7 +49,7 @@ def stage(**options):
 
 def planned(path, **options):
     source = Checkpoint(path)
-    return source, *stage(**options).plan(source.facts, NOTHING, Bench(source, tokens()))
+    return source, *stage(**options).plan(source.facts, NOTHING, ProbeContext(source, tokens()))
 
 
 def all_steps(rows):
@@ -281,7 +281,7 @@ def test_the_damage_is_recorded_for_layers_merged_again(tiny_model):
 @pytest.mark.parametrize(("heads", "kv_heads", "figure"), [(32, 8, 0.36), (28, 4, 0.46), (64, 8, 0.33)])
 def test_the_published_shapes_lose_what_the_specification_counts(heads, kv_heads, figure):
     """Share of query heads on their own KV head, random kept sets of equal size: Llama-3-8B, Qwen2.5-7B, Llama-70B."""
-    facts = StackFacts(KNOWN["llama"], {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
+    facts = ModelShape(KNOWN["llama"], {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
     group, rng, found = heads // kv_heads, np.random.default_rng(0), []
     for _ in range(400):
         kept = [torch.from_numpy(np.sort(rng.choice(kv_heads, kv_heads // 2, replace=False))) for _ in range(2)]

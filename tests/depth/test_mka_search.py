@@ -15,7 +15,7 @@ from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.mka.options import MKA
-from compression_dags.depth.plan import Bench, Evidence, MergePlan
+from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
 from compression_dags.depth.regression_mean import (
     Member,
     matching_channels,
@@ -24,7 +24,7 @@ from compression_dags.depth.regression_mean import (
     regression_mean,
 )
 from compression_dags.errors import InputError
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 
 
 def blocks_of(path, sequences=24, length=64):
@@ -40,7 +40,7 @@ def evidence_of(source, blocks):
 def planned(source, blocks, evidence=None, **options):
     options = {"layers": 1, "fit_tokens": 1024, "score_tokens": 256, **options}
     evidence = evidence or evidence_of(source, blocks)
-    return MKA(**options).plan(source.facts, evidence, Bench(source, blocks))
+    return MKA(**options).plan(source.facts, evidence, ProbeContext(source, blocks))
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,8 @@ def test_similarity_short_lists(story):
 def test_same_inputs_same_bytes_and_resume(story, tmp_path):
     source, blocks, evidence = story
     options = MKA(layers=2, fit_tokens=1024, score_tokens=256)
-    whole, rows = options.plan(source.facts, evidence, Bench(source, blocks))
-    progress = Progress(tmp_path / "p", {"x": 1}, every_seconds=0)
+    whole, rows = options.plan(source.facts, evidence, ProbeContext(source, blocks))
+    resume = ResumePoint(tmp_path / "p", {"x": 1}, every_seconds=0)
 
     class Stop(Exception):
         pass
@@ -120,8 +120,8 @@ def test_same_inputs_same_bytes_and_resume(story, tmp_path):
             yield item
 
     with pytest.raises(Stop):
-        options.plan(source.facts, evidence, Bench(source, blocks, progress=progress, track=stop_in_second_round))
-    again, rows_again = options.plan(source.facts, evidence, Bench(source, blocks, progress=progress))
+        options.plan(source.facts, evidence, ProbeContext(source, blocks, resume=resume, progress=stop_in_second_round))
+    again, rows_again = options.plan(source.facts, evidence, ProbeContext(source, blocks, resume=resume))
     for name, plan in (("whole", whole), ("again", again)):
         (tmp_path / name).mkdir()
         plan.save(tmp_path / name)
@@ -135,10 +135,10 @@ def test_same_inputs_same_bytes_and_resume(story, tmp_path):
 
 def test_divergence_is_zero_for_the_model_itself(story):
     from compression_dags.depth.mka.search import divergence
-    from compression_dags.passes.variant_scoring import LossBench, as_is
+    from compression_dags.passes.variant_scoring import VariantScorer, as_is
 
     source, blocks, _ = story
-    scorer = LossBench(DecoderStream(source), TokenBlocks(blocks.ids[:2], blocks.lengths[:2], 1))
+    scorer = VariantScorer(DecoderStream(source), TokenBlocks(blocks.ids[:2], blocks.lengths[:2], 1))
     goal = scorer.states(as_is(5))
     assert divergence(scorer, goal, goal) == pytest.approx(0, abs=1e-7)
     cut = scorer.states(as_is(5)[:4])

@@ -10,9 +10,9 @@ from concat_cases import checkpoint, evidence_of, one_thread, random_blocks  # n
 
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import Bench, keep_only
+from compression_dags.depth.plan import ProbeContext, keep_only
 from compression_dags.planning.candidate_table import bank_decisions
-from compression_dags.planning.candidates import Alternative, Bank
+from compression_dags.planning.candidates import Candidate, CandidateTable
 from compression_dags.planning.mixed import plan_schemes
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.provenance.decisions import (
@@ -27,7 +27,7 @@ from compression_dags.provenance.wording import apart, layers_said, number, ordi
 from compression_dags.quantization.formats import Choice
 from compression_dags.registry import METHODS
 from compression_dags.sparsity.allocators import ALLOCATORS
-from compression_dags.sparsity.evidence import PruneBench, fresh_evidence
+from compression_dags.sparsity.evidence import PruneProbe, fresh_evidence
 from compression_dags.sparsity.stage import all_matrices
 
 LAYERS = 7
@@ -95,7 +95,7 @@ def cut(case, tmp_path_factory):
 def test_depth_methods(case, name):
     source, blocks, evidence = case
     stage = METHODS["merge"][name].model_validate({"method": name, "layers": 3, **MERGE.get(name, {})})
-    _, rows = stage.plan(source.facts, evidence, Bench(source, blocks))
+    _, rows = stage.plan(source.facts, evidence, ProbeContext(source, blocks))
     sound(rows)
     free = stage.free_layers(LAYERS)
     for row in rows:
@@ -146,7 +146,7 @@ def test_a_window_says_which_one_was_closer(case):
 def test_laco_says_which_threshold_failed(case):
     source, blocks, evidence = case
     stage = METHODS["merge"]["laco"].model_validate({"method": "laco", "layers": 2})
-    _, rows = stage.plan(source.facts, evidence, Bench(source, blocks))
+    _, rows = stage.plan(source.facts, evidence, ProbeContext(source, blocks))
     refused = [r for r in rows if r.action == "keep" and "refused" in r.evidence and "not above" in r.reason]
     assert refused
     for row in refused:
@@ -210,7 +210,7 @@ def test_allocators(small, name):
         {"method": "magnitude", "sparsity": 0.5, "allocation": allocation}
     )
     evidence = fresh_evidence(source, stage.allocation, blocks)
-    plan, rows = stage.plan(source, evidence, PruneBench(stage, source, blocks, fit_rows=2, held_rows=2))
+    plan, rows = stage.plan(source, evidence, PruneProbe(stage, source, blocks, fit_rows=2, held_rows=2))
     for row in sound(rows):
         assert says(row, row.value) and row.value == plan.patterns[row.target].sparsity
     shares = {m.layer: plan.patterns[m.name].sparsity for m in all_matrices(source)}
@@ -255,22 +255,22 @@ def test_mixed_schemes(small):
 def test_alternatives_say_what_beat_them():
     small, large = Choice("W4A16", 16), Choice("W8A16", None)
     made = [
-        Alternative("quantize", 0, "mlp_input", small, 50, 100, 0.5, 0.01, 4, alive=False),
-        Alternative("quantize", 0, "mlp_input", large, 50, 100, 0.1, 0.01, 12),
-        Alternative("drop", 0, None, None, 0, 0, 0.2, 0.01, 12, layers=(0,)),
-        Alternative("drop", 1, None, None, 0, 0, 0.9, 0.01, 4, alive=False, layers=(1,)),
-        Alternative("drop", 0, None, None, 0, 0, 1.2, 0.01, 12, layers=(0, 1)),
-        Alternative("merge", 0, None, None, 100, 100, 0.7, 0.01, 4, alive=False),
-        Alternative("merge", 0, None, small, 50, 100, 1.3, 0.01, 4, alive=False),
-        Alternative("sparsify", 1, None, None, 100, 50, math.inf, 0.01, 4, alive=False, share=0.5),
+        Candidate("quantize", 0, "mlp_input", small, 50, 100, 0.5, 0.01, 4, alive=False),
+        Candidate("quantize", 0, "mlp_input", large, 50, 100, 0.1, 0.01, 12),
+        Candidate("drop", 0, None, None, 0, 0, 0.2, 0.01, 12, layers=(0,)),
+        Candidate("drop", 1, None, None, 0, 0, 0.9, 0.01, 4, alive=False, layers=(1,)),
+        Candidate("drop", 0, None, None, 0, 0, 1.2, 0.01, 12, layers=(0, 1)),
+        Candidate("merge", 0, None, None, 100, 100, 0.7, 0.01, 4, alive=False),
+        Candidate("merge", 0, None, small, 50, 100, 1.3, 0.01, 4, alive=False),
+        Candidate("sparsify", 1, None, None, 100, 50, math.inf, 0.01, 4, alive=False, share=0.5),
     ]
-    rows = sound(bank_decisions(Bank(2, ("mlp_input",), 0, 0, 100, tuple(made))))
+    rows = sound(bank_decisions(CandidateTable(2, ("mlp_input",), 0, 0, 100, tuple(made))))
     assert [r.action for r in rows] == ["keep" if a.alive else "reject" for a in made]
     assert all(r.value is None or says(r, r.value) for r in rows)
     assert "W8A16/row" in rows[0].reason and says(rows[0], 0.1)
     assert "1 other layer" in rows[3].reason and "dropping layer 0" in rows[5].reason and says(rows[5], 0.2)
     assert "merging layers 0 and 1 was given up" in rows[6].reason and "no finite loss" in rows[7].reason
-    after = Bank(2, ("mlp_input",), 0, 0, 100, tuple(made), recovered={"method": "least-squares"})
+    after = CandidateTable(2, ("mlp_input",), 0, 0, 100, tuple(made), recovered={"method": "least-squares"})
     assert "measured again after least-squares" in bank_decisions(after)[3].reason
 
 

@@ -18,8 +18,8 @@ from compression_dags.passes import scored_rows
 from compression_dags.passes.scored_rows import chosen_rows, even_rows
 from compression_dags.passes.variant_scoring import (
     Edit,
-    LossBench,
     Piece,
+    VariantScorer,
     apply_edit,
     as_is,
     placed,
@@ -101,11 +101,11 @@ def test_losses_equal_the_stock_models(tiny_model, family, padded):
     """Batches of 3, 3 and 1 rows, layer types that differ, edits of every shape: against full forwards."""
     path = tiny_model(family, layers=LAYERS)
     blocks = random_blocks(padded=padded)
-    bench = LossBench(DecoderStream(Checkpoint(path), batch_size=3), blocks)
+    probe = VariantScorer(DecoderStream(Checkpoint(path), batch_size=3), blocks)
     edits = dict(EDITS)
     if family != "qwen3_moe":
         edits["replace"] = Edit(4, 5, (swapped(path, 4, 2),))
-    found = bench.losses(as_is(LAYERS), list(edits.values()))
+    found = probe.losses(as_is(LAYERS), list(edits.values()))
     expected = [mean_loss(stock_model(path, apply_edit(as_is(LAYERS), e)), blocks) for e in edits.values()]
     assert found == pytest.approx(expected, rel=1e-5)
     assert len({round(x, 4) for x in expected}) >= len(edits) - 3  # the empty edits agree, nearly all others differ
@@ -115,12 +115,12 @@ def test_edits_of_a_student_that_is_already_edited(tiny_model):
     """Kinds and masks follow the slot, not the position."""
     path = tiny_model("gemma3_text", layers=LAYERS)
     blocks = random_blocks()
-    bench = LossBench(DecoderStream(Checkpoint(path)), blocks)
+    probe = VariantScorer(DecoderStream(Checkpoint(path)), blocks)
     student = [Piece(0), swapped(path, 2, 4), Piece(3), Piece(5)]
     edits = [Edit(1, 2), Edit(2, 3), Edit(2, 2, (Piece(4),))]
     expected = [mean_loss(stock_model(path, apply_edit(student, e)), blocks) for e in edits]
-    assert bench.losses(student, edits) == pytest.approx(expected, rel=1e-5)
-    assert bench.loss(student) == pytest.approx(mean_loss(stock_model(path, student), blocks), rel=1e-5)
+    assert probe.losses(student, edits) == pytest.approx(expected, rel=1e-5)
+    assert probe.loss(student) == pytest.approx(mean_loss(stock_model(path, student), blocks), rel=1e-5)
 
 
 def test_experts_are_replaced_by_their_names_on_disk(tiny_model, tmp_path):
@@ -129,72 +129,72 @@ def test_experts_are_replaced_by_their_names_on_disk(tiny_model, tmp_path):
     layers = (PlannedLayer((0,)), PlannedLayer((1, 2), (0.4, 0.6)), PlannedLayer((3,)))
     plan = MergePlan("test", 4, layers)
     merged = Piece(1, layer_tensors(source, plan, 1))
-    bench = LossBench(DecoderStream(source), blocks)
-    (found,) = bench.losses(as_is(4), [Edit(1, 3, (merged,))])
+    probe = VariantScorer(DecoderStream(source), blocks)
+    (found,) = probe.losses(as_is(4), [Edit(1, 3, (merged,))])
     written = load_stock(apply_plan(source, plan, tmp_path / "merged").path)
     assert found == pytest.approx(mean_loss(written, blocks), rel=1e-5)
     some = {k: t for k, t in merged.tensors.items() if "experts.0.w1" in k}
     with pytest.raises(ValueError, match="replaces some experts"):
-        bench.losses(as_is(4), [Edit(1, 2, (Piece(1, some),))])
+        probe.losses(as_is(4), [Edit(1, 2, (Piece(1, some),))])
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_several_walks_and_streamed_layers_give_the_same(tiny_model, monkeypatch, resident):
     path = tiny_model("qwen3", layers=LAYERS)
     blocks, edits = random_blocks(), [*EDITS.values(), Edit(4, 5, (swapped(path, 4, 2),))]
-    whole = LossBench(DecoderStream(Checkpoint(path)), blocks).losses(as_is(LAYERS), edits)
-    monkeypatch.setattr(LossBench, "_at_once", lambda self: 2)
-    bench = LossBench(DecoderStream(Checkpoint(path), resident=resident), blocks)
-    assert bench.losses(as_is(LAYERS), edits) == whole
+    whole = VariantScorer(DecoderStream(Checkpoint(path)), blocks).losses(as_is(LAYERS), edits)
+    monkeypatch.setattr(VariantScorer, "_at_once", lambda self: 2)
+    probe = VariantScorer(DecoderStream(Checkpoint(path), resident=resident), blocks)
+    assert probe.losses(as_is(LAYERS), edits) == whole
 
 
 def test_logits_in_parts(tiny_model, monkeypatch):
-    bench = LossBench(DecoderStream(Checkpoint(tiny_model("llama"))), random_blocks(padded=True))
-    whole = bench.loss(as_is(4))
+    probe = VariantScorer(DecoderStream(Checkpoint(tiny_model("llama"))), random_blocks(padded=True))
+    whole = probe.loss(as_is(4))
     monkeypatch.setattr(scored_rows, "LOGITS_AT_ONCE", 2 * 40 * 512)
-    assert bench.loss(as_is(4)) == pytest.approx(whole, rel=1e-6)
+    assert probe.loss(as_is(4)) == pytest.approx(whole, rel=1e-6)
 
 
 def test_layer_forwards(tiny_model, monkeypatch):
     """Removing layer j of L costs L − 1 − j, beside one walk of the shared prefix; a walk a candidate costs L − 1."""
-    bench = LossBench(DecoderStream(Checkpoint(tiny_model("llama", layers=LAYERS))), random_blocks(2))
+    probe = VariantScorer(DecoderStream(Checkpoint(tiny_model("llama", layers=LAYERS))), random_blocks(2))
     drops = [Edit(j, j + 1) for j in range(1, LAYERS - 1)]
-    bench.losses(as_is(LAYERS), drops)
+    probe.losses(as_is(LAYERS), drops)
     shared = LAYERS - 2  # up to the last candidate's entry
-    assert bench.layer_forwards == shared + sum(LAYERS - 1 - j for j in range(1, LAYERS - 1))
-    bench.layer_forwards = 0
-    bench.losses(as_is(LAYERS), [*drops, Edit(LAYERS, LAYERS)])
-    assert bench.layer_forwards == LAYERS + sum(LAYERS - 1 - j for j in range(1, LAYERS - 1))
-    monkeypatch.setattr(LossBench, "_at_once", lambda self: 1)
-    bench.layer_forwards = 0
-    bench.losses(as_is(LAYERS), drops)
-    assert bench.layer_forwards == len(drops) * (LAYERS - 1)
+    assert probe.layer_forwards == shared + sum(LAYERS - 1 - j for j in range(1, LAYERS - 1))
+    probe.layer_forwards = 0
+    probe.losses(as_is(LAYERS), [*drops, Edit(LAYERS, LAYERS)])
+    assert probe.layer_forwards == LAYERS + sum(LAYERS - 1 - j for j in range(1, LAYERS - 1))
+    monkeypatch.setattr(VariantScorer, "_at_once", lambda self: 1)
+    probe.layer_forwards = 0
+    probe.losses(as_is(LAYERS), drops)
+    assert probe.layer_forwards == len(drops) * (LAYERS - 1)
 
 
 def test_states_and_other_measures(tiny_model):
     """`measured` hands out the states before the final norm; `last_states` those that transformers returns."""
     path = tiny_model("opt")
     blocks = random_blocks(padded=True)
-    bench = LossBench(DecoderStream(Checkpoint(path), batch_size=4), blocks)
+    probe = VariantScorer(DecoderStream(Checkpoint(path), batch_size=4), blocks)
     pieces = [Piece(0), Piece(2), Piece(3)]
-    states = bench.states(pieces)
+    states = probe.states(pieces)
     seen = []
-    assert bench.measured(as_is(4), [Edit(1, 2)], lambda s: seen.append(s) or 7.0) == [7.0]
+    assert probe.measured(as_is(4), [Edit(1, 2)], lambda s: seen.append(s) or 7.0) == [7.0]
     assert all(torch.equal(a, b) for a, b in zip(seen[0], states, strict=True))
     model = stock_model(path, pieces)
-    for batch, hidden in zip(bench.batches, states, strict=True):
+    for batch, hidden in zip(probe.batches, states, strict=True):
         with torch.inference_mode():
             stack = model.get_submodule("model.decoder")
             theirs = stack(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
-        torch.testing.assert_close(bench.stream.last_states(batch, hidden)[batch.mask], theirs[batch.mask])
+        torch.testing.assert_close(probe.stream.last_states(batch, hidden)[batch.mask], theirs[batch.mask])
 
 
 def test_non_finite_losses_are_infinite(tiny_model):
     path = tiny_model("llama")
-    bench = LossBench(DecoderStream(Checkpoint(path)), random_blocks(2))
+    probe = VariantScorer(DecoderStream(Checkpoint(path)), random_blocks(2))
     for bad in (float("nan"), float("inf")):
         broken = Piece(2, {"mlp.down_proj.weight": torch.full((64, 96), bad)})
-        losses = bench.losses(as_is(4), [Edit(2, 3, (broken,)), Edit(1, 2)])
+        losses = probe.losses(as_is(4), [Edit(2, 3, (broken,)), Edit(1, 2)])
         assert losses[0] == float("inf") and np.isfinite(losses[1])
 
 
@@ -202,11 +202,11 @@ def test_the_streams_own_layers_stay(tiny_model):
     path = tiny_model("llama")
     source = Checkpoint(path)
     stream = DecoderStream(source)
-    bench = LossBench(stream, random_blocks(2))
-    before = bench.loss(as_is(4))
+    probe = VariantScorer(stream, random_blocks(2))
+    before = probe.loss(as_is(4))
     with stream.layer(2) as layer:
         held = {k: (p, p.clone()) for k, p in layer.named_parameters()}
-    bench.losses(as_is(4), [Edit(2, 3, (swapped(path, 2, 1),))])
+    probe.losses(as_is(4), [Edit(2, 3, (swapped(path, 2, 1),))])
     faults = {
         "no parameter mlp.sideways.weight": {
             "mlp.down_proj.weight": torch.ones(64, 96),
@@ -216,24 +216,24 @@ def test_the_streams_own_layers_stay(tiny_model):
     }
     for says, tensors in faults.items():
         with pytest.raises(ValueError, match=says):
-            bench.losses(as_is(4), [Edit(2, 3, (Piece(2, tensors),))])
+            probe.losses(as_is(4), [Edit(2, 3, (Piece(2, tensors),))])
     with pytest.raises(KeyboardInterrupt), placed(stream, swapped(path, 2, 1)):
         raise KeyboardInterrupt
     with stream.layer(2) as layer:
         now = dict(layer.named_parameters())
         assert all(now[k] is p and torch.equal(now[k], value) for k, (p, value) in held.items())
-    assert bench.loss(as_is(4)) == before
+    assert probe.loss(as_is(4)) == before
 
 
 def test_refusals(tiny_model):
     stream = DecoderStream(Checkpoint(tiny_model("llama")))
     blocks = random_blocks(3)
     with pytest.raises(InputError, match="at least 2 tokens"):
-        LossBench(stream, TokenBlocks(blocks.ids, np.ones(3, dtype=np.int32), 3))
+        VariantScorer(stream, TokenBlocks(blocks.ids, np.ones(3, dtype=np.int32), 3))
     for edit in (Edit(3, 5), Edit(2, 1), Edit(-1, 0)):
         with pytest.raises(ValueError, match="does not fit a student of 4 layers"):
-            LossBench(stream, blocks).losses(as_is(4), [edit])
-    assert LossBench(stream, blocks).losses(as_is(4), []) == []
+            VariantScorer(stream, blocks).losses(as_is(4), [edit])
+    assert VariantScorer(stream, blocks).losses(as_is(4), []) == []
 
 
 def test_rows_and_states_of_a_search():

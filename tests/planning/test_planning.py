@@ -18,10 +18,10 @@ from compression_dags.cli.plan import budgets_of, parse_budget, planning_options
 from compression_dags.depth.methods.planned import Planned
 from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import chosen_rows
-from compression_dags.passes.variant_scoring import LossBench
+from compression_dags.passes.variant_scoring import VariantScorer
 from compression_dags.planning.budget_solver import mixture_sizes, solve
 from compression_dags.planning.candidate_table import measure_bank, survivors
-from compression_dags.planning.candidates import Alternative, Bank, BankOptions, label_of
+from compression_dags.planning.candidates import Candidate, CandidateOptions, CandidateTable, label_of
 from compression_dags.planning.joint_costs import counts_of, cut_sets
 from compression_dags.planning.mixed import plan_schemes
 from compression_dags.planning.recipe_writer import quantize_stage, recipe_of, recipe_text
@@ -41,7 +41,7 @@ def source(tiny_model):
 
 @pytest.fixture(scope="module")
 def bank(source):
-    return measure_bank(source, random_blocks(), BankOptions.model_validate(SMALL | {"most_removed": 0.5}))
+    return measure_bank(source, random_blocks(), CandidateOptions.model_validate(SMALL | {"most_removed": 0.5}))
 
 
 def kl_of(source, other):
@@ -77,7 +77,7 @@ def test_costs_are_what_the_changed_model_loses(quantizer, source, bank, tmp_pat
     stage = quantizer.model_validate(asked)
     stage.quantize(source, tmp_path / "rounded", blocks=random_blocks(rows=4))
     options = SMALL | {"depth": False, "first_rows": 4, "quantizer": {"method": stage.method}}
-    whole = measure_bank(source, random_blocks(rows=4), BankOptions.model_validate(options))
+    whole = measure_bank(source, random_blocks(rows=4), CandidateOptions.model_validate(options))
     (own,) = (
         a for a in whole.alternatives if (a.layer, a.group) == (1, "mlp_output") and a.choice == Choice.of("W4A16", 16)
     )
@@ -94,7 +94,7 @@ def test_removals_are_measured_after_recovery(source, tmp_path):
 
     blocks, recover = random_blocks(rows=8, length=240), {"method": "least-squares", "scope": "sweep"}
     options = SMALL | {"schemes": ["W8A16"], "recover": recover, "most_removed": 0.5, "first_rows": 4, "length": 240}
-    bank = measure_bank(source, blocks, BankOptions.model_validate(options))
+    bank = measure_bank(source, blocks, CandidateOptions.model_validate(options))
     drops = [a for a in bank.alternatives if a.kind == "drop"]
     alone, made = [a for a in drops if not a.alive], [a for a in drops if a.alive]
     assert bank.recovered == recover and sorted(a.layer for a in alone) == [0, 1, 2, 3] and bank.most_removed == 2
@@ -105,7 +105,7 @@ def test_removals_are_measured_after_recovery(source, tmp_path):
     fitting, measured = (chosen_rows(blocks, range(start, 8, 2)) for start in (1, 0))
     found = LeastSquares.model_validate(recover).recover(source, cut, plan, fitting, tmp_path / "recovered")
     assert both.cost == pytest.approx(kl_on(measured, source.path, found.checkpoint.path), rel=1e-3)
-    assert Bank.load(saved(bank, tmp_path)) == bank
+    assert CandidateTable.load(saved(bank, tmp_path)) == bank
     solution = solve(bank, "parameters", cut.numel)
     recipe = recipe_of(solution, bank, source.architecture, name="n", description="", calibration={})
     assert {"recover": recover} in recipe["stages"] and solution.removed == 2
@@ -120,7 +120,7 @@ def saved(bank, directory):
 @pytest.mark.parametrize("quantizer", [{"method": "rtn"}, {"method": "gptq", "act_order": False}, {"method": "awq"}])
 def test_a_scheme_everywhere_costs_what_the_quantizer_loses(quantizer, source, tmp_path):
     blocks, options = random_blocks(rows=8), SMALL | {"depth": False, "first_rows": 4, "quantizer": quantizer}
-    bank = measure_bank(source, blocks, BankOptions.model_validate(options))
+    bank = measure_bank(source, blocks, CandidateOptions.model_validate(options))
     fitting, measured = (chosen_rows(blocks, range(start, 8, 2)) for start in (1, 0))
     stage = METHODS["quantize"][quantizer["method"]].model_validate({**quantizer, "scheme": "W4A16", "group_size": 16})
     stage.quantize(source, tmp_path / "all", blocks=fitting)
@@ -135,13 +135,13 @@ def test_a_scheme_everywhere_costs_what_the_quantizer_loses(quantizer, source, t
 def test_recovery_that_cannot_be_had(source, monkeypatch):
     """`auto` goes without; a stage that was asked for is an error."""
     few = random_blocks(rows=4)
-    bank = measure_bank(source, few, BankOptions.model_validate(SMALL | {"first_rows": 4}))
+    bank = measure_bank(source, few, CandidateOptions.model_validate(SMALL | {"first_rows": 4}))
     assert bank.recovered is None and all(a.alive for a in bank.alternatives if len(a.layers) > 1)
-    asked = BankOptions.model_validate(SMALL | {"first_rows": 4, "recover": {"method": "least-squares"}})
-    monkeypatch.setattr(LossBench, "measured", lambda *_: pytest.fail("measured before the check"))
+    asked = CandidateOptions.model_validate(SMALL | {"first_rows": 4, "recover": {"method": "least-squares"}})
+    monkeypatch.setattr(VariantScorer, "measured", lambda *_: pytest.fail("measured before the check"))
     with pytest.raises(InputError, match=r"least-squares .* has .* fitting tokens and needs"):
         measure_bank(source, few, asked)
-    unknown = BankOptions.model_validate(SMALL | {"quantizer": {"method": "rtn", "ignore": ["nothing"]}})
+    unknown = CandidateOptions.model_validate(SMALL | {"quantizer": {"method": "rtn", "ignore": ["nothing"]}})
     with pytest.raises(InputError, match="nothing"):
         measure_bank(source, few, unknown)
 
@@ -168,13 +168,13 @@ def small_bank(seed=0):
     found = []
     for layer in range(3):
         for choice, size in ((None, 16000), (eight, 8250), (four, 4250)):
-            found.append(Alternative("quantize", layer, "g", choice, size, 8000, cost() if choice else 0.0, 0, 4))
-        found.append(Alternative("drop", layer, None, None, 0, 0, 0.5 + cost(), 0, 4, layers=(layer,)))
+            found.append(Candidate("quantize", layer, "g", choice, size, 8000, cost() if choice else 0.0, 0, 4))
+        found.append(Candidate("drop", layer, None, None, 0, 0, 0.5 + cost(), 0, 4, layers=(layer,)))
         if layer < 2:
-            found.append(Alternative("merge", layer, None, four, 4250, 8000, 0.4 + cost(), 0, 4))
-    found += [Alternative("drop", s[0], None, None, 0, 0, 1.0 + cost(), 0, 4, layers=s) for s in ((0, 1), (0, 2))]
+            found.append(Candidate("merge", layer, None, four, 4250, 8000, 0.4 + cost(), 0, 4))
+    found += [Candidate("drop", s[0], None, None, 0, 0, 1.0 + cost(), 0, 4, layers=s) for s in ((0, 1), (0, 2))]
     together = {"W4A16/64": (2.0, 1.0), "W8A16/64": (1.0, 1.0)}
-    return Bank(3, ("g",), 1000, 500, 24000, tuple(found), together, 100)
+    return CandidateTable(3, ("g",), 1000, 500, 24000, tuple(found), together, 100)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -214,7 +214,7 @@ def test_a_mixture_is_taken_at_what_mixtures_keep():
 def test_one_scheme_in_two_group_sizes(source, tmp_path):
     """A budget between them is met by both, as the recipe's overrides say, to the byte."""
     options = SMALL | {"schemes": ["W4A16", "W4A16/32"], "depth": False, "quantizer": {"method": "rtn"}}
-    bank = measure_bank(source, random_blocks(), BankOptions.model_validate(options))
+    bank = measure_bank(source, random_blocks(), CandidateOptions.model_validate(options))
     assert bank.uniform().keys() == {"W4A16/16", "W4A16/32"}
     solution = solve(replace(bank, mixtures=()), "bits", 5.5)
     assert solution.labels == {"W4A16/16", "W4A16/32"} and 5.1 < solution.bits <= 5.5
@@ -228,7 +228,7 @@ def test_one_scheme_in_two_group_sizes(source, tmp_path):
 
 def test_mixtures_are_measured_as_the_recipe_makes_them(source, tmp_path):
     blocks, options = random_blocks(rows=8), SMALL | {"depth": False, "first_rows": 4, "quantizer": {"method": "gptq"}}
-    bank = measure_bank(source, blocks, BankOptions.model_validate(options))
+    bank = measure_bank(source, blocks, CandidateOptions.model_validate(options))
     assert bank.mixtures
     fitting, measured = (chosen_rows(blocks, range(start, 8, 2)) for start in (1, 0))
     bits, promised, kl = bank.mixtures[0]
@@ -238,7 +238,7 @@ def test_mixtures_are_measured_as_the_recipe_makes_them(source, tmp_path):
     GPTQ.model_validate(asked).quantize(source, tmp_path / "mixed", blocks=fitting)
     assert kl == pytest.approx(kl_on(measured, source.path, tmp_path / "mixed"), rel=1e-3)
     bank.save(tmp_path)
-    assert Bank.load(tmp_path) == bank
+    assert CandidateTable.load(tmp_path) == bank
     text = recipe_text({"name": "n"}, solution, bank)
     assert f"{kl / promised:.2f} at {bits:.2f} bits" in text
 
@@ -422,7 +422,7 @@ def test_parameters_may_also_go_by_zeros(source, tmp_path):
     from compression_dags.calibration.statistics import load_statistics
     from compression_dags.calibration.streaming import DecoderStream
 
-    options = BankOptions.model_validate(SMALL | {"sparsities": [0.5], "depth": False})
+    options = CandidateOptions.model_validate(SMALL | {"sparsities": [0.5], "depth": False})
     with pytest.raises(InputError, match=r"sparsities \[0\.5\] need the statistics"):
         measure_bank(source, random_blocks(), options)
     profile_activations(DecoderStream(source), random_blocks()).save(tmp_path)

@@ -8,7 +8,7 @@ from concat_cases import random_blocks
 
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.planning import identity
-from compression_dags.planning.candidates import BankOptions
+from compression_dags.planning.candidates import CandidateOptions
 from compression_dags.planning.identity import bank_identity, bank_versions, mixed_identity
 from compression_dags.quantization.awq import AWQ
 from compression_dags.quantization.gptq import GPTQ
@@ -22,7 +22,7 @@ from compression_dags.sparsity.pruners.wanda import Wanda
 
 
 def options(**given):
-    return BankOptions.model_validate(given)
+    return CandidateOptions.model_validate(given)
 
 
 def test_the_identity_is_json_and_names_every_method():

@@ -10,8 +10,8 @@ from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.passes.sequential import SequentialWalk
-from compression_dags.provenance.resume import Progress
+from compression_dags.passes.sequential import SequentialPass
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
 from compression_dags.registry import METHODS
@@ -173,20 +173,20 @@ def test_refusals_and_resumption(dense, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="gptq needs calibration tokens"):
         stage.quantize(dense, tmp_path / "none")
     whole = stage.quantize(dense, tmp_path / "whole", blocks=blocks)
-    original = SequentialWalk._layer
+    original = SequentialPass._layer
 
     def dies(self, index, layer):
         if index == 1:
             raise KeyboardInterrupt
         original(self, index, layer)
 
-    progress = Progress(tmp_path / "state", {"x": 1}, every_seconds=0.0)
-    monkeypatch.setattr(SequentialWalk, "_layer", dies)
+    resume = ResumePoint(tmp_path / "state", {"x": 1}, every_seconds=0.0)
+    monkeypatch.setattr(SequentialPass, "_layer", dies)
     with pytest.raises(KeyboardInterrupt):
-        stage.quantize(dense, tmp_path / "a", blocks=blocks, progress=progress)
+        stage.quantize(dense, tmp_path / "a", blocks=blocks, resume=resume)
     calls = []
-    monkeypatch.setattr(SequentialWalk, "_layer", lambda s, i, layer: (calls.append(i), original(s, i, layer)))
-    again = stage.quantize(dense, tmp_path / "b", blocks=blocks, progress=progress)
+    monkeypatch.setattr(SequentialPass, "_layer", lambda s, i, layer: (calls.append(i), original(s, i, layer)))
+    again = stage.quantize(dense, tmp_path / "b", blocks=blocks, resume=resume)
     assert calls == [1]
     for file in whole.checkpoint.files:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compression_dags.architectures import StackFacts, architecture_of
+from compression_dags.architectures import ModelShape, architecture_of
 from compression_dags.checkpoints.gate import check_reload, load_stock, probe_ids
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
@@ -187,12 +187,12 @@ def test_same_bytes_twice_and_whole_ledger(stage: RTN, sources, tmp_path):
     source = sources["float16"]
     seen: list[str] = []
 
-    def track(items, description, total=None):
+    def progress(items, description, total=None):
         for item in items:
             seen.append(item)
             yield item
 
-    first = stage.quantize(source, tmp_path / "a", track=track)
+    first = stage.quantize(source, tmp_path / "a", progress=progress)
     second = stage.quantize(source, tmp_path / "b")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -274,10 +274,10 @@ def test_impossible_options(options, message):
         RTN(**options)
 
 
-def facts(**changes) -> StackFacts:
+def facts(**changes) -> ModelShape:
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     config = {**config, "intermediate_size": 172, **changes}
-    return StackFacts(architecture_of(config), config)
+    return ModelShape(architecture_of(config), config)
 
 
 @pytest.mark.parametrize(

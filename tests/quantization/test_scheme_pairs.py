@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
-from compression_dags.planning.candidates import BankOptions
+from compression_dags.planning.candidates import CandidateOptions
 from compression_dags.quantization.formats import Choice, Scheme
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import rebuilds_while_loading
@@ -146,8 +146,8 @@ def test_pairs_of_candidates(first: str, second: str):
     mixed = {"scheme": first, "bits": 6, "candidates": (second,)}
     planned = {"schemes": (first, second), "quantizer": {"method": "rtn"}}
     if {first, second} & ALONE:
-        for refuse, options in ((RTN, mixed), (BankOptions, planned)):
+        for refuse, options in ((RTN, mixed), (CandidateOptions, planned)):
             with pytest.raises(ValidationError, match="must be rebuilt while loading"):
                 refuse.model_validate(options)
     else:
-        assert RTN.model_validate(mixed) and BankOptions.model_validate(planned)
+        assert RTN.model_validate(mixed) and CandidateOptions.model_validate(planned)

@@ -13,7 +13,7 @@ from compression_dags.errors import InputError, IntegrityError
 from compression_dags.passes.input_sums import InputSums
 from compression_dags.quantization.awq import AWQ
 from compression_dags.quantization.formats import Choice
-from compression_dags.quantization.rounding_pass import RoundWalk
+from compression_dags.quantization.rounding_pass import RoundingPass
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.quantization.smoothing import fold_of
@@ -201,22 +201,22 @@ def test_inputs_without_a_norm_are_smoothed_too(dense, tmp_path, rounding):
 
 
 def test_a_killed_run_goes_on(dense, tmp_path, monkeypatch):
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.provenance.resume import ResumePoint
 
     stage, blocks = AWQ(scheme="W4A16", group_size=32), tokens()
     whole = stage.quantize(dense, tmp_path / "whole", blocks=blocks).checkpoint
-    progress, original = Progress(tmp_path / "state", {"x": 1}, every_seconds=0.0), RoundWalk.change
+    resume, original = ResumePoint(tmp_path / "state", {"x": 1}, every_seconds=0.0), RoundingPass.change
 
     def dies(self, index, *args):
         if index == 1:
             raise KeyboardInterrupt
         return original(self, index, *args)
 
-    monkeypatch.setattr(RoundWalk, "change", dies)
+    monkeypatch.setattr(RoundingPass, "change", dies)
     with pytest.raises(KeyboardInterrupt):
-        stage.quantize(dense, tmp_path / "killed", blocks=blocks, progress=progress)
-    monkeypatch.setattr(RoundWalk, "change", original)
-    again = stage.quantize(dense, tmp_path / "again", blocks=blocks, progress=progress).checkpoint
+        stage.quantize(dense, tmp_path / "killed", blocks=blocks, resume=resume)
+    monkeypatch.setattr(RoundingPass, "change", original)
+    again = stage.quantize(dense, tmp_path / "again", blocks=blocks, resume=resume).checkpoint
     assert (again.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 

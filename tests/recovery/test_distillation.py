@@ -14,7 +14,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.plan import MergePlan, PlannedLayer, keep_only
 from compression_dags.errors import InputError
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.recovery.distillation.model import WholeModel, hidden_loss, logit_divergence, next_token_loss
 from compression_dags.recovery.distillation.options import DistillMP, DistillSP
 
@@ -29,10 +29,10 @@ def cut(stories, tmp_path_factory):
     return source, plan, apply_plan(source, plan, tmp_path_factory.mktemp("cut") / "merged")
 
 
-def distilled(kind, cut, folder, progress=None, track=None, **options):
+def distilled(kind, cut, folder, resume=None, progress=None, **options):
     source, plan, merged = cut
-    more = {"track": track} if track else {}
-    return kind(**{**SMALL, **options}).recover(source, merged, plan, NO_BLOCKS, folder, progress=progress, **more)
+    more = {"track": progress} if progress else {}
+    return kind(**{**SMALL, **options}).recover(source, merged, plan, NO_BLOCKS, folder, resume=resume, **more)
 
 
 def changed(a, b):
@@ -119,17 +119,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(cut, whole, tmp_path, part):
 
     started = []
 
-    def track(items, description, total=None):
+    def progress(items, description, total=None):
         started.append(description)
         for done, item in enumerate(items):
             if len(started) == part + 1 and done == len(items) - 1:
                 raise Killed
             yield item
 
-    progress = Progress(tmp_path / "p", {"x": 1})
+    resume = ResumePoint(tmp_path / "p", {"x": 1})
     with pytest.raises(Killed):
-        distilled(DistillSP, cut, tmp_path / "a", progress=progress, track=track, logit_lr=2e-3)
-    resumed = distilled(DistillSP, cut, tmp_path / "b", progress=progress, logit_lr=2e-3)
+        distilled(DistillSP, cut, tmp_path / "a", resume=resume, progress=progress, logit_lr=2e-3)
+    resumed = distilled(DistillSP, cut, tmp_path / "b", resume=resume, logit_lr=2e-3)
     weights = resumed.checkpoint.path / "model.safetensors"
     assert weights.read_bytes() == (whole.checkpoint.path / "model.safetensors").read_bytes()
     assert resumed.decisions == whole.decisions

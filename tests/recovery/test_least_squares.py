@@ -11,7 +11,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.plan import MergePlan, PlannedLayer, keep_only
 from compression_dags.errors import InputError
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.recovery.least_squares import LeastSquares
 
 
@@ -121,11 +121,11 @@ def test_resumes_with_the_same_result(cut, story_blocks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(least_squares._Run, "_fit", dies)
     with pytest.raises(KeyboardInterrupt):
-        progress = Progress(tmp_path / "scratch", {}, every_seconds=0)
-        options.recover(source, merged, plan, story_blocks, tmp_path / "out", progress=progress)
+        resume = ResumePoint(tmp_path / "scratch", {}, every_seconds=0)
+        options.recover(source, merged, plan, story_blocks, tmp_path / "out", resume=resume)
     calls[:] = [0] * 5
-    progress = Progress(tmp_path / "scratch", {})
-    resumed = options.recover(source, merged, plan, story_blocks, tmp_path / "out", progress=progress)
+    resume = ResumePoint(tmp_path / "scratch", {})
+    resumed = options.recover(source, merged, plan, story_blocks, tmp_path / "out", resume=resume)
     assert calls[5:] == [3]
     assert resumed.fitted.keys() == whole.fitted.keys()
     assert all(torch.equal(resumed.fitted[k], whole.fitted[k]) for k in whole.fitted)

@@ -170,9 +170,9 @@ def count_copies(monkeypatch) -> list[Path]:
     """Weights that are read from now on, one entry an import."""
     copies, copy = [], importing.copy_weights
 
-    def note(plans, directory, track):
+    def note(plans, directory, progress):
         copies.append(directory)
-        return copy(plans, directory, track)
+        return copy(plans, directory, progress)
 
     monkeypatch.setattr(importing, "copy_weights", note)
     return copies

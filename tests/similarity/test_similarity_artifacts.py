@@ -15,7 +15,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.plots import merge_tree_png
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.similarity import cka, npib
 from compression_dags.similarity.evidence import merge_tree, read_evidence, write_similarity
 
@@ -186,9 +186,9 @@ def test_first_tokens_are_those_of_sequence_zero(tiny_model, tmp_path):
 
     stream_.apply = dies
     with pytest.raises(KeyboardInterrupt):
-        profile_activations(stream_, blocks, samples=10_000, progress=Progress(tmp_path, {}, every_seconds=0))
+        profile_activations(stream_, blocks, samples=10_000, resume=ResumePoint(tmp_path, {}, every_seconds=0))
     stream_.apply = lambda m, i, b, h=None: (applied.append(i), apply(m, i, b, h))[1]
-    resumed = profile_activations(stream_, blocks, samples=10_000, progress=Progress(tmp_path, {}))
+    resumed = profile_activations(stream_, blocks, samples=10_000, resume=ResumePoint(tmp_path, {}))
     assert min(applied) == 2
     torch.testing.assert_close(resumed.first_tokens, found.first_tokens, rtol=1e-4, atol=1e-5)
     resumed.save(tmp_path)

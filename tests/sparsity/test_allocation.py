@@ -20,7 +20,7 @@ from compression_dags.sparsity.allocation import SparsityPlan, make_plan, mean_s
 from compression_dags.sparsity.allocators import ALLOCATORS
 from compression_dags.sparsity.allocators.als import ALS, suffix_mean
 from compression_dags.sparsity.allocators.ramp import Ramp, search
-from compression_dags.sparsity.evidence import PruneBench, fresh_evidence, stored_evidence
+from compression_dags.sparsity.evidence import PruneProbe, fresh_evidence, stored_evidence
 from compression_dags.sparsity.knapsack import fill_greedy, fill_smooth
 from compression_dags.sparsity.stage import all_matrices
 
@@ -42,8 +42,8 @@ def case(tiny_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("redundancy")
     facts = write_redundancy(folder, out)
     stage = METHODS["sparsify"]["wanda"].model_validate({"method": "wanda", "sparsity": 0.5})
-    bench = PruneBench(stage, source, blocks, fit_rows=4, held_rows=2)
-    return source, stored_evidence(source, folder, out), bench, facts, out
+    probe = PruneProbe(stage, source, blocks, fit_rows=4, held_rows=2)
+    return source, stored_evidence(source, folder, out), probe, facts, out
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -82,11 +82,11 @@ def test_smooth_is_between_uniform_and_greedy():
 @pytest.mark.parametrize("method", [name for name in ALLOCATORS if name != "given"])
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 def test_every_allocator_meets_the_target(case, method, target):
-    source, evidence, bench, _, _ = case
+    source, evidence, probe, _, _ = case
     matrices = all_matrices(source)
     options = {"points": 2, "refine": 1, "least_rise": 0.05} if method == "ramp" else {}
     allocation = allocator(method, **options)
-    allocated = allocation.allocate(matrices, target, evidence, bench)
+    allocated = allocation.allocate(matrices, target, evidence, probe)
     plan = make_plan(method, matrices, allocated, target)
     shares = {n: p.sparsity for n, p in plan.patterns.items()}
     unit = max(sum(m.numel for m in matrices if m.layer == i) for i in range(source.num_layers))
@@ -94,14 +94,14 @@ def test_every_allocator_meets_the_target(case, method, target):
     assert abs(mean_sparsity(matrices, shares) - target) <= step + 1e-9
     assert all(0 <= s < 1 for s in shares.values())
     assert (len(set(shares.values())) == 1) == (method == "uniform")
-    again = make_plan(method, matrices, allocation.allocate(matrices, target, evidence, bench), target)
+    again = make_plan(method, matrices, allocation.allocate(matrices, target, evidence, probe), target)
     assert again.digest == plan.digest
 
 
 def test_groups_mix_their_n(case, tmp_path):
-    source, evidence, bench, _, _ = case
+    source, evidence, probe, _, _ = case
     matrices = all_matrices(source)
-    allocated = ALS(level="layer").allocate(matrices, 0.5, evidence, bench)
+    allocated = ALS(level="layer").allocate(matrices, 0.5, evidence, probe)
     plan = make_plan("als", matrices, allocated, 0.5, "4:8")
     assert {p.m for p in plan.patterns.values()} == {8} and len({p.zeros for p in plan.patterns.values()}) > 1
     assert mean_sparsity(matrices, {n: p.sparsity for n, p in plan.patterns.items()}) == pytest.approx(
@@ -140,17 +140,17 @@ def test_forced_and_impossible_targets(case):
 
 
 def test_dlp_is_the_released_rule(case):
-    source, evidence, bench, _, _ = case
+    source, evidence, probe, _, _ = case
     matrices = all_matrices(source)
     found = (
         ALLOCATORS["dlp"]
         .model_validate({"method": "dlp", "granularity": 0.0001})
-        .allocate(matrices, 0.5, evidence, bench)
+        .allocate(matrices, 0.5, evidence, probe)
     )
     score = []
     for layer in range(source.num_layers):
         own = [m for m in matrices if m.layer == layer]
-        parts = [np.abs(bench.weights(m.name).double().numpy()) * evidence.channel_norms(m) for m in own]
+        parts = [np.abs(probe.weights(m.name).double().numpy()) * evidence.channel_norms(m) for m in own]
         score.append(np.concatenate([p.ravel() for p in parts]).mean())
     importance = 1 - np.array(score) / sum(score)
     spread = 0.3 * (importance - importance.min()) / (importance.max() - importance.min())
@@ -160,11 +160,11 @@ def test_dlp_is_the_released_rule(case):
 
 
 def test_ramp_searches_on_held_out_text(case):
-    source, evidence, bench, _, _ = case
+    source, evidence, probe, _, _ = case
     tried = []
     assert search(lambda x: tried.append(x) or (x - 0.17) ** 2, 0.0, 0.3, 4, 6) == pytest.approx(0.17, abs=0.02)
     assert len(tried) <= 10
-    found = Ramp(points=2, refine=0).allocate(all_matrices(source), 0.5, evidence, bench)
+    found = Ramp(points=2, refine=0).allocate(all_matrices(source), 0.5, evidence, probe)
     losses = {t["rise"]: t["loss"] for t in found.summary["tried"]}
     assert len(losses) == 2 and found.summary["rise"] == min(losses, key=losses.get)
     assert all(math.isfinite(v) for v in losses.values())
@@ -212,7 +212,7 @@ def test_the_calibration_pass_leaves_every_table(case):
 
 
 def test_evidence_of_changed_weights_is_fresh(case):
-    source, evidence, bench, _, _ = case
-    fresh = fresh_evidence(source, ALS(), bench.blocks)
+    source, evidence, probe, _, _ = case
+    fresh = fresh_evidence(source, ALS(), probe.blocks)
     assert fresh.statistics.keys() == evidence.statistics.keys()
-    assert fresh_evidence(source, allocator("uniform"), bench.blocks).redundancy is None
+    assert fresh_evidence(source, allocator("uniform"), probe.blocks).redundancy is None

@@ -10,8 +10,8 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
-from compression_dags.passes.lockstep import StagedForward
-from compression_dags.provenance.resume import Progress
+from compression_dags.passes.lockstep import LockstepForward
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.registry import METHODS
 from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.patterns import Pattern
@@ -28,7 +28,7 @@ from compression_dags.sparsity.masks import (
     settle_masks,
     unpack_mask,
 )
-from compression_dags.sparsity.pruning_pass import PruneWalk
+from compression_dags.sparsity.pruning_pass import PruningPass
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text", "opt"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -160,20 +160,20 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny_model, tmp_path, monkeypat
     chosen = stage("sparsegpt", sparsity=0.5)
     whole = sparsify(chosen, source, tmp_path / "whole", blocks)
     settings = {"stage": "sparsegpt"}
-    original = PruneWalk._layer
+    original = PruningPass._layer
 
     def dies(self, index, layer):
         if index == 2:
             raise KeyboardInterrupt
         original(self, index, layer)
 
-    monkeypatch.setattr(PruneWalk, "_layer", dies)
-    monkeypatch.setattr(Progress, "save_if_due", lambda self, step, state: self.save(step, state()))
+    monkeypatch.setattr(PruningPass, "_layer", dies)
+    monkeypatch.setattr(ResumePoint, "save_if_due", lambda self, step, state: self.save(step, state()))
     with pytest.raises(KeyboardInterrupt):
-        sparsify(chosen, source, tmp_path / "a", blocks, progress=Progress(tmp_path / "scratch", settings))
+        sparsify(chosen, source, tmp_path / "a", blocks, resume=ResumePoint(tmp_path / "scratch", settings))
     calls = []
-    monkeypatch.setattr(PruneWalk, "_layer", lambda s, i, layer: (calls.append(i), original(s, i, layer)))
-    again = sparsify(chosen, source, tmp_path / "b", blocks, progress=Progress(tmp_path / "scratch", settings))
+    monkeypatch.setattr(PruningPass, "_layer", lambda s, i, layer: (calls.append(i), original(s, i, layer)))
+    again = sparsify(chosen, source, tmp_path / "b", blocks, resume=ResumePoint(tmp_path / "scratch", settings))
     assert calls[0] == 2
     assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
     assert [d.evidence for d in whole.decisions] == [d.evidence for d in again.decisions]
@@ -236,7 +236,7 @@ def test_a_failure_in_a_batch_ends_all_threads():
         return x
 
     order = []
-    run = StagedForward(
+    run = LockstepForward(
         3, forward, [(first,), (second,)], lambda s, b, x: order.append((s, b)), lambda s: order.append(s)
     )
     with pytest.raises(ValueError, match="batch 1 broke"):
@@ -246,7 +246,7 @@ def test_a_failure_in_a_batch_ends_all_threads():
 
     assert threading.active_count() == 1 or not any(t.name.endswith("(_work)") for t in threading.enumerate())
     with pytest.raises(IntegrityError, match="was expected"):
-        StagedForward(1, lambda i: first(torch.zeros(1)), [(second,)], lambda *_: None, lambda _: None).run()
+        LockstepForward(1, lambda i: first(torch.zeros(1)), [(second,)], lambda *_: None, lambda _: None).run()
 
 
 def test_the_card_says_that_zeros_save_nothing():

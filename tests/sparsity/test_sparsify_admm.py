@@ -9,7 +9,7 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.sparsity.pruners.admm import ADMM
 
 
@@ -105,7 +105,7 @@ def test_both_models_resume(tiny_model, tmp_path):
     source, blocks = Checkpoint(tiny_model("llama")), random_blocks()
     chosen = stage("admm", sparsity=0.5)
     whole = sparsify(chosen, source, tmp_path / "whole", blocks)
-    progress = Progress(tmp_path / "state", {"x": 1}, every_seconds=0.0)
+    resume = ResumePoint(tmp_path / "state", {"x": 1}, every_seconds=0.0)
 
     def stop_after_two(items, *_):
         for number, item in enumerate(items):
@@ -114,8 +114,8 @@ def test_both_models_resume(tiny_model, tmp_path):
             yield item
 
     with pytest.raises(KeyboardInterrupt):
-        sparsify(chosen, source, tmp_path / "a", blocks, progress=progress, track=stop_after_two)
-    resumed = sparsify(chosen, source, tmp_path / "b", blocks, progress=progress)
+        sparsify(chosen, source, tmp_path / "a", blocks, resume=resume, progress=stop_after_two)
+    resumed = sparsify(chosen, source, tmp_path / "b", blocks, resume=resume)
     assert set(whole.tensors) == set(resumed.tensors)
     assert all(torch.equal(whole.tensors[n], resumed.tensors[n]) for n in whole.tensors)
     assert planned(chosen, source).patterns

@@ -10,17 +10,17 @@ from compression_dags.calibration.streaming import DecoderStream, fuse_experts
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
-from compression_dags.provenance.resume import Progress
+from compression_dags.provenance.resume import ResumePoint
 from compression_dags.similarity.redundancy import write_redundancy
 from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.sweep import Rows, prune_sweep
 from compression_dags.sparsity.allocation import make_plan, mean_sparsity
 from compression_dags.sparsity.allocators import ALLOCATORS
-from compression_dags.sparsity.evidence import PruneBench, stored_evidence
+from compression_dags.sparsity.evidence import PruneProbe, stored_evidence
 from compression_dags.sparsity.experts import SAW_NONE
 from compression_dags.sparsity.masks import load_masks
-from compression_dags.sparsity.pruning_pass import PruneWalk
+from compression_dags.sparsity.pruning_pass import PruningPass
 from compression_dags.sparsity.stage import all_matrices
 from models import edit_weights, tiny
 
@@ -181,20 +181,20 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny_model, tmp_path, monkeypat
     source, blocks = Checkpoint(tiny_model("mixtral")), random_blocks(padded=True)
     chosen = stage("sparsegpt", pattern="2:4")
     whole = sparsify(chosen, source, tmp_path / "whole", blocks)
-    original = PruneWalk._layer
+    original = PruningPass._layer
 
     def dies(self, index, layer):
         if index == 2:
             raise KeyboardInterrupt
         original(self, index, layer)
 
-    monkeypatch.setattr(PruneWalk, "_layer", dies)
-    monkeypatch.setattr(Progress, "save_if_due", lambda self, step, state: self.save(step, state()))
+    monkeypatch.setattr(PruningPass, "_layer", dies)
+    monkeypatch.setattr(ResumePoint, "save_if_due", lambda self, step, state: self.save(step, state()))
     with pytest.raises(KeyboardInterrupt):
-        sparsify(chosen, source, tmp_path / "a", blocks, progress=Progress(tmp_path / "scratch", {"stage": "moe"}))
+        sparsify(chosen, source, tmp_path / "a", blocks, resume=ResumePoint(tmp_path / "scratch", {"stage": "moe"}))
     calls = []
-    monkeypatch.setattr(PruneWalk, "_layer", lambda s, i, layer: (calls.append(i), original(s, i, layer)))
-    again = sparsify(chosen, source, tmp_path / "b", blocks, progress=Progress(tmp_path / "scratch", {"stage": "moe"}))
+    monkeypatch.setattr(PruningPass, "_layer", lambda s, i, layer: (calls.append(i), original(s, i, layer)))
+    again = sparsify(chosen, source, tmp_path / "b", blocks, resume=ResumePoint(tmp_path / "scratch", {"stage": "moe"}))
     assert calls == [2, 3]
     assert all(torch.equal(whole.tensors[n], again.tensors[n]) for n in whole.tensors)
     assert [d.evidence for d in whole.decisions] == [d.evidence for d in again.decisions]
@@ -220,17 +220,17 @@ def case(request, tiny_model, tmp_path_factory):
     folder, out = tmp_path_factory.mktemp("activations"), tmp_path_factory.mktemp("redundancy")
     profile_activations(DecoderStream(source), blocks, samples=200).save(folder)
     write_redundancy(folder, out)
-    bench = PruneBench(stage("wanda", sparsity=0.5), source, blocks, fit_rows=4, held_rows=2)
-    return source, stored_evidence(source, folder, out), bench
+    probe = PruneProbe(stage("wanda", sparsity=0.5), source, blocks, fit_rows=4, held_rows=2)
+    return source, stored_evidence(source, folder, out), probe
 
 
 @pytest.mark.parametrize("method", [name for name in ALLOCATORS if name != "given"])
 def test_every_allocator_meets_the_target(case, method):
-    source, evidence, bench = case
+    source, evidence, probe = case
     matrices = all_matrices(source)
     options = {"points": 2, "refine": 0} if method == "ramp" else {}
     allocation = ALLOCATORS[method].model_validate({"method": method, **options})
-    allocated = allocation.allocate(matrices, 0.5, evidence, bench)
+    allocated = allocation.allocate(matrices, 0.5, evidence, probe)
     plan = make_plan(method, matrices, allocated, 0.5)
     shares = {n: p.sparsity for n, p in plan.patterns.items()}
     unit = max(sum(m.numel for m in matrices if m.layer == i) for i in range(source.num_layers))
@@ -242,11 +242,11 @@ def test_every_allocator_meets_the_target(case, method):
 
 
 def test_als_features_that_experts_do_not_have_are_refused(case):
-    source, evidence, bench = case
+    source, evidence, probe = case
     for options in ({"feature": "out"}, {"feature": "gate", "level": "layer"}):
         allocation = ALLOCATORS["als"].model_validate({"method": "als", **options})
         with pytest.raises(InputError, match=r"no features|no table"):
-            allocation.allocate(all_matrices(source), 0.5, evidence, bench)
+            allocation.allocate(all_matrices(source), 0.5, evidence, probe)
 
 
 def test_plans_name_every_expert(tiny_model):

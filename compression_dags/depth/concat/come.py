@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.concat.merge import refuse_experts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext
 from compression_dags.depth.reasons import LEAST_TOTAL, by_grouping
 from compression_dags.depth.windows import (
     cheapest_groups,
@@ -49,10 +49,10 @@ class ConcatStage(MergeStage):
         description=f"most original layers in one; default {LARGEST_GROUP}, fewer where there are fewer KV heads",
     )
 
-    def largest(self, facts: StackFacts) -> int:
+    def largest(self, facts: ModelShape) -> int:
         return self.largest_group or min(LARGEST_GROUP, facts.kv_heads)
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         name = f"merge: {self.method}"
         refuse_experts(facts, name)
@@ -73,9 +73,9 @@ class ConcatStage(MergeStage):
 
     def _one_shot(
         self,
-        facts: StackFacts,
+        facts: ModelShape,
         evidence: Evidence,
-        bench: Bench,
+        probe: ProbeContext,
         groups: Sequence[range],
         shares: str,
         power: float,
@@ -86,13 +86,13 @@ class ConcatStage(MergeStage):
         from compression_dags.depth.concat.sensitivity import layer_sensitivity
 
         layers, steps = [], []
-        for group in bench.track(groups, f"{self.method} (layers)"):
+        for group in probe.progress(groups, f"{self.method} (layers)"):
             members = [whole(i, facts) for i in group]
             if len(group) == 1:
                 layers += members
                 continue
-            args = (bench.source, evidence.statistics)
-            known = [layer_sensitivity(*args, i, self.score, bench.device) for i in group]
+            args = (probe.source, evidence.statistics)
+            known = [layer_sensitivity(*args, i, self.score, probe.device) for i in group]
             influence = [float(evidence.block_influence[i]) for i in group]
             chosen, given, note = choose(known, influence, shares, power, facts)
             layers.append(settled(concatenated(members, chosen, given), shares, facts))
@@ -108,7 +108,7 @@ class ConcatStage(MergeStage):
     def _searched(self, search: Search, note: dict[str, Any]) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.depth.concat.layers import ledger
 
-        plan, blocks = search.plan(self.method), search.bench.blocks
+        plan, blocks = search.plan(self.method), search.probe.blocks
         cost = {
             "layer_forwards": search.layer_forwards,
             "sequences": len(blocks.lengths),
@@ -121,17 +121,17 @@ class ConcatStage(MergeStage):
 
         return plan, ledger(plan, search.layers, search.steps, UNIT, note, alone)
 
-    def _search(self, facts: StackFacts, evidence: Evidence, bench: Bench) -> Search:
+    def _search(self, facts: ModelShape, evidence: Evidence, probe: ProbeContext) -> Search:
         from compression_dags.depth.concat.search import Limits, Search
         from compression_dags.depth.concat.student_pass import AllTokens
 
         goal = facts.layers - self.removed(facts.layers)
         limits = Limits(self.free_layers(facts.layers), self.largest(facts), goal)
-        return Search(facts, bench, limits, form="concat", score=self.score, rule=AllTokens(), evidence=evidence)
+        return Search(facts, probe, limits, form="concat", score=self.score, rule=AllTokens(), evidence=evidence)
 
 
 def choose(
-    known: Sequence[Sensitivity], influence: Sequence[float], shares: str, power: float, facts: StackFacts
+    known: Sequence[Sensitivity], influence: Sequence[float], shares: str, power: float, facts: ModelShape
 ) -> tuple[Chosen, tuple[float, ...], dict[str, Any]]:
     """What a merge keeps of every member, the members' shares, and what to note of it.
 
@@ -147,7 +147,7 @@ def choose(
     return chosen, given, note | ({} if shares == "free" else {"shares": list(given)})
 
 
-def settled(layer: StudentLayer, shares: str, facts: StackFacts) -> StudentLayer:
+def settled(layer: StudentLayer, shares: str, facts: ModelShape) -> StudentLayer:
     """A merged layer whose shares are what its members really give, where no prior set them."""
     from compression_dags.depth.concat.layers import by_contribution
 
@@ -179,15 +179,15 @@ class Come(ConcatStage):
     power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        assert bench is not None  # `measures`
+        assert probe is not None  # `measures`
         self.check(facts)
         if self.mode == "one-shot":
             rule = "the grouping, pair by pair, of least" if self.windows == "greedy" else LEAST_TOTAL
             groups = self._groups(facts, evidence)
-            return self._one_shot(facts, evidence, bench, groups, self.shares, self.power, rule)
-        search = self._search(facts, evidence, bench)
+            return self._one_shot(facts, evidence, probe, groups, self.shares, self.power, rule)
+        search = self._search(facts, evidence, probe)
 
         def both(position: int) -> tuple[StudentLayer, dict[str, Any]]:
             pair = (position, position + 1)
@@ -199,7 +199,7 @@ class Come(ConcatStage):
         search.run(both, "come (merges)")
         return self._searched(search, {"shares_by": self.shares, "power": self.power})
 
-    def _groups(self, facts: StackFacts, evidence: Evidence) -> list[range]:
+    def _groups(self, facts: ModelShape, evidence: Evidence) -> list[range]:
         free, goal = self.free_layers(facts.layers), facts.layers - self.removed(facts.layers)
         if self.windows == "greedy":
             may_join = joinable(facts, free)
@@ -227,15 +227,15 @@ class ComeP(ConcatStage):
     rows: int = Field(16, ge=1, description="calibration sequences on which ratios are compared, taken evenly")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.depth.concat.trials import ratio_trials
 
-        assert bench is not None  # `measures`
+        assert probe is not None  # `measures`
         self.check(facts)
-        search = self._search(facts, evidence, bench)
+        search = self._search(facts, evidence, probe)
         trials: Choose = ratio_trials(search, self)
         search.run(trials, "come-p (merges)")
-        rows = min(self.rows, len(bench.blocks.lengths))
+        rows = min(self.rows, len(probe.blocks.lengths))
         note = {"by": self.by, "granularity": self.granularity, "trial_rows": rows}
         return self._searched(search, note)

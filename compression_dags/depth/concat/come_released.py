@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.concat.merge import refuse_experts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext
 from compression_dags.depth.windows import influence_shares, most_removed
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
@@ -38,7 +38,7 @@ def released_shares(influence: Sequence[float], power: float, min_max: float, le
     return tuple(floor if i == largest else (1.0 - floor) * s / rest for i, s in enumerate(shares))
 
 
-def on_their_kv_head(layer: StudentLayer, facts: StackFacts) -> float:
+def on_their_kv_head(layer: StudentLayer, facts: ModelShape) -> float:
     """Share of a merged layer's query heads that read the KV head which they read in their original layer.
 
     1 without grouped queries; what the tiled mask costs otherwise.
@@ -70,7 +70,7 @@ class ComeReleased(MergeStage):
     half: bool = Field(False, description="cosines in the checkpoint's dtype, as released; else in float32")
     repeat: bool = Field(True, description="merge merged layers again; false is `--wo-repeat`")
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         refuse_experts(facts, "merge: come-released")
         if facts.kv_heads < 2:
@@ -85,21 +85,21 @@ class ComeReleased(MergeStage):
                 f"away: adjacent unprotected layers of one kind{'' if self.repeat else ', each merged once'}"
             )
 
-    def _most(self, facts: StackFacts) -> int:
+    def _most(self, facts: ModelShape) -> int:
         return facts.layers if self.repeat else 2
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.depth.concat.layers import chosen_by_shares, ledger
         from compression_dags.depth.concat.search import Limits, Search
         from compression_dags.depth.concat.student_pass import AsReleased
 
-        assert bench is not None  # `measures`
+        assert probe is not None  # `measures`
         self.check(facts)
         limits = Limits(self.free_layers(facts.layers), self._most(facts), facts.layers - self.removed(facts.layers))
-        rule = AsReleased(_stored_dtype(bench.source)) if self.half else AsReleased()
-        search = Search(facts, bench, limits, form="concat-released", score="l1", rule=rule)
+        rule = AsReleased(_stored_dtype(probe.source)) if self.half else AsReleased()
+        search = Search(facts, probe, limits, form="concat-released", score="l1", rule=rule)
 
         def both(position: int) -> tuple[StudentLayer, dict[str, Any]]:
             pair = (position, position + 1)
@@ -117,8 +117,8 @@ class ComeReleased(MergeStage):
             "mode": "progressive",
             "score": "l1",
             "cosines": str(rule.dtype).removeprefix("torch."),
-            "last_tokens": len(bench.blocks.lengths),
-            "tokens": bench.blocks.tokens,
+            "last_tokens": len(probe.blocks.lengths),
+            "tokens": probe.blocks.tokens,
             "layer_forwards": search.layer_forwards,
         }
 

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.concat.come import ConcatStage
-from compression_dags.depth.plan import Bench, Evidence, MergePlan
+from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
 from compression_dags.depth.windows import cheapest_groups, window_distance
 from compression_dags.provenance.decisions import Decision
 
@@ -34,12 +34,12 @@ class Concat(ConcatStage):
     power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        assert bench is not None  # `measures`: the scores need the weights
+        assert probe is not None  # `measures`: the scores need the weights
         self.check(facts)
         goal = facts.layers - self.removed(facts.layers)
         distance = window_distance(facts, self.free_layers(facts.layers), evidence.angular)
         groups = cheapest_groups(facts.layers, goal, self.largest(facts), distance)
         assert groups is not None  # `check` refused the impossible
-        return self._one_shot(facts, evidence, bench, groups, self.shares, self.power)
+        return self._one_shot(facts, evidence, probe, groups, self.shares, self.power)

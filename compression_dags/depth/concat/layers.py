@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.concat.sensitivity import Sensitivity, counts, strongest, strongest_of_all
 from compression_dags.depth.plan import MergePlan, PlannedLayer
 from compression_dags.provenance.decisions import Decision
@@ -67,7 +67,7 @@ class StudentLayer:
         return PlannedLayer(tuple(p.source for p in parts), _to_one([p.share for p in parts]), form), held
 
 
-def whole(index: int, facts: StackFacts, *, queries: bool = False) -> StudentLayer:
+def whole(index: int, facts: ModelShape, *, queries: bool = False) -> StudentLayer:
     """An original layer as it is; `queries` where query heads may part from their KV heads."""
     sizes = {"channels": facts.intermediate, "heads": facts.kv_heads} | ({"queries": facts.heads} if queries else {})
     kept = {kind: torch.arange(size, dtype=torch.int32) for kind, size in sizes.items()}
@@ -91,7 +91,7 @@ def concatenated(members: Sequence[StudentLayer], chosen: Chosen, shares: Sequen
     return StudentLayer(span, tuple(parts), [m.tree for m in members])
 
 
-def by_contribution(layer: StudentLayer, facts: StackFacts) -> StudentLayer:
+def by_contribution(layer: StudentLayer, facts: ModelShape) -> StudentLayer:
     """The layer with shares that say what each part really gives: the mean of its shares of channels and heads."""
 
     def share(part: Part) -> float:
@@ -100,7 +100,7 @@ def by_contribution(layer: StudentLayer, facts: StackFacts) -> StudentLayer:
     return replace(layer, parts=tuple(replace(p, share=share(p)) for p in layer.parts))
 
 
-def chosen_by_shares(members: Sequence[Sensitivity], shares: Sequence[float], facts: StackFacts) -> Chosen:
+def chosen_by_shares(members: Sequence[Sensitivity], shares: Sequence[float], facts: ModelShape) -> Chosen:
     """The most sensitive units of every member, as many as its share of a stock layer."""
     channels, heads = (counts(shares, total) for total in (facts.intermediate, facts.kv_heads))
     return [
@@ -109,7 +109,7 @@ def chosen_by_shares(members: Sequence[Sensitivity], shares: Sequence[float], fa
     ]
 
 
-def chosen_freely(members: Sequence[Sensitivity], facts: StackFacts) -> Chosen:
+def chosen_freely(members: Sequence[Sensitivity], facts: ModelShape) -> Chosen:
     """The most sensitive units of all members together."""
     channels = strongest_of_all([m.channels for m in members], facts.intermediate)
     heads = strongest_of_all([m.heads for m in members], facts.kv_heads)
@@ -122,7 +122,7 @@ def _to_one(shares: Sequence[float]) -> tuple[float, ...]:
     return (*weights[:-1], 1.0 - sum(weights[:-1]))
 
 
-def plan_of(method: str, form: str, layers: Sequence[StudentLayer], facts: StackFacts) -> MergePlan:
+def plan_of(method: str, form: str, layers: Sequence[StudentLayer], facts: ModelShape) -> MergePlan:
     """The plan of a student."""
     planned = [layer.planned(form) for layer in layers]
     tensors = {f"{p}.{name}": t for p, (_, held) in enumerate(planned) for name, t in held.items()}
@@ -229,7 +229,7 @@ def kept_digest(parts: Sequence[Part]) -> str:
 
 
 def as_tensors(layers: Sequence[StudentLayer]) -> tuple[list[Any], dict[str, Tensor]]:
-    """A student as JSON and tensors, for `Progress`; `from_tensors` is the inverse."""
+    """A student as JSON and tensors, for `ResumePoint`; `from_tensors` is the inverse."""
     note = [[x.span.start, x.span.stop, x.tree, [[p.source, p.share] for p in x.parts]] for x in layers]
     tensors = {
         f"kept.{at}.{p.source}.{kind}": t for at, x in enumerate(layers) for p in x.parts for kind, t in p.kept.items()

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SMALLEST_GAMMA = 0.1
 
 
-def refuse_experts(facts: StackFacts, what: str = "concatenation of layers") -> None:
+def refuse_experts(facts: ModelShape, what: str = "concatenation of layers") -> None:
     """Raise InputError for mixtures of experts: their channels belong to experts, not to the layer."""
     if facts.architecture.experts is not None:
         raise InputError(
@@ -64,7 +64,7 @@ def concatenate_members(
     channels: Sequence[Tensor],
     heads: Sequence[Tensor],
     shares: Sequence[float],
-    facts: StackFacts,
+    facts: ModelShape,
 ) -> dict[str, Tensor]:
     """Tensors of one layer made of kept channels and KV groups of several, in the members' order.
 
@@ -216,7 +216,7 @@ class _Folder:
 # -- as released ------------------------------------------------------------------------------------------------------
 
 
-def tiled_queries(heads: Tensor, facts: StackFacts) -> Tensor:
+def tiled_queries(heads: Tensor, facts: ModelShape) -> Tensor:
     """Query heads that the released code keeps with the KV heads `heads`: (g · kept,) int32, ascending.
 
     It repeats the mask over KV heads g times, so that query head h follows KV head h mod n_kv; but query head h reads

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.concat.layers import (
     Choose,
     Chosen,
@@ -27,8 +27,8 @@ from compression_dags.depth.concat.merge import (
     tiled_queries,
 )
 from compression_dags.depth.concat.sensitivity import Score, Sensitivity, layer_sensitivity
-from compression_dags.depth.concat.student_pass import AllTokens, Walk
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, PlannedLayer
+from compression_dags.depth.concat.student_pass import AllTokens, StudentPass
+from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, ProbeContext
 from compression_dags.depth.windows import joinable, next_pair
 from compression_dags.errors import InputError
 from compression_dags.passes.variant_scoring import Piece
@@ -56,8 +56,8 @@ class Search:
 
     def __init__(
         self,
-        facts: StackFacts,
-        bench: Bench,
+        facts: ModelShape,
+        probe: ProbeContext,
         limits: Limits,
         *,
         form: str,
@@ -65,10 +65,10 @@ class Search:
         rule: AllTokens,
         evidence: Evidence | None = None,
     ):
-        self.facts, self.bench, self.limits = facts, bench, limits
+        self.facts, self.probe, self.limits = facts, probe, limits
         self.form = form
         self.score: Score = score
-        self.walk = Walk(bench, score, rule)
+        self.walk = StudentPass(probe, score, rule)
         self.layers = [whole(i, facts, queries=form == "concat-released") for i in range(facts.layers)]
         self.pieces = [Piece(i) for i in range(facts.layers)]
         self.influence = [float("nan")] * facts.layers
@@ -90,7 +90,7 @@ class Search:
             assert self.evidence is not None
             (index,) = self.layers[position].span
             statistics = self.evidence.statistics
-            known = layer_sensitivity(self.bench.source, statistics, index, self.score, self.bench.device)
+            known = layer_sensitivity(self.probe.source, statistics, index, self.score, self.probe.device)
             self._sensitivity[position] = known
         return known
 
@@ -123,7 +123,7 @@ class Search:
         done = self._restore()
         if not done:
             self._begin()
-        for step in self.bench.track(range(done, rounds), description):
+        for step in self.probe.progress(range(done, rounds), description):
             spans = [layer.span for layer in self.layers]
             position = next_pair(spans, self.distances, may_join, self.limits.largest, self.limits.goal)
             if position is None:
@@ -134,8 +134,8 @@ class Search:
             self._accept(position, *choose(position))
             if step + 1 < rounds:
                 self._measure(max(0, position - 1))
-            if self.bench.progress:
-                self.bench.progress.save_if_due(step + 1, self._state)
+            if self.probe.resume:
+                self.probe.resume.save_if_due(step + 1, self._state)
         self.walk.stream.close()
 
     def merged(self, position: int, chosen: Chosen, shares: tuple[float, ...]) -> StudentLayer:
@@ -150,7 +150,7 @@ class Search:
 
     def _mixed(self, position: int, shares: tuple[float, ...]) -> dict[str, Tensor]:
         """What the released code averages, from the members as they stand: means of means are not means."""
-        source, pair = self.bench.source, self.pieces[position : position + 2]
+        source, pair = self.probe.source, self.pieces[position : position + 2]
         weights = mixed_tensors(source, PlannedLayer((pair[0].slot, pair[1].slot), shares))
 
         def now(piece: Piece, name: str) -> Tensor:
@@ -165,8 +165,8 @@ class Search:
         if planned.kept:
             return Piece(planned.slot)
         build = concatenate if self.form == "concat" else concatenate_released
-        made = build(self.bench.source, planned, held, self.bench.device)
-        return Piece(planned.slot, {name: t.to(device or self.bench.device) for name, t in made.items()})
+        made = build(self.probe.source, planned, held, self.probe.device)
+        return Piece(planned.slot, {name: t.to(device or self.probe.device) for name, t in made.items()})
 
     def _accept(self, position: int, layer: StudentLayer, note: dict[str, Any]) -> None:
         members = self.layers[position : position + 2]
@@ -244,7 +244,7 @@ class Search:
 
     def _restore(self) -> int:
         """Merges already done; the student is then as it was, and measured again unless it is complete."""
-        saved = self.bench.progress.load() if self.bench.progress else None
+        saved = self.probe.resume.load() if self.probe.resume else None
         if saved is None:
             return 0
         done, tensors = saved

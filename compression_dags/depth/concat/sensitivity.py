@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError, IntegrityError
 
@@ -51,7 +51,7 @@ def column_scores(weight: Tensor, statistic: Tensor, score: Score) -> Tensor:
 
 
 def sensitivity(
-    weights: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor], score: Score, facts: StackFacts
+    weights: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor], score: Score, facts: ModelShape
 ) -> Sensitivity:
     """Scores of one layer.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.depth.concat.sensitivity import Score, Sensitivity, sensitivity
-from compression_dags.depth.plan import Bench
+from compression_dags.depth.plan import ProbeContext
 from compression_dags.errors import IntegrityError
 from compression_dags.passes.variant_scoring import Piece, placed
 
@@ -100,7 +100,7 @@ class AsReleased(AllTokens):
         return torch.tensor(float(len(mask)), dtype=torch.float64, device=mask.device)
 
 
-class Walk:
+class StudentPass:
     """Passes over all calibration tokens of a bench.
 
     Args:
@@ -109,14 +109,14 @@ class Walk:
         batch_size: rows in a forward; by default what `TOKENS_PER_BATCH` allows.
     """
 
-    def __init__(self, bench: Bench, score: Score, rule: AllTokens, batch_size: int | None = None):
-        if batch_size is None and bench.device.startswith("cuda"):
-            batch_size = max(1, TOKENS_PER_BATCH // bench.blocks.ids.shape[1])
-        self.bench, self.rule = bench, rule
+    def __init__(self, probe: ProbeContext, score: Score, rule: AllTokens, batch_size: int | None = None):
+        if batch_size is None and probe.device.startswith("cuda"):
+            batch_size = max(1, TOKENS_PER_BATCH // probe.blocks.ids.shape[1])
+        self.probe, self.rule = probe, rule
         self.score: Score = score
-        self.source = bench.source
-        self.stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype, batch_size=batch_size)
-        self.batches = self.stream.batches(bench.blocks)
+        self.source = probe.source
+        self.stream = DecoderStream(probe.source, device=probe.device, dtype=probe.dtype, batch_size=batch_size)
+        self.batches = self.stream.batches(probe.blocks)
         self.masks = [b.mask.to(self.stream.device) for b in self.batches]
         self.room = self._room()
         for batch in self.batches:  # states of depth 0 cost an embedding look-up: they are made again when needed
@@ -188,7 +188,7 @@ class Walk:
                 states[b] = output
             found = sums.sensitivity(module)
         self.layer_forwards += 1
-        influence = float(influence) / self.bench.blocks.tokens
+        influence = float(influence) / self.probe.blocks.tokens
         mean = None if before is None else float(distance) / float(weight)
         if influence != influence or (mean is not None and mean != mean):
             raise IntegrityError(f"layer {piece.slot} of {self.source.path.name} gives non-finite hidden states")
@@ -208,7 +208,7 @@ class _Sums:
 
     GROUPS = ("attention_output", "mlp_output")
 
-    def __init__(self, walk: Walk, module: nn.Module):
+    def __init__(self, walk: StudentPass, module: nn.Module):
         self.walk = walk
         architecture = walk.source.architecture
         self.projections = [module.get_submodule(architecture.group(name)[0]) for name in self.GROUPS]
@@ -233,7 +233,7 @@ class _Sums:
         return add
 
     def sensitivity(self, module: nn.Module) -> Sensitivity:
-        tokens = self.walk.bench.blocks.tokens
+        tokens = self.walk.probe.blocks.tokens
         attention, mlp = (s / tokens for s in self.sums if s is not None)
         weights = [p.get_parameter("weight") for p in self.projections]
         return sensitivity((weights[0], weights[1]), (attention, mlp), self.walk.score, self.walk.source.facts)

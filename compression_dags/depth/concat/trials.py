@@ -13,7 +13,7 @@ from compression_dags.depth.concat.layers import Choose, StudentLayer, chosen_by
 from compression_dags.depth.concat.search import Search
 from compression_dags.errors import IntegrityError
 from compression_dags.passes.scored_rows import chosen_rows, even_rows
-from compression_dags.passes.variant_scoring import Edit, LossBench, Piece
+from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer
 
 if TYPE_CHECKING:
     from compression_dags.depth.concat.come import ComeP
@@ -23,8 +23,8 @@ UNITS = {"loss": "next-token loss (nats)", "window": "relative error of the exit
 
 def ratio_trials(search: Search, options: ComeP) -> Choose:
     """A `Choose` that merges a pair at every ratio and keeps the one that measures best (ties: the lowest ratio)."""
-    blocks = search.bench.blocks
-    bench = LossBench(search.walk.stream, chosen_rows(blocks, even_rows(blocks, options.rows)))
+    blocks = search.probe.blocks
+    probe = VariantScorer(search.walk.stream, chosen_rows(blocks, even_rows(blocks, options.rows)))
     grid = [k / options.granularity for k in range(options.granularity + 1)]
 
     def best(position: int) -> tuple[StudentLayer, dict[str, Any]]:
@@ -33,11 +33,11 @@ def ratio_trials(search: Search, options: ComeP) -> Choose:
         for ratio in grid:
             shares = (ratio, 1.0 - ratio)
             layers.append(search.merged(position, chosen_by_shares(known, shares, search.facts), shares))
-        before = bench.layer_forwards
+        before = probe.layer_forwards
         edits = [Edit(position, position + 2, (search.piece(layer, device="cpu"),)) for layer in layers]
         measure = _losses if options.by == "loss" else _window_errors
-        found = measure(search, bench, position, edits)
-        search.extra_forwards += bench.layer_forwards - before
+        found = measure(search, probe, position, edits)
+        search.extra_forwards += probe.layer_forwards - before
         least = min(range(len(grid)), key=lambda i: (found[i], i))
         if not found[least] < float("inf"):
             raise IntegrityError(f"come-p: no ratio gives layers {list(layers[0].span)} a finite {UNITS[options.by]}")
@@ -49,11 +49,11 @@ def ratio_trials(search: Search, options: ComeP) -> Choose:
     return best
 
 
-def _losses(search: Search, bench: LossBench, position: int, edits: Sequence[Edit]) -> list[float]:
-    return bench.losses(search.pieces, edits)
+def _losses(search: Search, probe: VariantScorer, position: int, edits: Sequence[Edit]) -> list[float]:
+    return probe.losses(search.pieces, edits)
 
 
-def _window_errors(search: Search, bench: LossBench, position: int, edits: Sequence[Edit]) -> list[float]:
+def _window_errors(search: Search, probe: VariantScorer, position: int, edits: Sequence[Edit]) -> list[float]:
     """Mean over tokens of ‖ŷ − y‖²/‖y‖², y what the pair's original layers make of the student's state at its entry."""
     below = search.pieces[: position + 2]
     span = range(search.layers[position].span.start, search.layers[position + 1].span.stop)
@@ -64,8 +64,8 @@ def _window_errors(search: Search, bench: LossBench, position: int, edits: Seque
         goal.extend(states)
         return 0.0
 
-    bench.measured(below, [originals], keep)
-    return bench.measured(below, edits, lambda states: relative_error(bench.batches, states, goal))
+    probe.measured(below, [originals], keep)
+    return probe.measured(below, edits, lambda states: relative_error(probe.batches, states, goal))
 
 
 def relative_error(batches: Sequence[Batch], states: Sequence[Tensor], goal: Sequence[Tensor]) -> float:

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, counted, layers_said, number
 
@@ -26,7 +26,7 @@ class Angular(MergeStage):
     tokens: Literal["sampled", "last"] = Field("sampled", description="tokens that the angle is averaged over")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         distance = evidence.angular_last if self.tokens == "last" else evidence.angular
         count, free = self.removed(facts.layers), self.free_layers(facts.layers)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.resume import as_note, from_note
@@ -19,7 +19,7 @@ from compression_dags.provenance.wording import apart, counted, layers_said, num
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compression_dags.passes.variant_scoring import LossBench, Piece
+    from compression_dags.passes.variant_scoring import Piece, VariantScorer
 
 #: Windows whose similarity is measured together; they share the states below them, and an accepted one voids the rest.
 WINDOWS_AT_ONCE = 8
@@ -47,7 +47,7 @@ class LaCo(MergeStage):
     step: float = Field(0.05, ge=0.001, le=2, description="what 𝒯 is lowered by when a walk ends short")
     rows: int = Field(16, ge=1, description="calibration sequences compared, taken evenly from the set")
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         free = self.free_layers(facts.layers)
         most = sum(facts.kind(a) == facts.kind(b) for a, b in itertools.pairwise(free))
@@ -59,10 +59,10 @@ class LaCo(MergeStage):
             )
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        assert bench is not None  # `measures`
-        search = _Search(self, facts, bench)
+        assert probe is not None  # `measures`
+        search = _Search(self, facts, probe)
         merges = search.run()
         plan = MergePlan(self.method, facts.layers, tuple(g.planned for g in search.groups))
         last = {i: merge for merge in merges for i in (*merge.into, *merge.collapsed)}
@@ -73,7 +73,7 @@ class LaCo(MergeStage):
             replace(d, evidence={**d.evidence, **_why(merges, search.refused, i)}) for i, d in enumerate(decisions)
         ]
 
-    def _reason(self, index: int, facts: StackFacts, plan: MergePlan, search: _Search, merge: Merge | None) -> str:
+    def _reason(self, index: int, facts: ModelShape, plan: MergePlan, search: _Search, merge: Merge | None) -> str:
         """Why a layer went, was merged by `merge` (its last one), or stayed."""
         wanted = counted(self.removed(facts.layers), "layer")
         if why := self.protection(index, facts.layers):
@@ -136,8 +136,8 @@ class Merge:
 class _Search:
     """The walks. `at` is the layer l that is tried next; `known` the cosines of windows (l, m) of the present model."""
 
-    def __init__(self, options: LaCo, facts: StackFacts, bench: Bench):
-        self.options, self.facts, self.bench = options, facts, bench
+    def __init__(self, options: LaCo, facts: ModelShape, probe: ProbeContext):
+        self.options, self.facts, self.probe = options, facts, probe
         self.groups = [Group((i,)) for i in range(facts.layers)]
         self.merges: list[Merge] = []
         self.walk = 0  # number of times that 𝒯 was lowered
@@ -163,24 +163,24 @@ class _Search:
         """
         from compression_dags.calibration.streaming import DecoderStream
         from compression_dags.passes.scored_rows import chosen_rows, even_rows
-        from compression_dags.passes.variant_scoring import LossBench, as_is
+        from compression_dags.passes.variant_scoring import VariantScorer, as_is
 
-        bench = self.bench
-        stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)
-        scored = LossBench(stream, chosen_rows(bench.blocks, even_rows(bench.blocks, self.options.rows)))
+        probe = self.probe
+        stream = DecoderStream(probe.source, device=probe.device, dtype=probe.dtype)
+        scored = VariantScorer(stream, chosen_rows(probe.blocks, even_rows(probe.blocks, self.options.rows)))
         states = scored.states(as_is(self.facts.layers))
         target = [stream.last_states(b, h) for b, h in zip(scored.batches, states, strict=True)]
         self._restore()
-        for _ in bench.track(range(self.missing), "laco (layers collapsed, at most)"):
+        for _ in probe.progress(range(self.missing), "laco (layers collapsed, at most)"):
             if not self.missing:
                 break
             self._next_merge(scored, target)
-            if bench.progress:
-                bench.progress.save_if_due(len(self.merges), self._state)
+            if probe.resume:
+                probe.resume.save_if_due(len(self.merges), self._state)
         stream.close()
         return self.merges
 
-    def _next_merge(self, scored: LossBench, target: list[Tensor]) -> None:
+    def _next_merge(self, scored: VariantScorer, target: list[Tensor]) -> None:
         while True:
             for window in self._windows():
                 cosine = self._cosine(window, scored, target)
@@ -220,7 +220,7 @@ class _Search:
             stop += 1
         return range(start, stop)
 
-    def _cosine(self, window: tuple[int, int], scored: LossBench, target: list[Tensor]) -> float:
+    def _cosine(self, window: tuple[int, int], scored: VariantScorer, target: list[Tensor]) -> float:
         from compression_dags.passes.variant_scoring import Edit
 
         if window not in self.known:
@@ -241,7 +241,7 @@ class _Search:
 
         if group not in self.pieces:
             alone = MergePlan(self.options.method, self.facts.layers, (group.planned,))
-            self.pieces[group] = Piece(group.members[0], layer_tensors(self.bench.source, alone, 0))
+            self.pieces[group] = Piece(group.members[0], layer_tensors(self.probe.source, alone, 0))
         return self.pieces[group]
 
     def _refuse(self, window: tuple[int, int], cosine: float) -> None:
@@ -266,7 +266,7 @@ class _Search:
 
     def _restore(self) -> None:
 
-        saved = self.bench.progress.load() if self.bench.progress else None
+        saved = self.probe.resume.load() if self.probe.resume else None
         if saved is None:
             return
         note = from_note(saved[1]["note"])
@@ -278,7 +278,7 @@ class _Search:
         ]
 
 
-def mean_cosine(scored: LossBench, states: list[Tensor], target: list[Tensor]) -> float:
+def mean_cosine(scored: VariantScorer, states: list[Tensor], target: list[Tensor]) -> float:
     """Mean over sequences of the cosine of two models' last hidden states, flattened over a sequence's real tokens.
 
     Args:

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import layers_said, number
@@ -40,7 +40,7 @@ class Planned(MergeStage):
     def removed(self, total: int) -> int:
         return len(self.drop) + len(self.fuse)
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         free = self.free_layers(facts.layers)
         for layer in (*self.drop, *(i for pair in self.fuse for i in pair)):
             if layer not in free:
@@ -54,7 +54,7 @@ class Planned(MergeStage):
             raise InputError(f"planned: removes {self.removed(facts.layers)} of {facts.layers} layers")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         second = {pair[1] for pair in self.fuse}
         pairs = dict(self.fuse)

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
 from compression_dags.depth.reasons import from_the_end
 from compression_dags.provenance.decisions import Decision
 
@@ -24,7 +24,7 @@ class Reverse(MergeStage):
     protect_last: int = Field(0, ge=0, description="last layers never touched")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         free = self.free_layers(facts.layers)
         gone = free[len(free) - self.removed(facts.layers) :]

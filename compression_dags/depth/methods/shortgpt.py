@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
 from compression_dags.depth.reasons import by_score
 from compression_dags.provenance.decisions import Decision
 
@@ -24,7 +24,7 @@ class ShortGPT(MergeStage):
     method: Literal["shortgpt"] = "shortgpt"
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         scores = evidence.block_influence
         free = np.asarray(self.free_layers(facts.layers))

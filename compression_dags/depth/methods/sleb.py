@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, depth_decisions, keep_only
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
 from compression_dags.errors import IntegrityError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.resume import as_note, from_note
@@ -30,16 +30,16 @@ class SLEB(MergeStage):
     rows: int = Field(16, ge=1, description="calibration sequences scored, taken evenly from the set")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        assert bench is not None  # `measures`
-        rounds = self._rounds(facts, bench)
+        assert probe is not None  # `measures`
+        rounds = self._rounds(facts, probe)
         gone = {r.dropped: number for number, r in enumerate(rounds, 1)}
         last = rounds[-1].losses
         scores = [rounds[gone[i] - 1].losses[i] if i in gone else last.get(i) for i in range(facts.layers)]
         plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
         cost = {
-            "rows": min(self.rows, len(bench.blocks.lengths)),
+            "rows": min(self.rows, len(probe.blocks.lengths)),
             "layer_forwards": sum(r.layer_forwards for r in rounds),
             "layer_forwards_of_full_evaluations": sum(
                 len(r.losses) * (facts.layers - n) for n, r in enumerate(rounds, 1)
@@ -68,17 +68,17 @@ class SLEB(MergeStage):
             f"{counted(len(this.losses), 'candidate')} in the last round; without layer {this.dropped} it is {least}"
         )
 
-    def _rounds(self, facts: StackFacts, bench: Bench) -> list[Round]:
+    def _rounds(self, facts: ModelShape, probe: ProbeContext) -> list[Round]:
         from compression_dags.calibration.streaming import DecoderStream
         from compression_dags.passes.scored_rows import chosen_rows, even_rows
-        from compression_dags.passes.variant_scoring import Edit, LossBench, as_is
+        from compression_dags.passes.variant_scoring import Edit, VariantScorer, as_is
 
-        stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)
-        scored = LossBench(stream, chosen_rows(bench.blocks, even_rows(bench.blocks, self.rows)))
-        saved = bench.progress.load() if bench.progress else None
+        stream = DecoderStream(probe.source, device=probe.device, dtype=probe.dtype)
+        scored = VariantScorer(stream, chosen_rows(probe.blocks, even_rows(probe.blocks, self.rows)))
+        saved = probe.resume.load() if probe.resume else None
         rounds = [Round.from_json(r) for r in from_note(saved[1]["note"])] if saved else []
         free = self.free_layers(facts.layers)
-        for _ in bench.track(range(len(rounds), self.removed(facts.layers)), "sleb (layers dropped)"):
+        for _ in probe.progress(range(len(rounds), self.removed(facts.layers)), "sleb (layers dropped)"):
             gone = {r.dropped for r in rounds}
             pieces = [p for p in as_is(facts.layers) if p.slot not in gone]
             places = [i for i, p in enumerate(pieces) if p.slot in free]
@@ -88,8 +88,8 @@ class SLEB(MergeStage):
             before = rounds[-1].losses[rounds[-1].dropped] if rounds else found.pop()
             losses = {pieces[i].slot: loss for i, loss in zip(places, found, strict=True)}
             rounds.append(Round(_least(losses, before), before, losses, scored.layer_forwards - begin))
-            if bench.progress:
-                bench.progress.save_if_due(len(rounds), lambda: {"note": as_note([asdict(r) for r in rounds])})
+            if probe.resume:
+                probe.resume.save_if_due(len(rounds), lambda: {"note": as_note([asdict(r) for r in rounds])})
         stream.close()
         return rounds
 

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
 from compression_dags.depth.reasons import by_grouping
 from compression_dags.depth.windows import (
     cheapest_groups,
@@ -39,12 +39,12 @@ class WeightedSum(MergeStage):
     )
     largest_group: int = Field(4, ge=2, description="most layers merged into one")
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         refuse_more(self, facts, self.largest_group)
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         groups = self._groups(facts, evidence.angular)
         planned = tuple(PlannedLayer(tuple(g), self._shares(g, evidence.block_influence)) for g in groups)
@@ -65,7 +65,7 @@ class WeightedSum(MergeStage):
     def _shares(self, group: range, influence: np.ndarray) -> tuple[float, ...]:
         return influence_shares(influence[group.start : group.stop], self.power)
 
-    def _groups(self, facts: StackFacts, angular: np.ndarray) -> list[range]:
+    def _groups(self, facts: ModelShape, angular: np.ndarray) -> list[range]:
         total, goal = facts.layers, facts.layers - self.removed(facts.layers)
         distance = window_distance(facts, self.free_layers(total), angular)
         groups = cheapest_groups(total, goal, self.largest_group, distance)

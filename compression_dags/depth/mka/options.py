@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage
+from compression_dags.architectures import ModelShape
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext
 from compression_dags.depth.windows import refuse_more
 from compression_dags.errors import InputError
 from compression_dags.options import Ridge
@@ -48,7 +48,7 @@ class MKA(MergeStage):
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, where attention sinks sit")
     sink_weight: float = Field(32.0, ge=0, description="weight of a sink position against another token's")
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         if facts.architecture.experts is not None:
             raise InputError(
@@ -57,7 +57,7 @@ class MKA(MergeStage):
 
         refuse_more(self, facts, facts.layers)
 
-    def check_tokens(self, facts: StackFacts, sequences: int, length: int) -> None:
+    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
         """Refuse closed forms with fewer than 10 tokens an unknown.
 
         Raises:
@@ -73,16 +73,16 @@ class MKA(MergeStage):
             )
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.depth.mka.search import PairSearch
 
-        assert bench is not None  # `measures`
+        assert probe is not None  # `measures`
         self.check(facts)
-        sequences, length = map(int, bench.blocks.ids.shape)
+        sequences, length = map(int, probe.blocks.ids.shape)
         self.check_tokens(facts, sequences, length)
         fit, held = self.rows(sequences, length)
-        return PairSearch(self, facts, evidence, bench, fit, held).run()
+        return PairSearch(self, facts, evidence, probe, fit, held).run()
 
     def rows(self, sequences: int, length: int) -> tuple[list[int], list[int]]:
         """Calibration sequences for fitting and for scoring; the last ones score, at most a quarter of all."""

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.mka.released import similarity_table
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, MergeStage, PlannedLayer, depth_decisions
+from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, layers_said, number
@@ -42,7 +42,7 @@ class MKAPaper(MergeStage):
         free = self.free_layers(total)
         return range(max(free.start, math.ceil(self.barrier * total - 1e-9)), free.stop)
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         count, region = self.removed(facts.layers), self.region(facts.layers)
         pairs = [i for i in region[:-1] if facts.kind(i) == facts.kind(i + 1)]
@@ -53,7 +53,7 @@ class MKAPaper(MergeStage):
             )
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         self.check(facts)
         table = TABLES[self.estimator]
@@ -77,7 +77,7 @@ class MKAPaper(MergeStage):
 
     def _decisions(
         self,
-        facts: StackFacts,
+        facts: ModelShape,
         plan: MergePlan,
         merges: list[Merge],
         similarity: np.ndarray,
@@ -113,7 +113,7 @@ class MKAPaper(MergeStage):
         return rows
 
     def _reason(
-        self, index: int, facts: StackFacts, plan: MergePlan, merges: list[Merge], similarity: np.ndarray
+        self, index: int, facts: ModelShape, plan: MergePlan, merges: list[Merge], similarity: np.ndarray
     ) -> str:
         region = self.region(facts.layers)
         if why := self.protection(index, facts.layers):
@@ -160,7 +160,7 @@ def _groups_before(merge: Merge, plan: MergePlan) -> list[range]:
     return [part for g in after for part in ((merge.first, merge.second) if merge.first.start == g.start else (g,))]
 
 
-def _alike(facts: StackFacts, layer: int, group: range) -> bool:
+def _alike(facts: ModelShape, layer: int, group: range) -> bool:
     return facts.kind(layer) == facts.kind(group.start)
 
 

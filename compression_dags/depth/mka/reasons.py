@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.mka.options import MKA
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, counted, layers_said, number
@@ -32,7 +32,7 @@ def why_won(form: str, pair: tuple[range, range], loss: float, evidence: Mapping
     return f"{how}: the held-out {score} is {after} nats, the least of {tried} ({before} before)"
 
 
-def why_kept(layer: int, facts: StackFacts, options: MKA, rounds: Sequence[Decision]) -> tuple[str, dict[str, Any]]:
+def why_kept(layer: int, facts: ModelShape, options: MKA, rounds: Sequence[Decision]) -> tuple[str, dict[str, Any]]:
     """Why a layer is in no merge, and what to note of it: how it did in the last round that measured a pair with it."""
     if why := options.protection(layer, facts.layers):
         return why, {}

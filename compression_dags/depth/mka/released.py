@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.depth.plan import (
-    Bench,
     Evidence,
     MergePlan,
     MergeStage,
     PlannedLayer,
+    ProbeContext,
     depth_decisions,
     keep_only,
 )
@@ -72,7 +72,7 @@ class MKAReleased(MergeStage):
     protect_last: int = Field(0, ge=0, description="last layers never touched (the released code protects none)")
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         free = self.free_layers(facts.layers)
         gone = free[len(free) - self.removed(facts.layers) :]
@@ -109,7 +109,7 @@ class MKACodeFixedWrite(MergeStage):
     method: Literal["mka-code-fixed-write"] = "mka-code-fixed-write"
     protect_last: int = Field(0, ge=0, description="last layers never touched (the released code protects none)")
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         count, free = self.removed(facts.layers), self.free_layers(facts.layers)
         if count >= len(free):
@@ -130,7 +130,7 @@ class MKACodeFixedWrite(MergeStage):
         return free[len(free) - self.removed(total) - 1 :]
 
     def plan(
-        self, facts: StackFacts, evidence: Evidence, bench: Bench | None = None
+        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         self.check(facts)
         similarity, group = similarity_table(evidence, "npib_released", facts.layers), self._group(facts.layers)

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.depth.concat.merge import concatenate_members
 from compression_dags.depth.concat.sensitivity import sensitivity, strongest_of_all
 from compression_dags.depth.mka.options import MKA
 from compression_dags.depth.mka.reasons import DROPS, why_kept, why_won
-from compression_dags.depth.plan import Bench, Evidence, MergePlan, PlannedLayer
+from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, ProbeContext
 from compression_dags.depth.regression_mean import (
     Member,
     matching_channels,
@@ -25,7 +25,7 @@ from compression_dags.depth.regression_mean import (
 )
 from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import chosen_rows
-from compression_dags.passes.variant_scoring import Edit, LossBench, Piece, as_is, placed
+from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer, as_is, placed
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.resume import as_note, from_note
 from compression_dags.recovery.least_squares import add_batch, token_weights
@@ -59,7 +59,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MergeCandidate:
     """One layer in the place of groups p and p+1, and what is known of it before it is scored."""
 
     position: int
@@ -79,21 +79,21 @@ class PairSearch:
     """
 
     def __init__(
-        self, options: MKA, facts: StackFacts, evidence: Evidence, bench: Bench, fit: list[int], held: list[int]
+        self, options: MKA, facts: ModelShape, evidence: Evidence, probe: ProbeContext, fit: list[int], held: list[int]
     ):
-        self.options, self.facts, self.evidence, self.bench = options, facts, evidence, bench
-        self.source, self.unit = bench.source, UNITS[options.score]
-        self.stream = DecoderStream(bench.source, device=bench.device, dtype=bench.dtype)
-        self.batches = self.stream.batches(chosen_rows(bench.blocks, [*fit, *held]))
+        self.options, self.facts, self.evidence, self.probe = options, facts, evidence, probe
+        self.source, self.unit = probe.source, UNITS[options.score]
+        self.stream = DecoderStream(probe.source, device=probe.device, dtype=probe.dtype)
+        self.batches = self.stream.batches(chosen_rows(probe.blocks, [*fit, *held]))
         self.first_held = len(fit)
-        self.scorer = LossBench(self.stream, chosen_rows(bench.blocks, held))
+        self.scorer = VariantScorer(self.stream, chosen_rows(probe.blocks, held))
         self.goal: list[Tensor] | None = None
         self.groups = [Group(i, i + 1) for i in range(facts.layers)]
         self.parked = self._where_states_fit()
         self.states = [[b.hidden.to(self.parked) for b in self.batches]]
         self._advance(0)
         self.targets = list(self.states)  # entry of original layer i; one more for the exit of the last
-        self.known: dict[tuple[int, int], list[Candidate]] = {}
+        self.known: dict[tuple[int, int], list[MergeCandidate]] = {}
 
     def _where_states_fit(self) -> torch.device:
         """The device if the states of student and base model fill less than half of it, else the host."""
@@ -113,20 +113,20 @@ class PairSearch:
     def run(self) -> tuple[MergePlan, list[Decision]]:
         count = self.options.removed(self.facts.layers)
         rows, loss = self._restore()
-        for step in self.bench.track(range(len(rows), count), "merge rounds"):
+        for step in self.probe.progress(range(len(rows), count), "merge rounds"):
             candidates = self._candidates()
             losses = self._score(candidates)
             best = min(range(len(candidates)), key=lambda i: (losses[i], i))
             rows.append(self._decision(step, candidates, losses, best, loss))
             loss = losses[best]
             self._merge(candidates[best])
-            if self.bench.progress:
-                self.bench.progress.save_if_due(step + 1, lambda: self._state(rows, loss))  # noqa: B023
+            if self.probe.resume:
+                self.probe.resume.save_if_due(step + 1, lambda: self._state(rows, loss))  # noqa: B023
         self.stream.close()
         return self._plan(), [*rows, *self._kept(rows)]
 
-    def _candidates(self) -> list[Candidate]:
-        found: list[Candidate] = []
+    def _candidates(self) -> list[MergeCandidate]:
+        found: list[MergeCandidate] = []
         for position in self._shortlist():
             pair = (self.groups[position].start, self.groups[position + 1].stop)
             if pair not in self.known:
@@ -156,7 +156,7 @@ class PairSearch:
             return float(self.evidence.angular[a.start, b.stop])
         return -float(self.evidence.similarity[self.options.similarity][a.stop - 1, b.stop - 1])
 
-    def _score(self, candidates: list[Candidate]) -> list[float]:
+    def _score(self, candidates: list[MergeCandidate]) -> list[float]:
         edits = [Edit(c.position, c.position + 2, (c.group.piece,)) for c in candidates]
         return self._measure(edits)
 
@@ -168,7 +168,7 @@ class PairSearch:
             self.goal = self.scorer.states(as_is(self.facts.layers))
         return self.scorer.measured(pieces, edits, lambda states: divergence(self.scorer, self.goal or [], states))
 
-    def _merge(self, chosen: Candidate) -> None:
+    def _merge(self, chosen: MergeCandidate) -> None:
         p = chosen.position
         self.groups[p : p + 2] = [chosen.group]
         # candidates that lie wholly below keep their inputs and their targets; the others' inputs change
@@ -187,10 +187,11 @@ class PairSearch:
 
     # -- candidates --------------------------------------------------------------------------------------------------
 
-    def _build(self, position: int) -> list[Candidate]:
+    def _build(self, position: int) -> list[MergeCandidate]:
         pair = _PairSums(self, position)
         return [
-            Candidate(position, *self._compensated(position, form, *pair.tensors(form))) for form in self.options.forms
+            MergeCandidate(position, *self._compensated(position, form, *pair.tensors(form)))
+            for form in self.options.forms
         ]
 
     def _compensated(
@@ -253,7 +254,7 @@ class PairSearch:
     # -- what is written down ----------------------------------------------------------------------------------------
 
     def _decision(
-        self, step: int, candidates: list[Candidate], losses: list[float], best: int, before: float | None
+        self, step: int, candidates: list[MergeCandidate], losses: list[float], best: int, before: float | None
     ) -> Decision:
         chosen, form = candidates[best], candidates[best].group.form or ""
         a, b = self.groups[chosen.position], self.groups[chosen.position + 1]
@@ -329,7 +330,7 @@ class PairSearch:
         return {"note": text, **{f"{p}.{n}": t for p, g in enumerate(self.groups) for n, t in g.tensors.items()}}
 
     def _restore(self) -> tuple[list[Decision], float | None]:
-        saved = self.bench.progress.load() if self.bench.progress else None
+        saved = self.probe.resume.load() if self.probe.resume else None
         if saved is None:
             return [], None
         _, tensors = saved
@@ -343,7 +344,7 @@ class PairSearch:
         return [Decision.from_saved(row) for row in note["rows"]], note["loss"]
 
 
-def divergence(scorer: LossBench, goal: list[Tensor], states: list[Tensor]) -> float:
+def divergence(scorer: VariantScorer, goal: list[Tensor], states: list[Tensor]) -> float:
     """Mean KL(base model ‖ student) of the next-token distributions, nats, from final hidden states of both."""
     total, count = torch.zeros((), dtype=torch.float64, device=states[0].device), 0
     for batch, ours, theirs in zip(scorer.batches, states, goal, strict=True):

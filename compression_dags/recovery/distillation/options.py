@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.calibration.corpora import check_size, corpus_digest
 from compression_dags.errors import InputError
 from compression_dags.recovery.stage import RecoverStage, Recovery
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.depth.plan import MergePlan
-    from compression_dags.provenance.resume import Progress
+    from compression_dags.provenance.resume import ResumePoint
 
 
 class Distillation(RecoverStage):
@@ -62,7 +62,7 @@ class Distillation(RecoverStage):
             raise ValueError(f"tokens {self.tokens} is less than one step (batch_tokens {self.batch_tokens})")
         return self
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         if facts.architecture.experts is not None:
             raise InputError(
                 f"recover: {self.method} does not train experts ({facts.architecture.model_type}); "
@@ -79,7 +79,7 @@ class Distillation(RecoverStage):
     def computing_options(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"corpora"})
 
-    def _window(self, facts: StackFacts) -> int:
+    def _window(self, facts: ModelShape) -> int:
         return min(self.length, int(facts.config.get("max_position_embeddings") or self.length))
 
     def recover(
@@ -92,14 +92,14 @@ class Distillation(RecoverStage):
         *,
         device: str = "cpu",
         dtype: str = "float32",
-        progress: Progress | None = None,
-        track: Track = silent,
+        resume: ResumePoint | None = None,
+        progress: Progress = silent,
     ) -> Recovery:
         """See `RecoverStage.recover`; `blocks` is not read. Teacher and student are in memory whole."""
         from compression_dags.recovery.distillation.run import DistillRun
 
         self.check(teacher.facts)
-        return DistillRun(self, teacher, student, plan, device, dtype, progress, track).run(directory)
+        return DistillRun(self, teacher, student, plan, device, dtype, resume, progress).run(directory)
 
 
 class DistillSP(Distillation):

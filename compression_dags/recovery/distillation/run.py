@@ -18,7 +18,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.plan import MergePlan
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
-from compression_dags.provenance.resume import Progress, as_note, from_note
+from compression_dags.provenance.resume import ResumePoint, as_note, from_note
 from compression_dags.provenance.wording import apart, counted
 from compression_dags.recovery.distillation.model import (
     Student,
@@ -29,7 +29,7 @@ from compression_dags.recovery.distillation.model import (
 )
 from compression_dags.recovery.distillation.options import Distillation
 from compression_dags.recovery.stage import Recovery, write_recovered
-from compression_dags.stage import Track, silent
+from compression_dags.stage import Progress, silent
 
 UNIT = "held-out next-token loss after / before"
 
@@ -45,10 +45,10 @@ class DistillRun:
         plan: MergePlan,
         device: str,
         dtype: str,
-        progress: Progress | None,
-        track: Track,
+        resume: ResumePoint | None,
+        progress: Progress,
     ):
-        self.options, self.plan, self.progress, self.track = options, plan, progress, track
+        self.options, self.plan, self.resume, self.progress = options, plan, resume, progress
         self.teacher_checkpoint, self.student_checkpoint = teacher, student
         self.device, self.dtype = device, dtype
         self.decisions: list[Decision] = []
@@ -236,7 +236,7 @@ class DistillRun:
         marks = {round(total * (i + 1) / self.options.checks) for i in range(self.options.checks)}
         start = taken = watch.resume(optimizer, schedule) if watch else 0
         self._begin()
-        for index in self.track(range(start, total), f"{self.options.method} steps"):
+        for index in self.progress(range(start, total), f"{self.options.method} steps"):
             ids = self._batch(order[index * self.rows : (index + 1) * self.rows])
             optimizer.zero_grad(set_to_none=True)
             step(ids).backward()
@@ -334,7 +334,7 @@ class DistillRun:
 
     def _save(self, done: int, note: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None) -> None:
         """State after `done` parts; `note` and `tensors` are what a part under way needs besides."""
-        if self.progress is None:
+        if self.resume is None:
             return
         self.parts_done = done
         note = {
@@ -347,10 +347,10 @@ class DistillRun:
         text = as_note(note)
         named = self.student.named()
         held = {n: named[n].detach() for n in self.trained}
-        self.progress.save(done, {"note": text, **held, **(tensors or {})})
+        self.resume.save(done, {"note": text, **held, **(tensors or {})})
 
     def _restore(self) -> int:
-        saved = self.progress.load() if self.progress else None
+        saved = self.resume.load() if self.resume else None
         if saved is None:
             return 0
         done, tensors = saved
@@ -396,7 +396,7 @@ class Watch:
         return self.waited < run.options.patience
 
     def _save(self, taken: int, optimizer: torch.optim.Optimizer, masters: dict[str, Tensor]) -> None:
-        if self.run.progress is None:
+        if self.run.resume is None:
             return
         moments = {
             f"{kind}.{name}": state[kind]

@@ -25,7 +25,7 @@ from compression_dags.sparsity.allocation import (
     MOST,
     UNSTRUCTURED,
     Allocated,
-    AllocationBench,
+    AllocationProbe,
     GriddedAllocation,
     Matrix,
     SparsityEvidence,
@@ -66,14 +66,14 @@ class Alpha(GriddedAllocation):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         check_target(target)
         if target > MOST:
             raise InputError(f"sparsity {target} is more than {MOST}, the most a matrix may get from alpha")
-        bench = need_bench(bench, self.method)
-        exponents = {m.name: self._exponent(m, bench) for m in matrices}
+        probe = need_bench(probe, self.method)
+        exponents = {m.name: self._exponent(m, probe) for m in matrices}
         units = layer_units(matrices) if self.per == "layer" else [Unit(m.name, m.layer, (m,)) for m in matrices]
         alpha = np.array([np.mean([exponents[m.name] for m in u.matrices]) for u in units])
         width = alpha.max() - alpha.min()
@@ -104,8 +104,8 @@ class Alpha(GriddedAllocation):
             f"(ε {number(self.epsilon)} about {number(target)}{cut})"
         )
 
-    def _exponent(self, matrix: Matrix, bench: AllocationBench) -> float:
-        found = tail_exponent(spectrum(bench.weights(matrix.name)), self.fit)
+    def _exponent(self, matrix: Matrix, probe: AllocationProbe) -> float:
+        found = tail_exponent(spectrum(probe.weights(matrix.name)), self.fit)
         if not np.isfinite(found):
             raise IntegrityError(f"{matrix.name}: its spectrum has no power-law exponent (a zero or non-finite matrix)")
         return found

@@ -31,7 +31,7 @@ from compression_dags.similarity.redundancy import rho
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
-    AllocationBench,
+    AllocationProbe,
     GriddedAllocation,
     Matrix,
     SparsityEvidence,
@@ -120,11 +120,11 @@ class ALS(GriddedAllocation):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         self.check(target)
-        problem = _Problem(self, evidence, bench)
+        problem = _Problem(self, evidence, probe)
         if self.level == "module-joint":
             units = module_units(matrices)
             shares = problem.solve("all", "module", units, target, self.outer_bounds(target))
@@ -183,10 +183,10 @@ def module_units(matrices: Sequence[Matrix]) -> list[Unit]:
 class _Problem:
     """The programs of one allocation, and what they leave in the ledger."""
 
-    def __init__(self, options: ALS, evidence: SparsityEvidence, bench: AllocationBench | None):
+    def __init__(self, options: ALS, evidence: SparsityEvidence, probe: AllocationProbe | None):
         if evidence.redundancy is None:
             raise InputError("als needs the redundancy tables of the calibration pass; none were given")
-        self.options, self.evidence, self.bench = options, evidence, bench
+        self.options, self.evidence, self.probe = options, evidence, probe
         self.redundancy = evidence.redundancy
         self.rows: dict[str, dict[str, Any]] = {}
         self.programs: dict[str, dict[str, Any]] = {}
@@ -290,10 +290,10 @@ class _Problem:
 
     def _weights(self, units: Sequence[Unit]) -> np.ndarray:
         """(n,) Frobenius norm of every unit's weights over their mean."""
-        bench = need_bench(self.bench, "als with weight_norm")
+        probe = need_bench(self.probe, "als with weight_norm")
         for m in (m for u in units for m in u.matrices):
             if m.name not in self._norms:
-                self._norms[m.name] = float(bench.weights(m.name).float().norm())
+                self._norms[m.name] = float(probe.weights(m.name).float().norm())
         norms = np.array([math.hypot(*(self._norms[m.name] for m in u.matrices)) for u in units])
         if not (np.isfinite(norms).all() and norms.mean() > 0):
             raise InputError("als: weight_norm needs weights that are finite and not all 0")

@@ -18,7 +18,7 @@ from compression_dags.provenance.wording import counted, number, ranked
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
-    AllocationBench,
+    AllocationProbe,
     GriddedAllocation,
     Matrix,
     SparsityEvidence,
@@ -47,12 +47,12 @@ class DLP(GriddedAllocation):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         check_target(target)
-        units, bench = layer_units(matrices), need_bench(bench, self.method)
-        mean = np.array([mean_score(u, evidence, bench) for u in units])
+        units, probe = layer_units(matrices), need_bench(probe, self.method)
+        mean = np.array([mean_score(u, evidence, probe) for u in units])
         if mean.sum() <= 0:
             raise InputError("dlp: all weights or all activations are 0; no layer is more important than another")
         importance = 1 - mean / mean.sum()

@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.provenance.wording import number
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
-    AllocationBench,
+    AllocationProbe,
     GriddedAllocation,
     Matrix,
     SparsityEvidence,
@@ -41,7 +41,7 @@ class Given(GriddedAllocation):
             if layer < 0 or not 0 <= share < 1:
                 raise InputError(f"given: layer {layer}: {share:g}: layers count from 0, and shares lie in [0, 1)")
 
-    def check_model(self, target: float, facts: StackFacts) -> None:
+    def check_model(self, target: float, facts: ModelShape) -> None:
         if missing := sorted(layer for layer in self.layers if layer >= facts.layers):
             raise InputError(f"given: there is no layer {missing[0]}; the model has {facts.layers}")
         if len({facts.kind(i) for i in range(facts.layers)}) > 1:
@@ -55,7 +55,7 @@ class Given(GriddedAllocation):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         units = layer_units(matrices)

@@ -21,7 +21,7 @@ from compression_dags.provenance.wording import number, ranked
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
-    AllocationBench,
+    AllocationProbe,
     GriddedAllocation,
     Matrix,
     SparsityEvidence,
@@ -63,12 +63,12 @@ class OWL(GriddedAllocation):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         check_target(target)
-        units, bench = layer_units(matrices), need_bench(bench, self.method)
-        ratios = np.array([outlier_ratio(u, evidence, bench, self.threshold) for u in units])
+        units, probe = layer_units(matrices), need_bench(probe, self.method)
+        ratios = np.array([outlier_ratio(u, evidence, probe, self.threshold) for u in units])
         rows = [{"outlier_percent": float(r)} for r in ratios]
         return by_density_score(units, ratios, self.spread, target, self.granularity, rows, evidence)
 
@@ -94,33 +94,33 @@ def scored_weights(unit: Unit, evidence: SparsityEvidence) -> list[tuple[Matrix,
     return found
 
 
-def scores(matrix: Matrix, norms: np.ndarray, bench: AllocationBench) -> Tensor:
+def scores(matrix: Matrix, norms: np.ndarray, probe: AllocationProbe) -> Tensor:
     """|W|·‖x‖ of one matrix: (rows, columns) float32."""
     import torch
 
-    weight = bench.weights(matrix.name)
+    weight = probe.weights(matrix.name)
     return weight.abs().float() * torch.from_numpy(norms).to(weight.device, torch.float32)
 
 
-def mean_score(unit: Unit, evidence: SparsityEvidence, bench: AllocationBench) -> float:
+def mean_score(unit: Unit, evidence: SparsityEvidence, probe: AllocationProbe) -> float:
     """Mean of |W|·‖x‖ over a unit's weights, one matrix at a time."""
     import torch
 
     total, count = 0.0, 0
     for matrix, norms in scored_weights(unit, evidence):
-        found = scores(matrix, norms, bench)
+        found = scores(matrix, norms, probe)
         total, count = total + float(found.sum(dtype=torch.float64)), count + found.numel()
     if not np.isfinite(total):
         raise IntegrityError(f"{unit.name}: |W|·‖x‖ is not finite: the model's weights or activations are not")
     return total / count
 
 
-def outlier_ratio(unit: Unit, evidence: SparsityEvidence, bench: AllocationBench, threshold: float) -> float:
+def outlier_ratio(unit: Unit, evidence: SparsityEvidence, probe: AllocationProbe, threshold: float) -> float:
     """Percent of a unit's scores above `threshold` times their mean."""
-    limit = threshold * mean_score(unit, evidence, bench)
+    limit = threshold * mean_score(unit, evidence, probe)
     above, count = 0, 0
     for matrix, norms in scored_weights(unit, evidence):
-        found = scores(matrix, norms, bench)
+        found = scores(matrix, norms, probe)
         above, count = above + int((found > limit).sum()), count + found.numel()
     return 100.0 * above / count
 

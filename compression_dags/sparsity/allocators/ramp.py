@@ -15,14 +15,14 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.wording import number
 from compression_dags.sparsity.allocation import (
     MOST,
     UNSTRUCTURED,
     Allocated,
-    AllocationBench,
+    AllocationProbe,
     GriddedAllocation,
     Matrix,
     SparsityEvidence,
@@ -66,7 +66,7 @@ class Ramp(GriddedAllocation):
                 f"leave 0 to {MOST}"
             )
 
-    def check_model(self, target: float, facts: StackFacts) -> None:
+    def check_model(self, target: float, facts: ModelShape) -> None:
         room, rise = 2 * min(target, MOST - target), (self.beta or 0.0) * max(1, facts.layers - 1)
         if abs(rise) > room + 1e-9:
             raise InputError(
@@ -84,14 +84,14 @@ class Ramp(GriddedAllocation):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         self.check(target)
         steps = max(1, max(m.layer for m in matrices) - min(m.layer for m in matrices))
         if self.beta is not None:
             return self._of(matrices, target, self.beta * steps, [])
-        if bench is None:
+        if probe is None:
             raise InputError("ramp: searching for beta needs a model to score; give beta, or calibration text")
         losses: dict[str, float] = {}
         tried: list[dict] = []
@@ -99,7 +99,7 @@ class Ramp(GriddedAllocation):
         def score(rise: float) -> float:
             plan = make_plan(self.method, matrices, self._of(matrices, target, rise, []), target, pattern)
             if plan.digest not in losses:
-                losses[plan.digest] = float(bench.held_out_loss(plan))
+                losses[plan.digest] = float(probe.held_out_loss(plan))
             tried.append({"rise": rise, "beta": rise / steps, "loss": losses[plan.digest]})
             return losses[plan.digest]
 

@@ -10,7 +10,7 @@ from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
     Allocated,
     Allocation,
-    AllocationBench,
+    AllocationProbe,
     Matrix,
     SparsityEvidence,
     check_target,
@@ -27,7 +27,7 @@ class Uniform(Allocation):
         matrices: Sequence[Matrix],
         target: float,
         evidence: SparsityEvidence,
-        bench: AllocationBench | None = None,
+        probe: AllocationProbe | None = None,
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         check_target(target)

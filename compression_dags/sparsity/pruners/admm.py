@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.sparsity.stage import SparsifyStage
-from compression_dags.stage import Follows, StatisticKind
+from compression_dags.stage import StatisticKind, Target
 
 if TYPE_CHECKING:
     from compression_dags.sparsity.pruner import Problem, Pruned
@@ -29,17 +29,17 @@ class ADMM(SparsifyStage):
     rule: ClassVar[str] = "those that ADMM chose, the rest refitted"
     method: Literal["admm"] = "admm"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
-    target: Follows = Field(
+    target: Target = Field(
         "residual",
         description="own: W x of the pruned model's inputs; dense: of the dense model's; residual: such that the "
         "residual stream after it is the dense model's",
     )
 
     @property
-    def follows(self) -> Follows:
+    def follows(self) -> Target:
         return self.target
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         if self.target != "own" and self.propagate == "dense":
             raise InputError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import StackFacts
+from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stage import StatisticKind
@@ -24,7 +24,7 @@ class SparseGPT(SparsifyStage):
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     block: int = Field(128, ge=1, description="columns whose mask is chosen at a time")
 
-    def check(self, facts: StackFacts) -> None:
+    def check(self, facts: ModelShape) -> None:
         super().check(facts)
         m = self.asked.m
         if m and self.block % m:
