@@ -5,41 +5,47 @@ from typing import Any
 
 import dagster as dg
 
+from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.publishing import publish
 from compression_dags.errors import InputError
+from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact, Request, write_size
 from compression_dags.resources.artifact_store import ArtifactStore, Produced, Workplace
 from compression_dags.resources.model_hub import ModelHub, ModelSource
+from compression_dags.resources.model_imports import opened
 from compression_dags.stage import bar
+from compression_dags.step import BASE
 
 #: 2: the digest covers what computes, not the card; `size.json`.
 VERSION = "2"
-base_models = dg.DynamicPartitionsDefinition(name="base_model")
 #: Tag of a run that imports a model which is not registered yet: the reference from which it is resolved.
 REFERENCE = "compression_dags/model"
 
 
 @dg.asset(
-    partitions_def=base_models, group_name="base_models", kinds={"huggingface", "safetensors"}, code_version=VERSION
+    name=BASE,
+    partitions_def=BASE_MODELS,
+    group_name="inputs",
+    kinds={"huggingface", "safetensors"},
+    code_version=VERSION,
 )
-def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: ModelHub) -> dg.Output[Artifact]:
+def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: ModelHub) -> dg.MaterializeResult:
     """A base model as it came: weights, tokenizer and config, validated (architecture, whole and finite safetensors,
     tokenizer matches the vocabulary, stock reload, one forward pass) with revision, licence and the sha256 of every
     file. It is registered when it has passed."""
-    from compression_dags.resources.model_imports import opened
-
     slug = context.partition_key
     source = _source(hub, slug, context.run.tags.get(REFERENCE))
     found = None
     try:
         with opened(hub, source, bar) as found:
-            output = publish(context, store, _request(found.identity), _build(found), extra=_notes)
+            with working_on(f"{BASE} {slug}"):
+                produced = store.produce(_request(found.identity), _build(found), context.run_id)
     except InputError:
-        if (found is None or found.refused) and slug not in hub.registered() and not store.recall(base_model.key, slug):
-            context.instance.delete_dynamic_partition(base_models.name or "", slug)
+        if (found is None or found.refused) and slug not in hub.registered() and not store.recall(BASE, slug):
+            context.instance.delete_dynamic_partition(BASE_MODELS.name or "", slug)
         raise
     hub.register(source)
-    return output
+    return publish(store, BASE, slug, produced, extra=_notes(produced.artifact))
 
 
 def import_base_model(store: ArtifactStore, hub: ModelHub, source: ModelSource) -> Produced:
@@ -48,11 +54,10 @@ def import_base_model(store: ArtifactStore, hub: ModelHub, source: ModelSource) 
     Raises:
         InputError: the model is refused or cannot be fetched; nothing was registered or stored.
     """
-    from compression_dags.resources.model_imports import opened
-
     with opened(hub, source, bar) as found:
         produced = store.produce(_request(found.identity), _build(found))
     hub.register(source)
+    store.remember(BASE, source.slug, produced.artifact)
     return produced
 
 

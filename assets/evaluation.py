@@ -1,4 +1,4 @@
-"""`eval_<task>` and `scorecard` of one family: a recipe, or the uncompressed baseline."""
+"""`eval_<task>`, `samples` and `scorecard`: what a compressed model is worth, and what it writes."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,41 +6,59 @@ from typing import Any
 
 import dagster as dg
 
-from compression_dags.assets.base_models import base_model, base_models
+from compression_dags.assets.grid import COMPRESSED
+from compression_dags.assets.partitions import GRID, Place
 from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.evaluation.samples import NEW_TOKENS, NO_TOKENIZER, PROMPTS
 from compression_dags.evaluation.samples import VERSION as SAMPLES_VERSION
 from compression_dags.evaluation.tasks import Task
+from compression_dags.errors import InputError
+from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact, Request, write_metrics
 from compression_dags.provenance.escaping import markdown_code, markdown_line, markdown_text
 from compression_dags.recipes import BASELINE, options_digest
+from compression_dags.reports.scorecard import make_scorecard
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
-from compression_dags.resources.evaluator import Evaluator
+from compression_dags.resources.evaluator import Evaluator, Session
+from compression_dags.step import BASE
 
-SAMPLES = "samples.json"
+SAMPLES, SCORECARD = "samples", "scorecard"
+FILE = "samples.json"
 #: 2: with samples. 3: scores and sizes from files that digests cover; names the weights it is about.
 CARD_VERSION = "3"
+WRITING = {"prompts": list(PROMPTS), "new_tokens": NEW_TOKENS}
 
 
-def eval_key(family: str, task: str) -> dg.AssetKey:
-    return dg.AssetKey([family, f"eval_{task}"])
+def eval_key(task: str) -> str:
+    """The asset that holds the scores of a task."""
+    return f"eval_{task}"
 
 
-def samples_key(family: str) -> dg.AssetKey:
-    return dg.AssetKey([family, "samples"])
+def evaluation_request(task: Task, weights: Artifact, data: str, numeric: Mapping[str, str]) -> Request:
+    """What determines the scores of a task.
+
+    Args:
+        data: `Evaluator.data_digest` of the task.
+    """
+    inputs = {"weights": weights.digest, "data": data}
+    return Request("evaluation", task.version, task.options(), inputs, dict(numeric))
 
 
-def build_evaluations(family: str, weights_key: dg.AssetKey, tasks: Sequence[Task]) -> dg.AssetsDefinition:
-    """One subsettable multi-asset: the model is loaded once, whatever tasks are selected, and not at all on hits."""
-    options = {"prompts": list(PROMPTS), "new_tokens": NEW_TOKENS}
+def samples_request(weights: Artifact, numeric: Mapping[str, str]) -> Request:
+    """What determines the continuations of the fixed prompts."""
+    return Request("samples", SAMPLES_VERSION, WRITING, {"weights": weights.digest}, dict(numeric))
+
+
+def evaluations(tasks: Sequence[Task]) -> dg.AssetsDefinition:
+    """One asset a task, and `samples`: the model is loaded once for all that are selected, and not at all on hits."""
     specs = [
         dg.AssetSpec(
-            eval_key(family, task.name),
-            deps=[weights_key],
-            group_name=family,
+            eval_key(task.name),
+            deps=[COMPRESSED],
+            group_name="evaluation",
             kinds={"eval"},
-            partitions_def=base_models,
+            partitions_def=GRID,
             skippable=True,
             code_version=f"{task.version}:{options_digest(task.options())}",
             description=markdown_line(task.description) or f"lm-eval task {markdown_code(task.name)}.",
@@ -48,122 +66,119 @@ def build_evaluations(family: str, weights_key: dg.AssetKey, tasks: Sequence[Tas
         for task in tasks
     ]
     samples = dg.AssetSpec(
-        samples_key(family),
-        deps=[weights_key],
-        group_name=family,
+        SAMPLES,
+        deps=[COMPRESSED],
+        group_name="evaluation",
         kinds={"json"},
-        partitions_def=base_models,
+        partitions_def=GRID,
         skippable=True,
-        code_version=f"{SAMPLES_VERSION}:{options_digest(options)}",
+        code_version=f"{SAMPLES_VERSION}:{options_digest(WRITING)}",
         description=f"Greedy continuations of {len(PROMPTS)} fixed prompts, {NEW_TOKENS} tokens each.",
     )
 
-    @dg.multi_asset(
-        specs=[*specs, samples], name=f"{family}__evaluate", can_subset=True, partitions_def=base_models, pool=GPU_POOL
-    )
-    def evaluate(
+    @dg.multi_asset(specs=[*specs, samples], name="evaluate_model", can_subset=True, partitions_def=GRID, pool=GPU_POOL)
+    def evaluate_model(
         context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator, evaluator: Evaluator
     ) -> Iterator[dg.MaterializeResult]:
-        weights = store.recall(weights_key, context.partition_key)
+        here, selected = Place.of(context), {key.to_user_string() for key in context.selected_asset_keys}
+        weights = store.recall(COMPRESSED, str(here))
         if weights is None:
-            raise dg.Failure(f"{weights_key.to_user_string()} of {context.partition_key} is not in the store")
-        wanted = [t for t in tasks if eval_key(family, t.name) in context.selected_asset_keys]
-        requests = {
-            task.name: Request(
-                "evaluation",
-                task.version,
-                task.options(),
-                {"weights": weights.digest, "data": evaluator.data_digest(task)},
-                accelerator.numeric,
-            )
-            for task in wanted
-        }
-        missing = [t for t in wanted if store.find("evaluation", requests[t.name].fingerprint) is None]
-        writing = Request("samples", SAMPLES_VERSION, options, {"weights": weights.digest}, accelerator.numeric)
-        chosen = samples.key in context.selected_asset_keys
-        unwritten = chosen and store.find("samples", writing.fingerprint) is None
+            raise InputError(f"{COMPRESSED} of {here} is not in the store; materialize it first")
+        wanted = [task for task in tasks if eval_key(task.name) in selected]
+        digests = {task.name: evaluator.data_digest(task) for task in wanted}
+        asked = {t.name: evaluation_request(t, weights, digests[t.name], accelerator.numeric) for t in wanted}
+        writing = samples_request(weights, accelerator.numeric)
+        missing = [t for t in wanted if store.find("evaluation", asked[t.name].fingerprint) is None]
+        unwritten = SAMPLES in selected and store.find("samples", writing.fingerprint) is None
 
-        def materialize(key: dg.AssetKey, request: Request, build, extra=None) -> dg.MaterializeResult:
-            out = publish(context, store, request, build, key=key, extra=extra)
-            store.remember(key, context.partition_key, out.value)
-            return dg.MaterializeResult(asset_key=key, metadata=out.metadata, data_version=out.data_version)
+        def made(name: str, request: Request, build: Any) -> Any:
+            with working_on(f"{name} {here}"):
+                return store.produce(request, build, context.run_id)
 
         with evaluator.session(weights.checkpoint, missing, accelerator, generate=unwritten) as session:
             for task in wanted:
+                name = eval_key(task.name)
+                produced = made(name, asked[task.name], _scoring(session, task, here))
+                yield publish(store, name, str(here), produced, recipe=weights.recipe)
+            if SAMPLES in selected:
+                produced = made(SAMPLES, writing, _generation(session))
+                shown = _shown(produced.artifact)
+                yield publish(store, SAMPLES, str(here), produced, recipe=weights.recipe, extra=shown)
 
-                def score(work, task=task):
-                    metrics = session.score(task, work.out)
-                    write_metrics(work.out, metrics)
-                    if family == BASELINE:
-                        session.guard(context.partition_key, task, metrics)
-                    return metrics
-
-                yield materialize(eval_key(family, task.name), requests[task.name], score)
-            if chosen:
-
-                def write(work):
-                    texts = session.samples()
-                    (work.out / SAMPLES).write_text(json.dumps({"prompts": list(PROMPTS), "texts": texts}, indent=1))
-                    return {} if texts else {"note": NO_TOKENIZER}
-
-                yield materialize(samples.key, writing, write, _shown_samples)
-
-    return evaluate
+    return evaluate_model
 
 
-def _shown_samples(artifact: Artifact) -> Mapping[str, Any]:
-    found = json.loads((artifact.path / SAMPLES).read_text())
+def _scoring(session: Session, task: Task, here: Place) -> Any:
+    def build(work: Any) -> dict[str, float]:
+        metrics = session.score(task, work.out)
+        write_metrics(work.out, metrics)
+        if here.recipe == BASELINE:
+            session.guard(here.base_model, task, metrics)
+        return metrics
+
+    return build
+
+
+def _generation(session: Session) -> Any:
+    def build(work: Any) -> dict[str, str]:
+        texts = session.samples()
+        (work.out / FILE).write_text(json.dumps({"prompts": list(PROMPTS), "texts": texts}, indent=1))
+        return {} if texts else {"note": NO_TOKENIZER}
+
+    return build
+
+
+def _shown(artifact: Artifact) -> Mapping[str, Any]:
+    found = json.loads((artifact.path / FILE).read_text())
     texts = found["texts"] or []
     pairs = zip(found["prompts"], texts, strict=False)
     shown = [f"**{markdown_text(prompt)}** {markdown_text(text)}" for prompt, text in pairs]
-    return {"samples": dg.MetadataValue.md("\n\n".join(shown))} if shown else {}
+    return {"texts": dg.MetadataValue.md("\n\n".join(shown))} if shown else {}
 
 
-def build_scorecard(family: str, weights_key: dg.AssetKey, tasks: Sequence[Task]) -> dg.AssetsDefinition:
-    """Size and scores of one family against the baseline."""
-    reference = dg.AssetKey([BASELINE, "scorecard"])
-    deps = [weights_key, *(eval_key(family, t.name) for t in tasks), samples_key(family)]
-    deps += [reference] if family != BASELINE else []
+def scorecards(tasks: Sequence[Task]) -> dg.AssetsDefinition:
+    """The asset `scorecard`, over all tasks that there are."""
 
     @dg.asset(
-        key=dg.AssetKey([family, "scorecard"]),
-        partitions_def=base_models,
-        group_name=family,
+        name=SCORECARD,
+        partitions_def=GRID,
+        group_name="results",
         kinds={"json"},
         code_version=CARD_VERSION,
-        ins={"base": dg.AssetIn(base_model.key)},
-        deps=[d for d in deps if d != base_model.key],
+        deps=[BASE, COMPRESSED, *(eval_key(task.name) for task in tasks), SAMPLES],
         description="Layers, parameters, bytes and every score, with the change against the uncompressed model; what "
         "both write.",
     )
-    def scorecard(context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact) -> dg.Output[Artifact]:
-        here = context.partition_key
-        weights = store.recall(weights_key, here) or base
-        scores = {task.name: store.recall(eval_key(family, task.name), here) for task in tasks}
+    def scorecard(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
+        here = Place.of(context)
+        base, weights = store.recall(BASE, here.base_model), store.recall(COMPRESSED, str(here))
+        if base is None or weights is None:
+            raise InputError(f"{COMPRESSED} of {here} is not in the store; materialize it first")
+        found = {task.name: store.recall(eval_key(task.name), str(here)) for task in tasks}
         # a task that was not selected may still hold the score of older weights: it does not count
-        scores = {n: a for n, a in scores.items() if a and a.inputs["weights"] == weights.digest}
-        written = store.recall(samples_key(family), here)
+        scores = {n: a for n, a in found.items() if a and a.inputs["weights"] == weights.digest}
+        written = store.recall(SAMPLES, str(here))
         written = written if written and written.inputs["weights"] == weights.digest else None
-        dense = store.recall(reference, here) if family != BASELINE else None
+        dense = None
+        if here.recipe != BASELINE:
+            dense = store.recall(SCORECARD, str(Place(here.base_model, BASELINE)))
         inputs = {"weights": weights.digest, "base_model": base.digest} | {n: a.digest for n, a in scores.items()}
-        if dense:
-            inputs["baseline"] = dense.digest
-        if written:
-            inputs["samples"] = written.digest
+        inputs |= {"baseline": dense.digest} if dense else {}
+        inputs |= {"samples": written.digest} if written else {}
+        about = {"kind": weights.kind, "fingerprint": weights.fingerprint}
 
-        def build(work):
-            from compression_dags.reports.scorecard import make_scorecard
-
+        def build(work: Any) -> dict[str, Any]:
             baseline = json.loads((dense.path / "scorecard.json").read_text()) if dense else None
-            samples = json.loads((written.path / SAMPLES).read_text()) if written else None
+            samples = json.loads((written.path / FILE).read_text()) if written else None
             metrics = {name: artifact.metrics for name, artifact in scores.items()}
-            card = make_scorecard(family, weights.size, base.size, metrics, baseline, samples)
-            card["weights"] = made_of["weights"]
+            card = make_scorecard(here.recipe, weights.size, base.size, metrics, baseline, samples)
+            card["weights"] = about
             (work.out / "scorecard.json").write_text(json.dumps(card, indent=1, sort_keys=True))
             return {"layers": card["layers"], "parameters": card["parameters"], "bytes": card["bytes"], **card["flat"]}
 
-        made_of = {"family": family, "weights": {"kind": weights.kind, "fingerprint": weights.fingerprint}}
-        request = Request("scorecard", CARD_VERSION, made_of, inputs)
-        return publish(context, store, request, build, recipe=weights.recipe)
+        request = Request(SCORECARD, CARD_VERSION, {"family": here.recipe, "weights": about}, inputs)
+        return publish(
+            store, SCORECARD, str(here), store.produce(request, build, context.run_id), recipe=weights.recipe
+        )
 
     return scorecard

@@ -1,73 +1,73 @@
-"""The bank of alternatives of a base model: what the budget planner solves from."""
+"""`alternatives`: what every layer of a base model could become, from which the planner solves a budget."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import dagster as dg
 
-from compression_dags.assets.base_models import base_model, base_models
-from compression_dags.assets.calibration import calibration_key
+from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.calibration.corpora import Calibration
-from compression_dags.planning.candidate_table import VERSION
+from compression_dags.calibration.steps import calibration_steps
+from compression_dags.errors import InputError
+from compression_dags.heartbeat import working_on
 from compression_dags.planning.candidates import CandidateOptions
-from compression_dags.planning.identity import bank_identity
-from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
+from compression_dags.planning.steps import ALTERNATIVES, alternatives
+from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import options_digest
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
+from compression_dags.resources.runner import produce
+from compression_dags.step import BASE, Step
 
-NAME = "alternatives"
 
-
-def build_alternatives(calibration: Calibration, options: CandidateOptions) -> dg.AssetsDefinition:
-    chosen = bank_identity(options)
-    ins = {"base": dg.AssetIn(base_model.key)}
-    ins["tokens"] = dg.AssetIn(calibration_key(calibration, "calibration_tokens"))
-    if options.sparsities:
-        ins["activations"] = dg.AssetIn(calibration_key(calibration, "calibration_activations"))
+def alternatives_asset(calibration: Calibration, options: CandidateOptions) -> dg.AssetsDefinition:
+    """The asset of one base model, with the calibration set and options that a plan asks for."""
+    step = alternatives(options)
 
     @dg.asset(
-        key=calibration_key(calibration, NAME),
-        partitions_def=base_models,
+        name=ALTERNATIVES,
+        partitions_def=BASE_MODELS,
         group_name="planning",
         kinds={"json"},
-        code_version=f"{VERSION}:{options_digest(chosen)}",
-        ins=ins,
+        code_version=f"{step.version}:{options_digest(step.options)}",
+        deps=[BASE],
         description="What every layer could become (a scheme for each group of projections, dropped, merged with the "
         "next), the bytes of each, and KL(base ‖ changed) on calibration text. `compression-dags plan` solves a budget "
         "from it in seconds.",
         pool=GPU_POOL,
     )
-    def alternatives(
-        context: dg.AssetExecutionContext,
-        store: ArtifactStore,
-        accelerator: Accelerator,
-        base: Artifact,
-        tokens: Artifact,
-        **activations: Artifact,
-    ) -> dg.Output[Artifact]:
-        inputs = {"base_model": base.digest, "calibration_tokens": tokens.digest}
-        inputs |= {f"calibration_{name}": artifact.digest for name, artifact in activations.items()}
+    def measured(
+        context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator
+    ) -> dg.MaterializeResult:
+        here = context.partition_key
+        base = store.recall(BASE, here)
+        if base is None:
+            raise InputError(f"{BASE} of {here} is not in the store; materialize it first")
+        inputs = _inputs(store, accelerator, step, calibration, base, context.run_id)
+        with working_on(f"{ALTERNATIVES} {here}"):
+            produced = produce(store, accelerator, step, inputs, context.run_id)
+        # a handle of each set of options: prune keeps all of them, and the calibration set that they hang on
+        named = f"{here}|{calibration.slug}-{options_digest(step.options)}"
+        for role, artifact in {**inputs, ALTERNATIVES: produced.artifact}.items():
+            if role != BASE:
+                store.remember(f"{ALTERNATIVES}.{role}", named, artifact)
+        return publish(store, ALTERNATIVES, here, produced)
 
-        def build(work):
-            from compression_dags.calibration.corpora import load_blocks
-            from compression_dags.calibration.statistics import load_statistics
-            from compression_dags.checkpoints.reader import Checkpoint
-            from compression_dags.planning.candidate_table import bank_decisions, measure_bank
-            from compression_dags.provenance.decisions import write_decisions
-            from compression_dags.stage import bar
+    return measured
 
-            source, blocks = Checkpoint(base.checkpoint), load_blocks(tokens.path / "tokens.safetensors")
-            found = load_statistics(activations["activations"].path) if activations else None
-            with accelerator.lease() as device:
-                on: dict[str, Any] = {"device": device.name, "dtype": device.dtype, "statistics": found}
-                bank = measure_bank(source, blocks, options, **on, progress=bar)
-            bank.save(work.out)
-            write_decisions(bank_decisions(bank), work.out / DECISIONS)
-            alive = sum(a.alive for a in bank.alternatives)
-            return {"alternatives": len(bank.alternatives), "alive": alive, "tokens": bank.tokens}
 
-        request = Request(NAME, VERSION, chosen, inputs, accelerator.numeric)
-        return publish(context, store, request, build)
-
-    return alternatives
+def _inputs(
+    store: ArtifactStore,
+    accelerator: Accelerator,
+    step: Step,
+    calibration: Calibration,
+    base: Artifact,
+    run_id: str,
+) -> Mapping[str, Artifact]:
+    """The base model and its calibration set, made if it is not stored: no recipe of the grid asks for it."""
+    found = {BASE: base}
+    for each in calibration_steps(calibration):
+        if each.name in step.reads:
+            needs = {role: found[role] for role in each.reads}
+            found[each.name] = produce(store, accelerator, each, needs, run_id).artifact
+    return found

@@ -2,49 +2,69 @@
 
 import base64
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import dagster as dg
+import pandas as pd
 
-from compression_dags.errors import InputError, IntegrityError, naming_dtype
-from compression_dags.heartbeat import working_on
-from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
-from compression_dags.resources.artifact_store import ArtifactStore, Workplace
+from compression_dags.provenance.artifacts import DECISIONS, Artifact
+from compression_dags.provenance.decisions import read_decisions
+from compression_dags.resources.artifact_store import ArtifactStore, Produced
 
 logger = logging.getLogger("compression_dags")
 #: Dagster queues assets of this pool one at a time; `Accelerator.lease` decides who computes on which device.
 GPU_POOL = "gpu"
 TABLE_ROWS = 300
+VERSION_TAG = "dagster/data_version"
 
 
 def publish(
-    context: dg.AssetExecutionContext,
     store: ArtifactStore,
-    request: Request,
-    build: Callable[[Workplace], dict[str, Any]],
+    asset: str,
+    partition: str,
+    produced: Produced,
     *,
-    key: dg.AssetKey | None = None,
     recipe: Mapping[str, Any] | None = None,
-    extra: Callable[[Artifact], Mapping[str, Any]] | None = None,
-) -> dg.Output[Artifact]:
-    """Ask the store, build on a miss, and hand Dagster the handle with its metadata.
+    extra: Mapping[str, Any] | None = None,
+) -> dg.MaterializeResult:
+    """What Dagster is told of an artifact, once the store remembers which artifact the partition is.
 
     Args:
         recipe: `Recipe.as_run`; the handle keeps it, so that what was run can be told from what a file says later.
+        extra: metadata of this asset alone.
     """
-    key = key or context.asset_key
-    try:
-        with working_on(key.to_user_string()):
-            produced = store.produce(request, build, context.run_id)
-    except (InputError, IntegrityError) as error:
-        raise naming_dtype(error, request.numeric.get("dtype")) from error.__cause__
     artifact = replace(produced.artifact, recipe=dict(recipe)) if recipe else produced.artifact
-    state = "hit" if produced.hit else "rebuilt" if produced.damage else "computed"
-    logger.info("%-9s %s (%.1f s)", state, key.to_user_string(), produced.seconds, extra={"asset": key.path})
-    metadata: dict[str, Any] = {
-        "cache": state,
+    store.remember(asset, partition, artifact)
+    logger.info("%-9s %s (%.1f s)", state_of(produced), f"{asset} {partition}", produced.seconds)
+    metadata = {**metadata_of(produced), **(extra or {})}
+    return dg.MaterializeResult(asset_key=asset, metadata=metadata, data_version=dg.DataVersion(artifact.digest))
+
+
+def report(instance: dg.DagsterInstance, asset: str, partition: str, produced: Produced) -> None:
+    """Tell Dagster of an artifact that was made outside a run; nothing if it knows this version already."""
+    event = instance.get_latest_data_version_record(dg.AssetKey(asset), partition_key=partition)
+    known = event.asset_materialization if event else None
+    if produced.hit and known and (known.tags or {}).get(VERSION_TAG) == produced.artifact.digest:
+        return
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(
+            asset, partition=partition, metadata=metadata_of(produced), tags={VERSION_TAG: produced.artifact.digest}
+        )
+    )
+
+
+def state_of(produced: Produced) -> str:
+    """`hit`, `computed`, or `rebuilt` where a stored one was damaged."""
+    return "hit" if produced.hit else "rebuilt" if produced.damage else "computed"
+
+
+def metadata_of(produced: Produced) -> dict[str, Any]:
+    """Cache state, time, memory, fingerprint, facts and decisions of an artifact."""
+    artifact = produced.artifact
+    return {
+        "cache": state_of(produced),
         "seconds": round(produced.seconds, 3),
         "computed_seconds": artifact.seconds,
         "peak_memory_mb": artifact.peak_memory_mb,
@@ -55,17 +75,16 @@ def publish(
         **{name: value for name, value in artifact.facts.items() if isinstance(value, (int, float, str))},
         **({"computed_by": dg.MetadataValue.dagster_run(artifact.run_id)} if produced.hit and artifact.run_id else {}),
         **(decisions_table(artifact) if artifact.decisions else {}),
-        **(extra(artifact) if extra else {}),
+        **{
+            name: picture((artifact.path / f"{name}.png").read_bytes())
+            for name in ("plot", "modules")
+            if (artifact.path / f"{name}.png").is_file()
+        },
     }
-    return dg.Output(artifact, data_version=dg.DataVersion(artifact.digest), metadata=metadata)
 
 
 def decisions_table(artifact: Artifact) -> dict[str, Any]:
     """The decision rows as an inline table: all of them, or the first 300 and the count."""
-    import pandas as pd
-
-    from compression_dags.provenance.decisions import read_decisions
-
     frame = read_decisions(artifact.path / DECISIONS)
     records = [
         dg.TableRecord(
@@ -86,4 +105,5 @@ def decisions_table(artifact: Artifact) -> dict[str, Any]:
 
 
 def picture(png: bytes) -> dg.MarkdownMetadataValue:
+    """A PNG that Dagster's pages show."""
     return dg.MetadataValue.md(f"![plot](data:image/png;base64,{base64.b64encode(png).decode()})")

@@ -1,102 +1,124 @@
 """`leaderboard` and `decision_ledger` of one base model, over all recipes that have been run on it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
+import pandas as pd
 
-from compression_dags.assets.base_models import base_model, base_models
+from compression_dags.assets.evaluation import SCORECARD
+from compression_dags.assets.grid import TABLE
+from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.publishing import picture, publish
+from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact, Request
+from compression_dags.provenance.decisions import join_ledger
+from compression_dags.recipes import BASELINE, recipe_of
+from compression_dags.reports.html import write_report
+from compression_dags.reports.scorecard import changes, leaderboard_frame
 from compression_dags.resources.artifact_store import ArtifactStore
+from compression_dags.step import BASE
 
-#: Of the leaderboard. 2: its report shows what the models write. 3: what the report says of the model is an option;
-#: standard errors.
-VERSION = "3"
+LEADERBOARD, LEDGER = "leaderboard", "decision_ledger"
+#: 2: its report shows what the models write. 3: what the report says of the model is an option; standard errors.
+#: 4: changes are against the baseline's card as it is now.
+VERSION = "4"
 #: 2: two recoveries of one recipe are two inputs; runs are looked up, not stored.
 LEDGER_VERSION = "2"
 ABOUT = ("architecture", "licence")
+#: Assets that decide something, in pipeline order.
+DECIDERS = tuple(name for name, (group, _, _) in TABLE.items() if group != "analysis" and name != "merged_weights")
+_SIMILARITIES = tuple(name for name in TABLE if name.startswith("similarity_") and name != "similarity_redundancy")
 
 
-def build_leaderboard(scorecards: dict[str, dg.AssetKey], similarities: Sequence[dg.AssetKey]) -> dg.AssetsDefinition:
-    """`scorecards`: recipe name → key, the baseline included. Recipes that were not run yet are left out."""
+@dg.asset(
+    name=LEADERBOARD,
+    partitions_def=BASE_MODELS,
+    group_name="results",
+    kinds={"pandas"},
+    code_version=VERSION,
+    deps=[BASE, SCORECARD],
+    description="All recipes that were run, beside the uncompressed model: layers, parameters, bytes, scores, change.",
+)
+def leaderboard(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
+    here = context.partition_key
+    base = store.recall(BASE, here)
+    if base is None:
+        raise InputError(f"{BASE} of {here} is not in the store; materialize it first")
+    cards = dict(_made(store, here, SCORECARD))
+    maps = _similarities(store, here)
+    inputs = {name: a.digest for name, a in cards.items()} | {label: a.digest for label, a in maps.items()}
+    # what the report says of the model beyond its digest
+    about = {name: base.facts.get(name) for name in ABOUT} | base.size
 
-    @dg.asset(
-        partitions_def=base_models,
-        group_name="results",
-        kinds={"pandas"},
-        code_version=VERSION,
-        ins={"base": dg.AssetIn(base_model.key)},
-        deps=list(scorecards.values()),
-        description="All recipes beside the uncompressed model: layers, parameters, bytes, scores, change.",
-    )
-    def leaderboard(context: dg.AssetExecutionContext, store: ArtifactStore, base: Artifact) -> dg.Output[Artifact]:
-        here = context.partition_key
-        found = {name: store.recall(key, here) for name, key in scorecards.items()}
-        cards = {name: a for name, a in found.items() if a}
-        maps = {key: a for key in similarities if (a := store.recall(key, here))}
-        inputs = {name: a.digest for name, a in cards.items()}
-        inputs |= {key.to_user_string(): a.digest for key, a in maps.items()} | {"base_model": base.digest}
-        # what the report says of the model beyond its digest
-        about = {name: base.facts.get(name) for name in ABOUT} | base.size
+    def build(work: Any) -> dict[str, Any]:
+        read = [json.loads((a.path / "scorecard.json").read_text()) | {"family": name} for name, a in cards.items()]
+        dense = next((card["scores"] for card in read if card["family"] == BASELINE), {})
+        read = [card | {"change": changes(card["scores"], dense) if card["scores"] is not dense else {}} for card in read]
+        frame = leaderboard_frame(read)
+        frame.to_parquet(work.out / "leaderboard.parquet", index=False)
+        plots = {label: (a.path / "plot.png").read_bytes() for label, a in maps.items()}
+        write_report(work.out, here, about, read, plots)
+        return {"recipes": len(cards) - (BASELINE in cards)}
 
-        def build(work):
-            from compression_dags.reports.report import write_report
-            from compression_dags.reports.scorecard import leaderboard_frame
-
-            read = [json.loads((a.path / "scorecard.json").read_text()) | {"family": name} for name, a in cards.items()]
-            frame = leaderboard_frame(read)
-            frame.to_parquet(work.out / "leaderboard.parquet", index=False)
-            plots = {key.to_user_string(): (a.path / "plot.png").read_bytes() for key, a in maps.items()}
-            write_report(work.out, here, about, read, plots)
-            return {"recipes": len(cards) - ("baseline" in cards)}
-
-        def table(artifact: Artifact) -> dict:
-            import pandas as pd
-
-            frame = pd.read_parquet(artifact.path / "leaderboard.parquet")
-            rows = [dg.TableRecord({k: _cell(v) for k, v in row.items()}) for row in frame.to_dict("records")]
-            plot = artifact.path / "scores.png"
-            shown = {"plot": picture(plot.read_bytes())} if plot.exists() else {}
-            return {"leaderboard": dg.MetadataValue.table(rows), **shown} if rows else shown
-
-        return publish(
-            context, store, Request("leaderboard", VERSION, {"base_model": here, **about}, inputs), build, extra=table
-        )
-
-    return leaderboard
+    options = {"base_model": here, **about}
+    request = Request(LEADERBOARD, VERSION, options, {**inputs, "base_model": base.digest})
+    produced = store.produce(request, build, context.run_id)
+    return publish(store, LEADERBOARD, here, produced, extra=_table(produced.artifact))
 
 
-def build_decision_ledger(deciders: dict[str, list[dg.AssetKey]]) -> dg.AssetsDefinition:
-    """`deciders`: recipe name → assets that decide something, in pipeline order."""
+@dg.asset(
+    name=LEDGER,
+    partitions_def=BASE_MODELS,
+    group_name="results",
+    kinds={"parquet"},
+    code_version=LEDGER_VERSION,
+    deps=list(DECIDERS),
+    description="Every decision of every recipe on a base model, one row each, with its evidence.",
+)
+def decision_ledger(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
+    here = context.partition_key
+    by_asset = {asset: dict(_made(store, here, asset)) for asset in DECIDERS}
+    recipes = sorted({recipe for made in by_asset.values() for recipe in made})
+    rows = [(r, asset, by_asset[asset][r]) for r in recipes for asset in DECIDERS if r in by_asset[asset]]
+    inputs = {f"{recipe.replace('-', '_')}/{asset}": artifact.fingerprint for recipe, asset, artifact in rows}
 
-    @dg.asset(
-        partitions_def=base_models,
-        group_name="results",
-        kinds={"parquet"},
-        code_version=LEDGER_VERSION,
-        deps=[key for keys in deciders.values() for key in keys],
-        description="Every decision of every recipe on a base model, one row each, with its evidence.",
-    )
-    def decision_ledger(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.Output[Artifact]:
-        here = context.partition_key
-        found = {k: a for keys in deciders.values() for k in keys if (a := store.recall(k, here))}
-        rows = [(recipe, found[k]) for recipe, keys in deciders.items() for k in keys if k in found]
-        inputs = {key.to_user_string(): a.fingerprint for key, a in found.items()}
+    def build(work: Any) -> dict[str, Any]:
+        ledger = join_ledger(here, [(recipe, artifact) for recipe, _, artifact in rows])
+        ledger.to_parquet(work.out / "ledger.parquet", index=False)
+        return {"rows": len(ledger), "recipes": ledger["recipe"].nunique()}
 
-        def build(work):
-            from compression_dags.provenance.decisions import join_ledger
-
-            ledger = join_ledger(here, rows)
-            ledger.to_parquet(work.out / "ledger.parquet", index=False)
-            return {"rows": len(ledger), "recipes": ledger["recipe"].nunique()}
-
-        return publish(context, store, Request("decision_ledger", LEDGER_VERSION, {"base_model": here}, inputs), build)
-
-    return decision_ledger
+    request = Request(LEDGER, LEDGER_VERSION, {"base_model": here}, inputs)
+    return publish(store, LEDGER, here, store.produce(request, build, context.run_id))
 
 
-def _cell(value):
+def _made(store: ArtifactStore, base_model: str, asset: str) -> Iterator[tuple[str, Artifact]]:
+    """Recipe and artifact of every recipe of which an asset was made, for its present form or the one run last."""
+    for recipe in store.recipes_of(base_model, asset):
+        if found := store.recall(asset, str(Place(base_model, recipe))):
+            yield recipe, found
+
+
+def _similarities(store: ArtifactStore, base_model: str) -> dict[str, Artifact]:
+    """`<calibration>/<similarity>` → artifact, each set of calibration options once."""
+    found: dict[str, Artifact] = {}
+    for asset in _SIMILARITIES:
+        for _, artifact in _made(store, base_model, asset):
+            label = recipe_of(artifact.recipe).calibration.slug if artifact.recipe else ""
+            found.setdefault(f"{label}/{asset}", artifact)
+    return found
+
+
+def _table(artifact: Artifact) -> dict[str, Any]:
+    frame = pd.read_parquet(artifact.path / "leaderboard.parquet")
+    rows = [dg.TableRecord({k: _cell(v) for k, v in row.items()}) for row in frame.to_dict("records")]
+    plot = artifact.path / "scores.png"
+    shown = {"plot": picture(plot.read_bytes())} if plot.exists() else {}
+    return {"leaderboard": dg.MetadataValue.table(rows), **shown} if rows else shown
+
+
+def _cell(value: Any) -> Any:
     if value is None or value != value:
         return ""
     return value if isinstance(value, (int, str)) else round(float(value), 6)

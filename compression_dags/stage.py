@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from compression_dags.architectures import ModelShape
 from compression_dags.options import Options
+from compression_dags.step import Chain, Step
 
 T = TypeVar("T")
 #: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ, max |x| a channel, or the
@@ -51,6 +52,10 @@ class Stage(Options):
         Raises:
             InputError: naming the option, its value and what is allowed.
         """
+
+    def steps(self, chain: Chain) -> tuple[Step, ...]:
+        """The artifacts that this stage makes, in order; the last one holds its weights."""
+        raise AssertionError(f"{type(self).__name__} must define steps")
 
     @property
     def versions(self) -> dict[str, str]:

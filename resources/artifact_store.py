@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ from compression_dags.statefile import replace_json
 from compression_dags.waiting import held
 
 logger = logging.getLogger("compression_dags")
+#: The asset whose partitions are recipes alone.
+RECIPE = "recipe"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -126,6 +129,12 @@ class ArtifactStore(dg.ConfigurableResource):
             return None, [f"{MANIFEST} is missing or cannot be read"] if directory.is_dir() else []
         return artifact_of(directory, manifest), Integrity(self.root).damage(directory, manifest, thorough=thorough)
 
+    def manifest_of(self, kind: str, fingerprint: str) -> Artifact | None:
+        """The artifact that is stored by its manifest alone; whether its bytes are whole is not looked at."""
+        directory = self.directory(kind, fingerprint)
+        manifest = read_manifest(directory)
+        return artifact_of(directory, manifest) if manifest else None
+
     def run_of(self, fingerprint: str) -> str:
         """The Dagster run that computed an artifact; empty if it is not stored."""
         found = map(read_manifest, (self.root / "artifacts").glob(f"*/{fingerprint}"))
@@ -212,55 +221,54 @@ class ArtifactStore(dg.ConfigurableResource):
 
     # -- handles: which artifact an asset partition is ----------------------------------------------------------------
 
-    def _handle_file(self, key: dg.AssetKey, partition: str) -> Path:
-        return self.root.joinpath("handles", *key.path, f"{partition}.json")
+    def _handle_file(self, asset: str, partition: str) -> Path:
+        return self.root / "handles" / asset / f"{partition}.json"
 
-    def remember(self, key: dg.AssetKey, partition: str, artifact: Artifact) -> None:
-        """Note that an asset partition is `artifact` now, and the recipe as it was run."""
+    def remember(self, asset: str, partition: str, artifact: Artifact) -> None:
+        """Note that an asset partition is `artifact` now, and the recipe as it was run.
+
+        Args:
+            partition: `<base model>|<recipe>` of an asset on the grid, else the base model or the recipe.
+        """
         handle: dict[str, Any] = {"kind": artifact.kind, "fingerprint": artifact.fingerprint}
         if artifact.recipe:
             handle["recipe"] = artifact.recipe
-        replace_json(self._handle_file(key, partition), handle)
+        replace_json(self._handle_file(asset, partition), handle)
 
-    def recall(self, key: dg.AssetKey, partition: str) -> Artifact | None:
+    def recall(self, asset: str, partition: str) -> Artifact | None:
         """The artifact that an asset partition last was, if it is still stored whole."""
         try:
-            handle = json.loads(self._handle_file(key, partition).read_text())
+            handle = json.loads(self._handle_file(asset, partition).read_text())
             kind, fingerprint, recipe = handle["kind"], handle["fingerprint"], handle.get("recipe")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         found = self.find(kind, fingerprint)
         return replace(found, recipe=recipe) if found else None
 
-    def keys_of(self, partition: str) -> list[dg.AssetKey]:
-        """Assets of which this partition has a handle, sorted."""
-        root = self.root / "handles"
-        found = [path for path in root.rglob("*.json") if path.name == f"{partition}.json"]
-        return [dg.AssetKey(list(parts)) for parts in sorted(p.parent.relative_to(root).parts for p in found)]
+    def recipes_of(self, base_model: str, asset: str) -> list[str]:
+        """Recipes of which a grid asset was made for a base model, sorted."""
+        names = self._names(asset, f"{base_model}|")
+        return sorted(name.partition("|")[2] for name in names)
 
-    def forget(self, partition: str) -> None:
-        """Remove the handles of a partition; its artifacts stay until they are pruned."""
-        for path in (self.root / "handles").rglob("*.json"):
-            if path.name == f"{partition}.json":
-                path.unlink(missing_ok=True)
+    def assets_of(self, base_model: str) -> list[tuple[str, str]]:
+        """(asset, partition) of every handle of a base model: of it alone, then of its pairs with recipes."""
+        assets = sorted(p.name for p in (self.root / "handles").glob("*") if p.is_dir() and p.name != RECIPE)
+        alone = [(asset, base_model) for asset in assets if self._handle_file(asset, base_model).is_file()]
+        return alone + [(asset, name) for asset in assets for name in sorted(self._names(asset, f"{base_model}|"))]
 
+    def _names(self, asset: str, prefix: str) -> list[str]:
+        try:
+            names = os.listdir(self.root / "handles" / asset)
+        except OSError:
+            return []
+        return [n.removesuffix(".json") for n in names if n.startswith(prefix) and n.endswith(".json")]
 
-class HandleIO(dg.ConfigurableIOManager):
-    """Passes `Artifact` handles between assets; the bytes stay in the store."""
-
-    store: dg.ResourceDependency[ArtifactStore]
-
-    def handle_output(self, context: dg.OutputContext, obj: Artifact) -> None:
-        self.store.remember(context.asset_key, context.partition_key, obj)
-
-    def load_input(self, context: dg.InputContext) -> Artifact:
-        found = self.store.recall(context.asset_key, context.partition_key)
-        if found is None:
-            raise InputError(
-                f"{context.asset_key.to_user_string()} of {context.partition_key} is not in the store; "
-                "materialize it first"
-            )
-        return found
+    def forget(self, base_model: str) -> None:
+        """Remove the handles of a base model; its artifacts stay until they are pruned."""
+        for asset, partition in self.assets_of(base_model):
+            self._handle_file(asset, partition).unlink(missing_ok=True)
+        for path in (self.root / "handles").glob(f"*/*/{glob.escape(base_model)}.json"):  # of homes before the grid
+            path.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str]:

@@ -19,8 +19,6 @@ from compression_dags.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-VERSION = "1"
-
 
 def apply_plan(source: Checkpoint, plan: MergePlan, directory: Path) -> Checkpoint:
     """Write `source` with its layers dropped and merged as planned, renumbered, config remapped.

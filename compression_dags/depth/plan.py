@@ -19,6 +19,7 @@ from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stage import Progress, Stage, silent
+from compression_dags.step import BASE, Chain, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from compression_dags.provenance.resume import ResumePoint
 
 PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
+#: Of `apply.py`, which writes the checkpoint of a plan.
+WRITER_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,16 @@ class MergeStage(Stage):
         if (self.ratio is None) == (self.layers is None):
             raise ValueError("give exactly one of ratio (0 < ratio < 1) and layers (≥ 1)")
         return self
+
+    def steps(self, chain: Chain) -> tuple[Step, ...]:
+        reads = [BASE, *(f"similarity_{need}" for need in self.needs)]
+        reads += ["calibration_activations"] * self.reads_statistics + ["calibration_tokens"] * self.measures
+        worker = "compression_dags.depth.workers"
+        plan = Step(
+            "merge_plan", self.code_version, self.options(), tuple(reads), f"{worker}:plan", self, gpu=self.measures
+        )
+        merged = Step("merged_weights", WRITER_VERSION, {}, (BASE, "merge_plan"), f"{worker}:apply", self, weights=True)
+        return plan, merged
 
     def removed(self, total: int) -> int:
         """Number of layers to remove from a model of `total`."""

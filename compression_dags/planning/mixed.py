@@ -7,9 +7,6 @@ scheme, as engines that fuse query, key and value, or gate and up, require.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compression_dags.errors import InputError
@@ -17,6 +14,7 @@ from compression_dags.planning.candidates import label_of
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
+from compression_dags.quantization.scheme_plan import SchemePlan
 from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
@@ -25,30 +23,7 @@ if TYPE_CHECKING:
     from compression_dags.planning.candidates import Candidate, CandidateOptions
     from compression_dags.quantization.schemes import QuantizeStage
 
-FILE = "schemes.json"
 VERSION = "4"
-
-
-@dataclass(frozen=True)
-class SchemePlan:
-    """Module → scheme, and what it comes to.
-
-    Attributes:
-        bits: stored bits over weights.
-        cost: predicted KL, nats a token.
-    """
-
-    choices: dict[str, Choice]
-    bits: float
-    cost: float
-
-    def save(self, directory: Path) -> None:
-        (directory / FILE).write_text(json.dumps(asdict(self), indent=1))
-
-    @classmethod
-    def load(cls, directory: Path) -> SchemePlan:
-        raw = json.loads((directory / FILE).read_text())
-        return cls({name: Choice(**choice) for name, choice in raw["choices"].items()}, raw["bits"], raw["cost"])
 
 
 def bank_options(stage: QuantizeStage) -> CandidateOptions:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compression_dags.checkpoints.contents import computed_digest, computes
+from compression_dags.step import Step
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
@@ -88,6 +89,17 @@ class Request:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def request_of(step: Step, digests: Mapping[str, str], numeric: Mapping[str, str]) -> Request:
+    """What determines the artifact of a step.
+
+    Args:
+        digests: of its inputs, by role.
+        numeric: device type and compute dtype, of the accelerator.
+    """
+    inputs = {**digests, **step.data()}
+    return Request(step.kind or step.name, step.version, dict(step.options), inputs, dict(numeric) if step.gpu else {})
 
 
 def file_digest(path: Path) -> str:

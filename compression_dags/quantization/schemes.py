@@ -23,6 +23,7 @@ from compression_dags.options import Options
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
 from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
+from compression_dags.step import WEIGHTS, Chain, Step
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,22 @@ class Override(Options):
     scheme: Scheme
     group_size: int | None = Field(None, gt=0)
     symmetric: bool = True
+
+    def steps(self, chain: Chain) -> tuple[Step, ...]:
+        """`quantized_weights`; with `bits` it reads a `quantization_plan`, which the planner declares."""
+        tokens = ("calibration_tokens",) if self.reads_tokens else ()
+        plan = ("quantization_plan",) if self.bits else ()
+        return (
+            Step(
+                "quantized_weights",
+                self.code_version,
+                self.options(),
+                (WEIGHTS, *tokens, *plan),
+                "compression_dags.quantization.workers:quantize",
+                self,
+                weights=True,
+            ),
+        )
 
     @property
     def choice(self) -> Choice:

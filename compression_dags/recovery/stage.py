@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compression_dags.architectures import ModelShape
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stage import Progress, Stage, silent
+from compression_dags.step import BASE, WEIGHTS, Chain, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,22 @@ class RecoverStage(Stage):
     """A stage that changes weights of the planned model, towards the base model's behaviour."""
 
     stage: ClassVar[str] = "recover"
+
+    def steps(self, chain: Chain) -> tuple[Step, ...]:
+        """`recovered_weights`, then `recovered_weights_2`, … for every further recovery."""
+        return (
+            Step(
+                "recovered_weights" + (f"_{chain.recoveries + 1}" if chain.recoveries else ""),
+                self.code_version,
+                self.computing_options(),
+                (BASE, "calibration_tokens", "merge_plan", WEIGHTS),
+                "compression_dags.recovery.workers:recover",
+                self,
+                kind="recovered_weights",
+                weights=True,
+                data=self.data_digests,
+            ),
+        )
 
     def data_digests(self) -> dict[str, str]:
         """Role → digest of what is read beside the inputs of every recovery; nothing, unless a method says so.

@@ -11,6 +11,8 @@ import pandas as pd
 from compression_dags.evaluation.samples import NO_TOKENIZER
 from compression_dags.provenance.escaping import line
 
+#: Task → metric → value.
+Scores = dict[str, dict[str, float]]
 
 def make_scorecard(
     family: str,
@@ -30,15 +32,7 @@ def make_scorecard(
         (task → metric → relative change for perplexities, difference otherwise); `flat`, one number a metric;
         `samples` as given, with the base model's texts as `base`.
     """
-    dense = (baseline or {}).get("scores", {})
-    change = {
-        task: {
-            metric: value / dense[task][metric] - 1 if metric.startswith("perplexity") else value - dense[task][metric]
-            for metric, value in metrics.items()
-            if is_headline(metric) and metric in dense.get(task, {})
-        }
-        for task, metrics in scores.items()
-    }
+    change = changes(scores, (baseline or {}).get("scores", {}))
     flat = {f"{t}/{m}": v for t, metrics in scores.items() for m, v in metrics.items() if is_headline(m)}
     size = {name: weights[name] for name in ("layers", "parameters", "bytes")}
     ratios = {f"{name}_ratio": size[name] / base[name] for name in size}
@@ -46,6 +40,18 @@ def make_scorecard(
     if samples:
         card["samples"] = {**samples, "base": ((baseline or {}).get("samples") or samples)["texts"]}
     return card
+
+
+def changes(scores: Scores, dense: Scores) -> Scores:
+    """Task → metric → change against the dense model's score: relative of a perplexity, the difference of others."""
+    return {
+        task: {
+            metric: value / dense[task][metric] - 1 if metric.startswith("perplexity") else value - dense[task][metric]
+            for metric, value in metrics.items()
+            if is_headline(metric) and metric in dense.get(task, {})
+        }
+        for task, metrics in scores.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from compression_dags.sparsity.allocation import (
 )
 from compression_dags.sparsity.allocators import AnyAllocation
 from compression_dags.sparsity.allocators.uniform import Uniform
+from compression_dags.sparsity.identity import plan_identity
+from compression_dags.step import WEIGHTS, Chain, Step
 from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
 
 if TYPE_CHECKING:
@@ -124,6 +126,43 @@ class SparsifyStage(Stage):
     @property
     def reads_tokens(self) -> bool:
         return self.statistic != "none"
+
+    def plan_reads(self, merged: bool) -> tuple[str, ...]:
+        """Shared analysis that the sparsity plan reads.
+
+        The stored statistics are those of the base model. Weights that were merged or recovered before get a
+        calibration pass of their own, from the tokens; so does whatever prunes to compare candidates.
+        """
+        allocation = self.allocation
+        reads = allocation.reads_statistics or bool(allocation.needs)
+        if allocation.measures or (reads and merged):
+            return ("calibration_tokens",)
+        found = ["calibration_activations"] * allocation.reads_statistics
+        return (*found, *(f"similarity_{need}" for need in allocation.needs))
+
+    def steps(self, chain: Chain) -> tuple[Step, ...]:
+        reads, worker = self.plan_reads(chain.merged), "compression_dags.sparsity.workers"
+        options = plan_identity(self, reads, chain.calibration.samples, chain.calibration.seed)
+        tokens = ("calibration_tokens",) if self.reads_tokens else ()
+        plan = Step(
+            "sparsity_plan",
+            self.code_version,
+            options,
+            (WEIGHTS, *reads),
+            f"{worker}:plan",
+            self,
+            gpu="calibration_tokens" in reads,
+        )
+        sparse = Step(
+            "sparse_weights",
+            self.version,
+            self.prune_options(),
+            (WEIGHTS, "sparsity_plan", *tokens),
+            f"{worker}:prune",
+            self,
+            weights=True,
+        )
+        return plan, sparse
 
     def plan_options(self) -> dict[str, Any]:
         """Options that decide the plan. An allocation that prunes to compare candidates depends on all of them."""

@@ -28,7 +28,7 @@ from compression_dags.provenance.escaping import (
 )
 from compression_dags.provenance.plots import bars_png, heatmap_png, merge_tree_png, scatter_png
 from compression_dags.reports.model_card import write_card
-from compression_dags.reports.report import write_report
+from compression_dags.reports.html import write_report
 from compression_dags.reports.scorecard import (
     change_text,
     frame_text,
@@ -81,7 +81,7 @@ class Tags(html.parser.HTMLParser):
 
 @every_text
 def test_the_report(text: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("compression_dags.reports.report.scatter_png", lambda *_, **__: b"png")
+    monkeypatch.setattr("compression_dags.reports.html.scatter_png", lambda *_, **__: b"png")
 
     def page(words: str) -> str:
         write_report(tmp_path, words, {**SIZE, "architecture": words, "licence": words}, cards(words), {words: b"png"})

