@@ -218,19 +218,25 @@ def models_remove(name: str, home: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--all", "everything", is_flag=True, help="Also those of the papers' studies; --json always has them.")
 @json_option
-def recipes(as_json: bool) -> None:
+def recipes(everything: bool, as_json: bool) -> None:
     """List and validate recipes, your own in ./recipes and those shipped; exit 2 if a file had to be left out."""
     from compression_dags.evaluation.tasks import evaluation_book
     from compression_dags.recipes import load_recipes, recipes_folder
 
     found = load_recipes()
     found.resolve(lambda: evaluation_book(recipes_folder()))
+    studies = found.studies
+    ordered = sorted(found.values(), key=lambda recipe: recipe.name in studies)
     lines = [
         f"{r.name:28} {' → '.join(f'{s.stage}:{s.method}' for s in r.stages):44} {line(r.description)}"
-        for r in found.values()
+        for r in ordered
+        if everything or r.name not in studies
     ]
-    described: dict[str, Any] = {name: r.describe() for name, r in found.items()}
+    if studies and not everything:
+        lines += ["", f"and {len(studies)} of studies; --all lists them"]
+    described: dict[str, Any] = {r.name: r.describe() for r in ordered}
     if found.left_out:  # no recipe can have this name
         described["left_out"] = {str(path): why for path, why in found.left_out.items()}
         lines += ["", f"left out: {len(found.left_out)}", *(f"  {why}" for why in found.left_out.values())]

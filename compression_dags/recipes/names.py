@@ -1,4 +1,4 @@
-"""What a recipe may be called: it becomes a folder, an asset prefix, a group and a job of Dagster."""
+"""What a recipe may be called: its name becomes a folder, a partition and a word of the command line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 #: Dagster allows 63 characters in the value of an asset's tag, where a recipe's name stands.
 MAX_NAME = 63
 BASELINE = "baseline"
+#: Between a recipe's name and a changed calibration. No file may use it in a name.
+DERIVED = "@"
 #: Names of jobs (`compress_<recipe>`), groups and assets that are not a recipe's.
 RESERVED = frozenset(
     ("all", "analysis", "base-model", "base-models", BASELINE, "champion", "decision-ledger", "default")  # noqa: RUF005
@@ -25,6 +27,11 @@ def fault(name: object) -> str | None:
     if name in RESERVED:
         return f"is reserved; not allowed are {', '.join(sorted(RESERVED))}"
     return None
+
+
+def derived_name(name: str, sequences: int, length: int) -> str:
+    """The name of a recipe with another calibration: `shortgpt-20@16x256`. A derived name is derived anew."""
+    return f"{name.partition(DERIVED)[0]}{DERIVED}{sequences}x{length}"
 
 
 def made_name(text: str) -> str:
