@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any, Protocol
 
 import dagster as dg
@@ -27,8 +28,11 @@ _UNFINISHED = [s for s in dg.DagsterRunStatus if s.value in {"QUEUED", "NOT_STAR
 class Settings(Protocol):
     """What of the composition root's settings is read here."""
 
-    home: Any
-    watch: str
+    @property
+    def home(self) -> Path: ...
+
+    @property
+    def watch(self) -> str: ...
 
     def resources(self) -> dict[str, Any]: ...
 

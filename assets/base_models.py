@@ -37,9 +37,8 @@ def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: Mod
     source = _source(hub, slug, context.run.tags.get(REFERENCE))
     found = None
     try:
-        with opened(hub, source, bar) as found:
-            with working_on(f"{BASE} {slug}"):
-                produced = store.produce(_request(found.identity), _build(found), context.run_id)
+        with opened(hub, source, bar) as found, working_on(f"{BASE} {slug}"):
+            produced = store.produce(_request(found.identity), _build(found), context.run_id)
     except InputError:
         if (found is None or found.refused) and slug not in hub.registered() and not store.recall(BASE, slug):
             context.instance.delete_dynamic_partition(BASE_MODELS.name or "", slug)

@@ -9,10 +9,10 @@ import dagster as dg
 from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import GRID, Place
 from compression_dags.assets.publishing import GPU_POOL, publish
+from compression_dags.errors import InputError
 from compression_dags.evaluation.samples import NEW_TOKENS, NO_TOKENIZER, PROMPTS
 from compression_dags.evaluation.samples import VERSION as SAMPLES_VERSION
 from compression_dags.evaluation.tasks import Task
-from compression_dags.errors import InputError
 from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact, Request, write_metrics
 from compression_dags.provenance.escaping import markdown_code, markdown_line, markdown_text

@@ -123,8 +123,8 @@ def step_asset(name: str, group: str, reads: Sequence[str], about: str) -> dg.As
     group_name="results",
     deps=[BASE, RECIPE, *WEIGHTS_ASSETS],
     kinds={"huggingface", "safetensors"},
-    description="The recipe's last weights: the stock checkpoint that is scored and exported. It passed the reload gate "
-    "when it was made.",
+    description="The recipe's last weights: the stock checkpoint that is scored and exported. It passed the reload "
+    "gate when it was made.",
 )
 def compressed_model(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
     here = Place.of(context)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import dagster as dg
 
@@ -33,26 +34,26 @@ def recipe(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.Materi
         if stored is None:
             raise InputError(f"no recipe file is named {name!r}")
         found = read(stored)
-    return publish(store, RECIPE, name, make(store, found, context.run_id))
+    return publish(store, RECIPE, name, make(store, found, context.run_id), recipe=found.as_run())
 
 
 def make(store: ArtifactStore, recipe: Recipe, run_id: str = "") -> Produced:
     """The artifact of a recipe: its stages, options, defaults and versions as one JSON file."""
     said = json.loads(json.dumps(recipe.as_run()))
+    del said["description"]  # words decide nothing: they are in the handle
 
     def build(work: Workplace) -> dict:
         (work.out / FILE).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        return {
-            "stages": " → ".join(f"{s.stage}:{s.method}" for s in recipe.stages) or "none",
-            "description": recipe.description,
-        }
+        return {"stages": " → ".join(f"{s.stage}:{s.method}" for s in recipe.stages) or "none"}
 
     return store.produce(Request(RECIPE, VERSION, said, {}), build, run_id)
 
 
 def read(artifact: Artifact) -> Recipe:
-    """The recipe that an artifact holds."""
-    return recipe_of(json.loads((artifact.path / FILE).read_text(encoding="utf-8")))
+    """The recipe that an artifact holds, with the description that its handle has."""
+    if artifact.recipe:
+        return recipe_of(artifact.recipe)
+    return recipe_of({"description": ""} | json.loads((artifact.path / FILE).read_text(encoding="utf-8")))
 
 
 def at(store: ArtifactStore, name: str) -> Recipe:
@@ -75,6 +76,6 @@ def register(instance: dg.DagsterInstance, store: ArtifactStore, recipes: Mappin
     found = {}
     for name, each in recipes.items():
         found[name] = produced = make(store, each)
-        store.remember(RECIPE, name, produced.artifact)
+        store.remember(RECIPE, name, replace(produced.artifact, recipe=each.as_run()))
         report(instance, RECIPE, name, produced)
     return found

@@ -55,7 +55,8 @@ def leaderboard(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.M
     def build(work: Any) -> dict[str, Any]:
         read = [json.loads((a.path / "scorecard.json").read_text()) | {"family": name} for name, a in cards.items()]
         dense = next((card["scores"] for card in read if card["family"] == BASELINE), {})
-        read = [card | {"change": changes(card["scores"], dense) if card["scores"] is not dense else {}} for card in read]
+        for card in read:
+            card["change"] = {} if card["family"] == BASELINE else changes(card["scores"], dense)
         frame = leaderboard_frame(read)
         frame.to_parquet(work.out / "leaderboard.parquet", index=False)
         plots = {label: (a.path / "plot.png").read_bytes() for label, a in maps.items()}

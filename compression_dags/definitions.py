@@ -100,7 +100,7 @@ def build(tasks: Sequence[Task], settings: Settings) -> dg.Definitions:
             scorecards(tasks),
             leaderboard,
             decision_ledger,
-            alternatives_asset(Calibration(), CandidateOptions.model_validate({})),
+            alternatives_asset(Calibration.model_validate({}), CandidateOptions.model_validate({})),
         ],
         resources=settings.resources(),
         jobs=jobs,

@@ -73,7 +73,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Step:
+class Work:
     """One asset of a run.
 
     Attributes:
@@ -124,7 +124,7 @@ class Past:
     memory: float = 0.0
 
 
-def estimate(model: Model, steps: Iterable[Step], device: str, past: Past | None = None) -> Estimate:
+def estimate(model: Model, steps: Iterable[Work], device: str, past: Past | None = None) -> Estimate:
     """The sum over the steps that are not stored."""
     listed, past = list(steps), past or Past()
     missing = [s for s in listed if not s.stored]
@@ -144,7 +144,7 @@ def predicted(kind: str, method: str, tokens: int, model: Model, device: str) ->
     return fixed + a_layer * model.layers + moved + passes * work / SPEED[device]
 
 
-def _disk(step: Step, model: Model) -> float:
+def _disk(step: Work, model: Model) -> float:
     """Bytes that a step leaves: a checkpoint, or the states of some thousand tokens; others are small."""
     if step.kind in (*WEIGHTS, "base_model"):
         return model.bytes

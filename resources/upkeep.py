@@ -32,8 +32,8 @@ _DAMAGED = re.compile(r"[0-9a-f]{64}\.damaged-.+")
 _LOCK = re.compile(r"[0-9a-f]{64}\.lock")
 _TRASH = re.compile(r"[0-9a-f]{32}")
 _UNFINISHED_HANDLE = re.compile(r"\..+\.json\..+|.+\.[0-9]+")
-#: Path of an asset → whether its handles still count.
-Wanted = Callable[[tuple[str, ...]], bool]
+#: Path of an asset, and its partition → whether the handle still counts.
+Wanted = Callable[[tuple[str, ...], str], bool]
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,11 @@ def _problems(root: Path, stored: Stored, known: dict[tuple[int, int], str], res
 # -- prune ------------------------------------------------------------------------------------------------------------
 
 
-def survey(root: Path, *, older_than: float = DAY, wanted: Wanted = lambda _: True) -> Pruned:
+def survey(root: Path, *, older_than: float = DAY, wanted: Wanted = lambda *_: True) -> Pruned:
     """What a removal would take: nothing that a handle names, that is younger than `older_than` seconds, or foreign.
 
     Args:
-        wanted: of an asset's path, whether its handles count. Those of unwanted assets are garbage themselves.
+        wanted: whether a handle counts. Those that do not are garbage themselves.
 
     Raises:
         InputError: a handle cannot be read, so that nobody knows what it names.
@@ -242,7 +242,7 @@ def survey(root: Path, *, older_than: float = DAY, wanted: Wanted = lambda _: Tr
         age = now - _mtime(path)
         if path.is_symlink():
             named.add(target)
-        elif not wanted(key):
+        elif not wanted(key, path.name.removesuffix(".json")):
             result.removed.append(Garbage(path, "handle of a recipe that is gone", 0))
         elif whole and age > older_than and not os.path.lexists(root.joinpath("artifacts", *target)):
             result.removed.append(Garbage(path, "handle of an artifact that is gone", 0))
@@ -318,7 +318,7 @@ def _handles(root: Path, result: Pruned) -> Iterator[tuple[Path, tuple[str, ...]
         yield path, path.parent.relative_to(folder).parts, target
 
 
-def prune(root: Path, *, older_than: float = DAY, wanted: Wanted = lambda _: True, wait: bool = False) -> Pruned:
+def prune(root: Path, *, older_than: float = DAY, wanted: Wanted = lambda *_: True, wait: bool = False) -> Pruned:
     """Remove what `survey` finds while no run is at work; see there.
 
     Each folder leaves its place in one rename, so that a kill leaves it whole or in `<home>/trash`, which the next

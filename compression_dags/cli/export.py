@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dagster as dg
 import pandas as pd
 
-from compression_dags.assets.base_models import base_model
+from compression_dags.assets.evaluation import SCORECARD
+from compression_dags.assets.grid import COMPRESSED
+from compression_dags.assets.partitions import Place
 from compression_dags.checkpoints.exporting import copy_checkpoint, new_directory
 from compression_dags.cli.results import known_slug
 from compression_dags.errors import InputError, IntegrityError
@@ -19,6 +20,7 @@ from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import Recipe, load_recipes
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.home import working
+from compression_dags.step import BASE
 
 #: What of a recipe decides the weights; its description and evaluations do not.
 _DECIDES = ("calibration", "stages", "versions")
@@ -87,8 +89,7 @@ def _differences(before: Any, now: Any, where: str) -> Iterator[str]:
 
 def _found(home: Path, model: str, recipe: str) -> Exported:
     store, slug = ArtifactStore(home=str(home)), known_slug(home, model)
-    card = store.recall(dg.AssetKey([recipe.replace("-", "_"), "scorecard"]), slug)
-    base = store.recall(base_model.key, slug)
+    card, base = store.recall(SCORECARD, str(Place(slug, recipe))), store.recall(BASE, slug)
     if card is None or base is None or card.recipe is None:
         raise InputError(f"recipe {recipe} was not run on {slug}: compression-dags run -m {slug} -r {recipe}")
     scores = json.loads((card.path / "scorecard.json").read_text())
@@ -109,26 +110,29 @@ def lineage_of(store: ArtifactStore, slug: str, recipe: str, weights: Artifact) 
 
     Found by the digests of inputs, so that what a later run left under the same names does not count.
     """
-    family, known = recipe.replace("-", "_"), _by_digest(store, slug, recipe.replace("-", "_"))
+    known = _by_digest(store, slug, recipe)
     found: dict[str, Artifact] = {}
 
-    def visit(key: str, artifact: Artifact) -> None:
+    def visit(name: str, artifact: Artifact) -> None:
         for digest in artifact.inputs.values():
             if digest in known and known[digest][0] not in found:
                 visit(*known[digest])
-        found[key] = artifact
+        found[name] = artifact
 
-    visit(known.get(weights.digest, (f"{family}/{weights.kind}", weights))[0], weights)
+    visit(known.get(weights.digest, (weights.kind, weights))[0], weights)
     return found
 
 
-def _by_digest(store: ArtifactStore, slug: str, family: str) -> dict[str, tuple[str, Artifact]]:
-    """Digest → asset key and artifact of all that a model's handles name; keys of the family win."""
+def _by_digest(store: ArtifactStore, slug: str, recipe: str) -> dict[str, tuple[str, Artifact]]:
+    """Digest → asset and artifact of all that a model's handles name; those of the recipe win."""
     found: dict[str, tuple[str, Artifact]] = {}
-    for key in store.keys_of(slug):
-        artifact = store.recall(key, slug)
-        if artifact and (artifact.digest not in found or key.path[0] == family):
-            found[artifact.digest] = (key.to_user_string(), artifact)
+    own = str(Place(slug, recipe))
+    for asset, partition in store.assets_of(slug):
+        if asset == COMPRESSED:  # the same artifact as the last weights'
+            continue
+        artifact = store.recall(asset, partition)
+        if artifact and (artifact.digest not in found or partition == own):
+            found[artifact.digest] = (asset, artifact)
     return found
 
 
@@ -144,7 +148,7 @@ def changed_recipes(home: Path, slug: str, families: pd.Series) -> dict[str, str
     store, present = ArtifactStore(home=str(home)), load_recipes()
     found = {}
     for name in families:
-        card = store.recall(dg.AssetKey([name.replace("-", "_"), "scorecard"]), slug)
+        card = store.recall(SCORECARD, str(Place(slug, name)))
         if card and card.recipe and (changes := changes_since(card.recipe, present.get(name))):
             found[name] = changes[0]
     return found

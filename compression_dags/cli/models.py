@@ -65,7 +65,7 @@ def _partitions(home: Path, delete: str | None) -> list[str]:
     """Base models that Dagster knows in this home, after `delete` went; none where it never ran."""
     import dagster as dg
 
-    from compression_dags.assets.base_models import base_models
+    from compression_dags.assets.partitions import BASE_MODELS
 
     folder = home / "dagster"
     if not (folder / "dagster.yaml").is_file():
@@ -73,5 +73,5 @@ def _partitions(home: Path, delete: str | None) -> list[str]:
     os.environ["DAGSTER_HOME"] = str(folder)
     with dg.DagsterInstance.get() as instance:
         if delete:
-            instance.delete_dynamic_partition(base_models.name or "", delete)
-        return list(instance.get_dynamic_partitions(base_models.name or ""))
+            instance.delete_dynamic_partition(BASE_MODELS.name or "", delete)
+        return list(instance.get_dynamic_partitions(BASE_MODELS.name or ""))

@@ -199,13 +199,13 @@ def _checked(
     budgets: list[tuple[Measure, float]],
 ) -> ModelSource:
     """The model, registered and imported if it was not, once everything that shapes can tell has been checked."""
-    from compression_dags.cli.run import admit, check_model, configure_logging, resolve, stored_model
+    from compression_dags.cli.run import check_model, resolve, stored_model
+    from compression_dags.cli.session import configure_logging
 
     configure_logging()
     source = resolve(model, settings, None)
     check_model(source, [], settings)
     check_plan(stored_model(source, settings), options, calibration, budgets)
-    admit(source, settings)
     return source
 
 
@@ -272,25 +272,21 @@ def _bank(
     options: CandidateOptions,
     calibration: Calibration,
 ) -> tuple[CandidateTable, dict[str, Any], bool]:
-    """The bank, the base model's config, and whether the bank was stored already."""
+    """The measured candidates, the base model's config, and whether they were stored already."""
     import dagster as dg
 
-    from compression_dags.assets.base_models import base_model
-    from compression_dags.assets.calibration import build_calibration_assets, calibration_key
-    from compression_dags.assets.planning import NAME as ALTERNATIVES
-    from compression_dags.assets.planning import build_alternatives
+    from compression_dags.assets.planning import ALTERNATIVES, alternatives_asset
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.cli.run import execute, recall
+    from compression_dags.cli.run import admit, recall
+    from compression_dags.cli.session import execute, session
+    from compression_dags.resources.artifact_store import ArtifactStore
+    from compression_dags.step import BASE
 
-    assets = [base_model, *build_calibration_assets(calibration), build_alternatives(calibration, options)]
+    base = admit(source, settings).artifact
+    assets = [alternatives_asset(calibration, options)]
     definitions = dg.Definitions(assets=assets, resources=settings.resources(), executor=dg.in_process_executor)
-    names = ["calibration_tokens", *["calibration_activations"] * bool(options.sparsities), ALTERNATIVES]
-    wanted = [base_model.key, *(calibration_key(calibration, name) for name in names)]
-    result = execute(definitions, source.slug, wanted, settings)
-    states = {
-        e.asset_key: e.materialization.metadata["cache"].value
-        for e in result.all_events
-        if e.is_step_materialization and e.asset_key is not None
-    }
-    base, bank = (recall(settings, key, source.slug) for key in (wanted[0], wanted[-1]))
-    return CandidateTable.load(bank.path), Checkpoint(base.checkpoint).config, states[wanted[-1]] == "hit"
+    with session(settings, source.slug) as instance:
+        made = execute(instance, definitions, source.slug, [ALTERNATIVES], settings)
+    bank = recall(ArtifactStore(home=str(settings.home)), ALTERNATIVES, source.slug)
+    assert base.kind == BASE
+    return CandidateTable.load(bank.path), Checkpoint(base.checkpoint).config, made[ALTERNATIVES]["cache"] == "hit"

@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from compression_dags.definitions import Graph, Settings, build_graph
+from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.errors import InputError
-from compression_dags.evaluation.tasks import evaluation_book
 from compression_dags.provenance.decisions import read_decisions
-from compression_dags.recipes import load_recipes, recipes_folder
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import ModelHub
-
-
-def _graph() -> Graph:
-    return build_graph(load_recipes(), evaluation_book(recipes_folder()), Settings.from_environment())
 
 
 def known_slug(home: Path, model: str) -> str:
@@ -39,7 +33,7 @@ def leaderboards(home: Path, model: str | None) -> dict[str, pd.DataFrame]:
     """Slug → leaderboard of every model that has one."""
     store = ArtifactStore(home=str(home))
     slugs = [known_slug(home, model)] if model else sorted(ModelHub(home=str(home)).registered())
-    found = {slug: store.recall(Graph.SUMMARY[0], slug) for slug in slugs}
+    found = {slug: store.recall(LEADERBOARD, slug) for slug in slugs}
     return {slug: pd.read_parquet(a.path / "leaderboard.parquet") for slug, a in found.items() if a}
 
 
@@ -66,7 +60,7 @@ def ledger(home: Path, model: str, recipe: str | None, stage: str | None) -> pd.
     """
     slug = known_slug(home, model)
     store = ArtifactStore(home=str(home))
-    found = store.recall(Graph.SUMMARY[1], slug)
+    found = store.recall(LEDGER, slug)
     if found is None:
         raise InputError(f"no recipe was run on {slug} yet")
     frame = read_decisions(found.path / "ledger.parquet")

@@ -19,7 +19,7 @@ def store_sizes(home: Path) -> dict[str, dict[str, int]]:
 
 def check_store(home: Path) -> Checked:
     """Every artifact against the hashes in its manifest."""
-    from compression_dags.cli.run import configure_logging
+    from compression_dags.cli.session import configure_logging
     from compression_dags.resources.upkeep import check
 
     configure_logging()
@@ -37,12 +37,12 @@ def prune_store(home: Path, *, delete: bool, days: float, recipes_gone: bool, wa
     Raises:
         InputError: runs are at work and `wait` is off.
     """
-    from compression_dags.cli.run import configure_logging
+    from compression_dags.cli.session import configure_logging
     from compression_dags.resources.upkeep import DAY, prune, survey
 
     configure_logging()
     _exists(home)
-    wanted = _present(home) if recipes_gone else (lambda _: True)
+    wanted = _present(home) if recipes_gone else (lambda *_: True)
     if delete:
         return prune(home, older_than=days * DAY, wanted=wanted, wait=wait)
     return survey(home, older_than=days * DAY, wanted=wanted)
@@ -54,23 +54,30 @@ def _exists(home: Path) -> None:
 
 
 def _present(home: Path) -> Wanted:
-    """Whether an asset belongs to a recipe, or to a calibration set, that is still there.
+    """Whether the handles of a recipe count: those of recipes that are still there, and of what is no recipe's.
 
-    Tasks do not count: a text may only be away for a while. Calibration sets that a planner's bank was measured on
-    stay: no recipe names them, and a bank takes hours.
+    Tasks do not count: a text may only be away for a while. The planner's candidates stay: no recipe names them, and
+    they take hours.
 
     Raises:
         InputError: a recipe file cannot be read, so that nobody knows whether its recipe is gone.
     """
-    from compression_dags.assets.planning import NAME as ALTERNATIVES
-    from compression_dags.cli.results import _graph
+    from compression_dags.assets.planning import ALTERNATIVES
+    from compression_dags.recipes import BASELINE, load_recipes
+    from compression_dags.resources.artifact_store import RECIPE
 
-    graph = _graph()
-    if unread := [str(path) for path in getattr(graph.recipes, "left_out", ())]:
+    recipes = load_recipes()
+    if unread := [str(path) for path in recipes.left_out]:
         raise InputError(f"--recipes-gone: repair or remove first, as its recipe may be there: {', '.join(unread)}")
-    first = {key.path[0] for key in graph.definitions.resolve_asset_graph().get_all_asset_keys()}
-    banks = {path.parent.name for path in (home / "handles").glob(f"*/{ALTERNATIVES}")}
-    return lambda key: key[0] in first | banks
+    known = {BASELINE, *recipes}
+
+    def wanted(key: tuple[str, ...], partition: str) -> bool:
+        if key[0].startswith(f"{ALTERNATIVES}."):
+            return True
+        name = partition if key == (RECIPE,) else partition.partition("|")[2]
+        return not name or name.partition("@")[0] in known
+
+    return wanted
 
 
 def sizes_text(home: Path, sizes: dict[str, dict[str, int]]) -> str:

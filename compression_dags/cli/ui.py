@@ -21,7 +21,7 @@ import click
 import yaml
 
 from compression_dags.cli.main import WorkFailed
-from compression_dags.cli.run import prepare_instance, reap_runs
+from compression_dags.cli.session import prepare_instance, reap_runs
 from compression_dags.errors import InputError
 from compression_dags.paths import PROJECT
 

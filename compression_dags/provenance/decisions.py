@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ class Decision:
         return cls(**{"reason": "", **row})
 
 
-def write_decisions(decisions: list[Decision], path: Path) -> None:
+def write_decisions(decisions: Sequence[Decision], path: Path) -> None:
     """Write rows as parquet; `evidence` becomes JSON text.
 
     What depends on who asked (base model, recipe, run) is not in the file: an artifact is shared by every recipe with

@@ -79,22 +79,6 @@ class Override(Options):
     group_size: int | None = Field(None, gt=0)
     symmetric: bool = True
 
-    def steps(self, chain: Chain) -> tuple[Step, ...]:
-        """`quantized_weights`; with `bits` it reads a `quantization_plan`, which the planner declares."""
-        tokens = ("calibration_tokens",) if self.reads_tokens else ()
-        plan = ("quantization_plan",) if self.bits else ()
-        return (
-            Step(
-                "quantized_weights",
-                self.code_version,
-                self.options(),
-                (WEIGHTS, *tokens, *plan),
-                "compression_dags.quantization.workers:quantize",
-                self,
-                weights=True,
-            ),
-        )
-
     @property
     def choice(self) -> Choice:
         return Choice.of(self.scheme, self.group_size, self.symmetric)
@@ -141,6 +125,22 @@ class QuantizeStage(Stage):
         if self.bits is not None:
             check_together({f"candidate {name}": Choice.of(name) for name in (self.scheme, *self.candidates)})
         return self
+
+    def steps(self, chain: Chain) -> tuple[Step, ...]:
+        """`quantized_weights`; with `bits` it reads a `quantization_plan`, which the planner declares."""
+        tokens = ("calibration_tokens",) if self.reads_tokens else ()
+        plan = ("quantization_plan",) if self.bits else ()
+        return (
+            Step(
+                "quantized_weights",
+                self.code_version,
+                self.options(),
+                (WEIGHTS, *tokens, *plan),
+                "compression_dags.quantization.workers:quantize",
+                self,
+                weights=True,
+            ),
+        )
 
     @property
     def choice(self) -> Choice:

@@ -13,7 +13,7 @@ from compression_dags.quantization.schemes import QuantizeStage
 
 
 def quantize(job: Job) -> dict[str, Any]:
-    """Size of the quantized checkpoint, bits a weight, what its reload gate measured, and whether vLLM would serve it."""
+    """Size of the quantized checkpoint, bits a weight, its reload gate, and whether vLLM would serve it."""
     stage, source = job.stage, job.checkpoint()
     assert isinstance(stage, QuantizeStage)
     stage.check(source.facts)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from compression_dags.calibration.steps import calibration_steps
 from compression_dags.planning.steps import quantization_plan
+from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.similarity.steps import similarity_steps
 from compression_dags.step import BASE, WEIGHTS, Chain, Step
 
@@ -38,7 +39,7 @@ def _stage_steps(recipe: Recipe) -> list[Step]:
     found: list[Step] = []
     before, chain = BASE, Chain(recipe.calibration)
     for stage in recipe.stages:
-        planned = (quantization_plan(stage),) if stage is recipe.quantize and recipe.quantize.bits else ()
+        planned = (quantization_plan(stage),) if isinstance(stage, QuantizeStage) and stage.bits else ()
         steps = [replace(step, before=before) for step in (*planned, *stage.steps(chain))]
         found += steps
         before = next((step.name for step in reversed(steps) if step.weights), before)

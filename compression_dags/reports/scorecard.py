@@ -14,6 +14,7 @@ from compression_dags.provenance.escaping import line
 #: Task → metric → value.
 Scores = dict[str, dict[str, float]]
 
+
 def make_scorecard(
     family: str,
     weights: dict[str, Any],

@@ -22,8 +22,6 @@ _READS = ("calibration_activations",)
 def similarity_steps() -> tuple[Step, ...]:
     """One step a measure of merging methods, and the redundancy that sparsity allocation reads."""
     worker = "compression_dags.similarity.workers"
-    steps = [
-        Step(f"similarity_{name}", VERSION, {}, _READS, f"{worker}:measure", name, gpu=False) for name in MEASURES
-    ]
+    steps = [Step(f"similarity_{name}", VERSION, {}, _READS, f"{worker}:measure", name, gpu=False) for name in MEASURES]
     steps.append(Step(REDUNDANCY, REDUNDANCY_VERSION, {}, _READS, f"{worker}:redundancy", gpu=False))
     return tuple(steps)

@@ -26,8 +26,8 @@ from compression_dags.sparsity.allocation import (
 from compression_dags.sparsity.allocators import AnyAllocation
 from compression_dags.sparsity.allocators.uniform import Uniform
 from compression_dags.sparsity.identity import plan_identity
-from compression_dags.step import WEIGHTS, Chain, Step
 from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
+from compression_dags.step import WEIGHTS, Chain, Step
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,8 +27,8 @@ from compression_dags.provenance.escaping import (
     visible,
 )
 from compression_dags.provenance.plots import bars_png, heatmap_png, merge_tree_png, scatter_png
-from compression_dags.reports.model_card import write_card
 from compression_dags.reports.html import write_report
+from compression_dags.reports.model_card import write_card
 from compression_dags.reports.scorecard import (
     change_text,
     frame_text,

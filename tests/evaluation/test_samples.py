@@ -13,8 +13,8 @@ import torch
 from compression_dags.checkpoints.gate import load_stock
 from compression_dags.evaluation.samples import NEW_TOKENS, NO_TOKENIZER, PROMPTS, continuations, has_tokenizer
 from compression_dags.provenance.artifacts import Artifact
-from compression_dags.reports.model_card import write_card
 from compression_dags.reports.html import write_report
+from compression_dags.reports.model_card import write_card
 from compression_dags.reports.scorecard import Sample, make_scorecard, samples_note, samples_of
 
 SIZE = {"layers": 2, "parameters": 10, "bytes": 20}

@@ -1,0 +1,145 @@
+"""A home's Dagster instance as the command line opens it, and runs of assets in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from dagster._core.execution.plan.objects import ErrorSource
+from dagster._core.utils import make_new_run_id
+
+from compression_dags import failures
+from compression_dags.assets.partitions import BASE_MODELS
+from compression_dags.failures import WorkFailed
+from compression_dags.paths import PROJECT
+from compression_dags.provenance.escaping import visible
+from compression_dags.resources.home import running, working
+from compression_dags.resources.instance import closed, opened
+from compression_dags.statefile import replace_text
+
+if TYPE_CHECKING:
+    from compression_dags.definitions import Settings
+
+#: The daemon of a UI on this home neither ends such a run after a day nor starts it again: this process sees to both.
+RUN_TAGS = {"dagster/max_runtime": "0", "dagster/max_retries": "0"}
+#: Where the template of `dagster.yaml` finds its database, if it has one.
+POSTGRES_URL = "DAGSTER_POSTGRES_URL"
+
+
+def prepare_instance(home: Path) -> Path:
+    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off).
+
+    A URL of a Postgres database gets the driver that dagster-postgres is written for: SQLAlchemy 2.1 takes another.
+    """
+    file, template = home / "dagster" / "dagster.yaml", (PROJECT / "dagster.yaml").read_text(encoding="utf-8")
+    held = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if held != template and template.startswith(held):  # none yet, or a copy that was cut off
+        replace_text(file, template)
+    if url := os.environ.get(POSTGRES_URL):
+        os.environ[POSTGRES_URL] = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", url)
+    return file.parent
+
+
+def configure_logging() -> None:
+    """One line an asset on standard error; Dagster's own chatter and library warnings stay in its event log."""
+    logging.getLogger().handlers.clear()
+    warnings.filterwarnings("ignore", message=".*(beta|preview|superseded).*")
+    ours = logging.getLogger("compression_dags")
+    ours.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(message)s"))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours say for themselves when they show
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class _Visible(logging.Formatter):
+    """Messages in which foreign text cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def reap_runs(home: Path) -> None:
+    """Mark runs whose process is gone as failed, before a UI shows them at work for ever."""
+    configure_logging()
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
+    with opened(home):
+        pass
+
+
+@contextlib.contextmanager
+def session(settings: Settings, base_model: str) -> Iterator[dg.DagsterInstance]:
+    """The instance of a home with a base model's partition; the home is shared meanwhile, so that nothing is pruned."""
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(settings.home))
+    with working(settings.home), opened(settings.home, BASE_MODELS.name or "", base_model) as instance:
+        yield instance
+
+
+def execute(
+    instance: dg.DagsterInstance,
+    definitions: dg.Definitions,
+    partition: str,
+    assets: Sequence[str],
+    settings: Settings,
+) -> dict[str, dict[str, Any]]:
+    """Asset → metadata of each materialization of one run.
+
+    Raises:
+        InputError: an asset refused what it was given.
+        WorkFailed: an asset failed; what finished before is stored.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    run_id = make_new_run_id()
+    with running(settings.home, run_id), closed(instance, run_id):
+        result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance,
+            run_id=run_id,
+            partition_key=partition,
+            asset_selection=[dg.AssetKey(name) for name in assets],
+            raise_on_error=False,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            tags=RUN_TAGS,
+        )
+    if not result.success:
+        _raise_first_failure(result)
+    return {
+        e.asset_key.to_user_string(): {name: value.value for name, value in e.materialization.metadata.items()}
+        for e in result.all_events
+        if e.is_step_materialization and e.asset_key is not None
+    }
+
+
+def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
+    if _interrupted(result):
+        raise KeyboardInterrupt
+    for event in result.all_events:
+        if event.is_step_failure:
+            whole = error = event.step_failure_data.error
+            chain: list[tuple[str, str]] = []  # outermost first
+            while error is not None:
+                chain.append((error.cls_name or "", error.message))
+                error = error.cause
+            if failures.debugging() and whole is not None:
+                print(whole.to_string(), file=sys.stderr)
+            raise failures.explain_step(str(event.step_key), chain, result.run_id)
+    raise WorkFailed(f"run {result.run_id} failed without a failed step")
+
+
+def _interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether Ctrl-C or SIGTERM ended the run: Dagster turns both into an event."""
+    ends = [e.job_failure_data.error for e in result.all_events if e.is_job_failure]
+    named = any(error and error.cls_name in {"DagsterExecutionInterruptedError", "KeyboardInterrupt"} for error in ends)
+    sources = [e.step_failure_data.error_source for e in result.all_events if e.is_step_failure]
+    return named or ErrorSource.INTERRUPT in sources
