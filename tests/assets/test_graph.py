@@ -15,7 +15,7 @@ from dagster import DagsterEvent
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
 from compression_dags.paths import PROJECT
-from compression_dags.recipes import load_recipe, load_recipes
+from compression_dags.recipes import load_recipes
 
 RECIPES = PROJECT / "recipes"
 
@@ -23,7 +23,8 @@ RECIPES = PROJECT / "recipes"
 def small_recipes(*names: str) -> dict:
     """Shipped recipes with a calibration that takes a second."""
     tiny = Calibration(sequences=24, length=128, samples=256)
-    return {n: replace(load_recipe(RECIPES / f"{n}.yaml"), calibration=tiny) for n in names}
+    shipped = load_recipes(RECIPES)
+    return {n: replace(shipped[n], calibration=tiny) for n in names}
 
 
 def graph_of(home: Path, recipes: dict) -> Graph:
