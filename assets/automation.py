@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import dagster as dg
 
 from compression_dags.assets.base_models import REFERENCE
-from compression_dags.assets.evaluation import SAMPLES, SCORECARD, eval_key
+from compression_dags.assets.evaluation import SAMPLES, eval_key
 from compression_dags.assets.grid import COMPRESSED, TABLE
 from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.recipe import register
+from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.evaluation.tasks import Task

@@ -7,10 +7,10 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from compression_dags.assets.evaluation import SCORECARD
 from compression_dags.assets.grid import DECIDERS
 from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.publishing import picture, publish
+from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.provenance.decisions import join_ledger

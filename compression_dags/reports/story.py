@@ -25,9 +25,7 @@ from compression_dags.provenance.wording import joined, layers_said, number
 from compression_dags.registry import stage_kinds
 
 #: Step → the stage that it belongs to. `merged_weights` applies a plan and decides nothing.
-STAGES = {
-    kind.name: stage for stage, kinds in stage_kinds().items() for kind in kinds if kind.name != "merged_weights"
-}
+STAGES = {kind.name: stage for stage, kinds in stage_kinds().items() for kind in kinds if kind.name != "merged_weights"}
 _WIDTH = 110
 _PARAMETER = re.compile(r"\.(weight|bias)$")
 
