@@ -55,7 +55,7 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
             from compression_dags.stage import bar
 
             source = Checkpoint(base.checkpoint)
-            merge.check(source.facts)
+            merge.check(source.shape)
             paths = {name: handle.path for name, handle in analysis.items()}
             tokens, activations = paths.pop("calibration_tokens", None), paths.pop("calibration_activations", None)
             evidence = read_evidence(paths, activations)
@@ -63,9 +63,9 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
                 with accelerator.lease() as device:
                     blocks = load_blocks(tokens / "tokens.safetensors")
                     probe = ProbeContext(source, blocks, device.name, device.dtype, work.resume(), bar)
-                    plan, decisions = merge.plan(source.facts, evidence, probe)
+                    plan, decisions = merge.plan(source.shape, evidence, probe)
             else:
-                plan, decisions = merge.plan(source.facts, evidence)
+                plan, decisions = merge.plan(source.shape, evidence)
             plan.save(work.out)
             write_decisions(decisions, work.out / DECISIONS)
             return {
@@ -173,7 +173,7 @@ def build_recovered_weights(recipe: Recipe, index: int, before: dg.AssetKey) -> 
             from compression_dags.stage import bar
 
             teacher, student = Checkpoint(base.checkpoint), Checkpoint(weights.checkpoint)
-            recover.check(teacher.facts)
+            recover.check(teacher.shape)
             chosen = MergePlan.load(plan.path)
             blocks = load_blocks(tokens.path / "tokens.safetensors")
             with accelerator.lease() as device:

@@ -54,7 +54,7 @@ def build_quantization_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             from compression_dags.stage import bar
 
             source = Checkpoint(weights.checkpoint)
-            quantizer.check(source.facts)
+            quantizer.check(source.shape)
             blocks = load_blocks(tokens.path / "tokens.safetensors")
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}
@@ -112,7 +112,7 @@ def build_quantized_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.Asse
             from compression_dags.stage import bar
 
             source = Checkpoint(weights.checkpoint)
-            quantizer.check(source.facts)
+            quantizer.check(source.shape)
             blocks = load_blocks(more["tokens"].path / "tokens.safetensors") if "tokens" in more else None
             schemes = SchemePlan.load(more["plan"].path).choices if "plan" in more else None
             with accelerator.lease() as device:

@@ -53,7 +53,7 @@ def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDe
             from compression_dags.stage import bar
 
             source = Checkpoint(weights.checkpoint)
-            sparsify.check(source.facts)
+            sparsify.check(source.shape)
             paths = {name: handle.path for name, handle in analysis.items()}
             if tokens := paths.get("calibration_tokens"):
                 with accelerator.lease() as device:
@@ -123,7 +123,7 @@ def build_sparse_weights(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsD
             from compression_dags.stage import bar
 
             source, chosen = Checkpoint(weights.checkpoint), SparsityPlan.load(plan.path)
-            sparsify.check(source.facts)
+            sparsify.check(source.shape)
             blocks = load_blocks(tokens["tokens"].path / "tokens.safetensors") if tokens else None
             with accelerator.lease() as device:
                 on: dict[str, Any] = {"device": device.name, "dtype": device.dtype}

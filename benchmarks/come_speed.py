@@ -119,7 +119,7 @@ def one_form(
     probe = ProbeContext(source, blocks, args.device, args.dtype)
     method, options = FORMS[name]
     chosen = stage(method, layers=args.merges, **options)
-    plan, _ = meter.phase(f"{name}: plan", lambda: chosen.plan(source.facts, evidence, probe))
+    plan, _ = meter.phase(f"{name}: plan", lambda: chosen.plan(source.shape, evidence, probe))
     assert len(plan.layers) == args.layers - args.merges
     written = args.work / "written"
     student = meter.phase(f"{name}: write", lambda: apply_plan(source, plan, written))
@@ -148,7 +148,7 @@ def reference(source: Checkpoint, blocks: TokenBlocks, meter: Meter, args: argpa
 
     def passes() -> None:
         for _ in range(times):
-            method.plan(source.facts, nothing, probe)
+            method.plan(source.shape, nothing, probe)
 
     meter.phase("reference", passes)
     row = meter.rows["reference"]

@@ -152,7 +152,7 @@ class Study:
     def run(self, stage: MergeStage, removed: int, options: dict[str, Any]) -> None:
         start = time.monotonic()
         probe = ProbeContext(self.base, self.blocks, **self.on)
-        plan, decisions = stage.plan(self.base.facts, self.evidence, probe)
+        plan, decisions = stage.plan(self.base.shape, self.evidence, probe)
         seconds = round(time.monotonic() - start, 1)
         with tempfile.TemporaryDirectory() as folder:
             merged = apply_plan(self.base, plan, Path(folder, "merged"))

@@ -153,10 +153,10 @@ def feasible(recipes: Path, model: Path) -> dict[str, str]:
     from compression_dags.errors import InputError
     from compression_dags.recipes import load_recipes
 
-    facts, found = Checkpoint(model).stated_facts, {}
+    shape, found = Checkpoint(model).stated_shape, {}
     for name, recipe in load_recipes(recipes).items():
         try:
-            recipe.check(facts)
+            recipe.check(shape)
             found[name] = ""
         except InputError as error:
             found[name] = str(error)

@@ -136,7 +136,7 @@ class RecipeStudy(Study):
     def _applied(self, stage: Stage, before: Made, folder: Path) -> tuple[Checkpoint, MergePlan | None, Row]:
         source, plan = before.checkpoint, before.plan
         if isinstance(stage, MergeStage):
-            plan, _ = stage.plan(source.facts, self.evidence, ProbeContext(source, self.blocks, **self.on))
+            plan, _ = stage.plan(source.shape, self.evidence, ProbeContext(source, self.blocks, **self.on))
             return apply_plan(source, plan, folder), plan, {}
         if isinstance(stage, RecoverStage):
             assert plan is not None

@@ -45,7 +45,7 @@ class Stage(Options):
     version: ClassVar[str]
     method: str
 
-    def check(self, facts: ModelShape) -> None:
+    def check(self, shape: ModelShape) -> None:
         """Refuse what cannot work on this model, before any compute.
 
         Raises:
@@ -62,7 +62,7 @@ class Stage(Options):
         """The versions of all methods that this stage runs, as they enter fingerprints."""
         return ".".join(self.versions.values())
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse a calibration set that is too small, before any compute.
 
         Raises:

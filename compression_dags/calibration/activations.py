@@ -127,7 +127,7 @@ def profile_activations(
 class _Accumulators:
     def __init__(self, stream: DecoderStream, blocks: TokenBlocks, sampled: np.ndarray):
         count, rows = stream.num_layers, len(blocks.lengths)
-        hidden = stream.checkpoint.facts.hidden
+        hidden = stream.checkpoint.shape.hidden
         self.stream, self.blocks = stream, blocks
         self.lengths = torch.from_numpy(blocks.lengths).double()
         self.sampled = torch.from_numpy(sampled)

@@ -94,11 +94,11 @@ class Checkpoint:
         return without_machine_facts({**filled, **{k: v for k, v in self.raw_config.items() if v is not None}})
 
     @property
-    def facts(self) -> ModelShape:
+    def shape(self) -> ModelShape:
         return ModelShape(self.architecture, self.config, self.tensors)
 
     @property
-    def stated_facts(self) -> ModelShape:
+    def stated_shape(self) -> ModelShape:
         """The same from `config.json` as it stands, without importing transformers: enough for checks before a run."""
         return ModelShape(self.architecture, self.raw_config, self.tensors)
 

@@ -248,7 +248,7 @@ def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) 
         return  # not downloaded yet: `base_model` checks it
     checkpoint = stored_model(source, settings)
     for recipe in recipes:
-        recipe.check(checkpoint.stated_facts)
+        recipe.check(checkpoint.stated_shape)
     store = ArtifactStore(home=str(settings.home))
     missing = [n for n in ("base_model", *(f"{r.slug}/scorecard" for r in recipes)) if not _stored(store, n, source)]
     store.ensure_writable(checkpoint.nbytes * len(missing))

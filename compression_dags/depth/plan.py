@@ -222,21 +222,21 @@ class MergeStage(Stage):
         where = f"{side} layer" if count == 1 else f"one of the {side} {min(count, total)} layers"
         return f"protected: {where} (protect_{side} {count})"
 
-    def check(self, facts: ModelShape) -> None:
-        count, free = self.removed(facts.layers), len(self.free_layers(facts.layers))
+    def check(self, shape: ModelShape) -> None:
+        count, free = self.removed(shape.layers), len(self.free_layers(shape.layers))
         target = f"ratio {self.ratio}" if self.ratio is not None else f"layers {self.layers}"
         if count < 1:
             raise InputError(
-                f"{target} of {facts.layers} layers removes none; the least is ratio {0.5 / facts.layers:.3g}"
+                f"{target} of {shape.layers} layers removes none; the least is ratio {0.5 / shape.layers:.3g}"
             )
-        if count > free or count >= facts.layers:
+        if count > free or count >= shape.layers:
             raise InputError(
-                f"{target} removes {count} of {facts.layers} layers, but only {free} are unprotected "
+                f"{target} removes {count} of {shape.layers} layers, but only {free} are unprotected "
                 f"(protect_first {self.protect_first}, protect_last {self.protect_last})"
             )
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         """Decide, and say why, layer by layer. `bench` is given to methods that measure."""
         raise AssertionError(f"{type(self).__name__} must define plan")

@@ -134,23 +134,23 @@ def check_plan(
     Raises:
         InputError: a budget out of reach, a quantizer or a recovery stage that does not fit, too few tokens for it.
     """
-    facts = source.stated_facts
+    shape = source.stated_shape
     for choice in options.choices():
-        quantizer_stage(options.quantizer, choice).check(facts)
+        quantizer_stage(options.quantizer, choice).check(shape)
     if options.depth and isinstance(options.recover, dict):
         stage = recovery_of(options.recover)
-        stage.check(facts)
-        context = int(facts.config.get("max_position_embeddings") or calibration.length)
+        stage.check(shape)
+        context = int(shape.config.get("max_position_embeddings") or calibration.length)
         measured = min(options.rows, calibration.sequences)
         unseen = calibration.sequences - measured
         fitting = unseen if unseen >= measured else calibration.sequences
-        stage.check_tokens(facts, fitting, min(calibration.length, context))
+        stage.check_tokens(shape, fitting, min(calibration.length, context))
     found = limits_of(Shapes.of(source), options)
     for measure, budget in budgets:
         found[measure].check(budget)
 
 
-def check_bits(stage: QuantizeStage, facts: ModelShape) -> None:
+def check_bits(stage: QuantizeStage, shape: ModelShape) -> None:
     """Refuse an average of bits that no mixture of the stage's schemes has on this model.
 
     Facts without the shapes of tensors are let pass.
@@ -160,9 +160,9 @@ def check_bits(stage: QuantizeStage, facts: ModelShape) -> None:
     """
     from compression_dags.planning.mixed import bank_options
 
-    if stage.bits is None or not facts.tensors:
+    if stage.bits is None or not shape.tensors:
         return
-    found = limits_of(Shapes(facts.architecture, facts.tensors, facts.layers), bank_options(stage))["bits"]
+    found = limits_of(Shapes(shape.architecture, shape.tensors, shape.layers), bank_options(stage))["bits"]
     try:
         found.check(stage.bits)
     except InputError as error:

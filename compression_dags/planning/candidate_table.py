@@ -72,7 +72,7 @@ def measure_bank(
     if options.sparsities and statistics is None:
         raise InputError(f"sparsities {list(options.sparsities)} need the statistics of the calibration pass")
     for choice in options.choices():
-        quantizer_stage(options.quantizer, choice).check(source.facts)
+        quantizer_stage(options.quantizer, choice).check(source.shape)
     rows = even_rows(blocks, options.rows)
     unseen = _unseen(blocks, rows)
     recovery = recovery_for(source, options, unseen) if options.depth else None

@@ -293,7 +293,7 @@ def removable(options: CandidateOptions, layers: int) -> int:
 def candidates(source: Checkpoint | Shapes, options: CandidateOptions, merges: bool = True) -> list[Candidate]:
     """Every alternative, with exact bytes and parameters, not measured yet; without merges for what knows no kinds."""
     shapes = source if isinstance(source, Shapes) else Shapes.of(source)
-    kind = None if isinstance(source, Shapes) else source.facts.kind
+    kind = None if isinstance(source, Shapes) else source.shape.kind
     names, ignored = tuple(g.name for g in shapes.architecture.groups), ignored_cells(shapes, options)
     found: list[Candidate] = []
     for layer, tensors in enumerate(shapes.by_layer()):

@@ -55,7 +55,7 @@ def recovery_for(source: Checkpoint, options: CandidateOptions, blocks: TokenBlo
     asked = AUTO if options.recover == "auto" else options.recover
     stage = recovery_of(asked)
     try:
-        stage.check(source.facts)
+        stage.check(source.shape)
         return FittedRecovery(asked, stage, _enough(stage, source, blocks, options.rows))
     except InputError:
         if options.recover == "auto":
@@ -69,11 +69,11 @@ def _enough(stage: RecoverStage, source: Checkpoint, blocks: TokenBlocks, least:
     while least < total:
         chosen = chosen_rows(blocks, even_rows(blocks, least))
         try:
-            stage.check_tokens(source.facts, least, int(chosen.tokens // least))
+            stage.check_tokens(source.shape, least, int(chosen.tokens // least))
             return chosen
         except InputError:
             least *= 2
-    stage.check_tokens(source.facts, total, int(blocks.tokens // total))
+    stage.check_tokens(source.shape, total, int(blocks.tokens // total))
     return blocks
 
 

@@ -82,10 +82,10 @@ def plan_schemes(
 
     if stage.bits is None:
         raise InputError(f"quantize: {stage.method} asks for no average of bits")
-    check_bits(stage, source.facts)
+    check_bits(stage, source.shape)
     bank = measure_bank(source, blocks, bank_options(stage), device=device, dtype=dtype, progress=progress)
     solution = solve(bank, "bits", stage.bits)
-    allowed, architecture = stage.choices(source.facts), source.architecture
+    allowed, architecture = stage.choices(source.shape), source.architecture
     choices, rows = {}, []
     tried = {(a.layer, a.group): [] for a in bank.alternatives}
     for a in bank.alternatives:

@@ -173,7 +173,7 @@ class Packer:
 
     def _kept_because(self, module: str) -> dict[str, Any]:
         tied, stage = f"{module}.weight" not in self.source.tensors, self.stage
-        if tied or stage.bits is not None or module not in stage.wished(self.source.facts):
+        if tied or stage.bits is not None or module not in stage.wished(self.source.shape):
             return {"tied": tied}
         return {"tied": False, "asked": self._asked(module)}
 

@@ -153,22 +153,22 @@ class QuantizeStage(Stage):
     def _ignored(self, module: str) -> bool:
         return self.ignored_by(module) is not None
 
-    def wished(self, facts: ModelShape) -> list[str]:
+    def wished(self, shape: ModelShape) -> list[str]:
         """Projections that `ignore` does not name, whether their scheme fits them or not."""
-        architecture, layers = facts.architecture, range(facts.layers)
+        architecture, layers = shape.architecture, range(shape.layers)
         modules = [architecture.layer_prefix(i) + p for i in layers for p in architecture.projections()]
         return [m for m in modules if not self._ignored(m)]
 
-    def choices(self, facts: ModelShape) -> dict[str, Choice]:
+    def choices(self, shape: ModelShape) -> dict[str, Choice]:
         """Module → what it is quantized to, layer by layer. Modules that stay as they are do not appear.
 
         Raises:
             InputError: matrices that engines fuse (query, key and value; gate and up) would differ; schemes that
                 cannot share a checkpoint; with `fallback: refuse`, a group size that does not divide.
         """
-        architecture, columns = facts.architecture, input_dimensions(facts)
+        architecture, columns = shape.architecture, input_dimensions(shape)
         found: dict[str, Choice] = {}
-        for layer in range(facts.layers):
+        for layer in range(shape.layers):
             for group in architecture.groups:
                 names = [architecture.layer_prefix(layer) + p for p in group.projections]
                 names = [n for n in names if not self._ignored(n)]
@@ -177,7 +177,7 @@ class QuantizeStage(Stage):
                     differ = ", ".join(f"{n}: {c.scheme if c else 'as it is'}" for n, c in own.items())
                     raise InputError(f"overrides: matrices of one input must have one scheme; {differ}")
                 found |= {name: choice for name, choice in own.items() if choice}
-        found = self._alike(found, columns, facts)
+        found = self._alike(found, columns, shape)
         check_together(found)
         return found
 
@@ -194,36 +194,36 @@ class QuantizeStage(Stage):
             )
         return fitted
 
-    def _alike(self, found: dict[str, Choice], columns: dict[str, int], facts: ModelShape) -> dict[str, Choice]:
+    def _alike(self, found: dict[str, Choice], columns: dict[str, int], shape: ModelShape) -> dict[str, Choice]:
         """With one group size for all matrices that ask for one scheme, where a checkpoint can hold one only."""
-        group = {p: g.name for g in facts.architecture.groups for p in g.projections}
+        group = {p: g.name for g in shape.architecture.groups for p in g.projections}
         widths: dict[Choice, set[int]] = {}
         for name in found:
-            widths.setdefault(self.asked(name), set()).add(columns[group[facts.architecture.split_name(name)[1]]])
+            widths.setdefault(self.asked(name), set()).add(columns[group[shape.architecture.split_name(name)[1]]])
         common = {asked: asked.common(seen) for asked, seen in widths.items() if asked.dequantize_on_load}
         return {name: common.get(self.asked(name), choice) for name, choice in found.items()}
 
-    def check(self, facts: ModelShape) -> None:
+    def check(self, shape: ModelShape) -> None:
         """See `Stage.check`: mixtures of experts, quantized sources, bad `ignore` or `overrides`."""
-        architecture = facts.architecture
+        architecture = shape.architecture
         if architecture.experts is not None:
             raise InputError(
                 f"quantizing {architecture.model_type} is not supported yet: its experts are fused parameters, "
                 "not Linear modules, so a Linear-targeted scheme would leave most weights as they are"
             )
-        if facts.config.get("quantization_config"):
+        if shape.config.get("quantization_config"):
             raise InputError(f"the model is quantized already; {self.scheme} needs dense float weights")
-        modules = [architecture.layer_prefix(i) + p for i in range(facts.layers) for p in architecture.projections()]
+        modules = [architecture.layer_prefix(i) + p for i in range(shape.layers) for p in architecture.projections()]
         for option, entries in (("ignore", self.ignore), ("overrides", tuple(self.overrides))):
             for entry in entries:
                 if not any(matches(entry, module) for module in ("lm_head", *modules)):
                     raise InputError(f"{option} {entry!r} names no module; there are lm_head and e.g. {modules[0]}")
                 if option == "overrides" and not any(matches(entry, module) for module in modules):
                     raise InputError(f"overrides {entry!r}: the head is never quantized; leave it out")
-        if not self.choices(facts):
-            if not self.wished(facts):
+        if not self.choices(shape):
+            if not self.wished(shape):
                 raise InputError(f"ignore {list(self.ignore)} leaves nothing to quantize")
-            widths = ", ".join(f"{name} {width}" for name, width in input_dimensions(facts).items())
+            widths = ", ".join(f"{name} {width}" for name, width in input_dimensions(shape).items())
             raise InputError(f"{self.choice.label} fits no matrix of the model, whose inputs are: {widths}")
 
     @property
@@ -281,12 +281,12 @@ class QuantizeStage(Stage):
         """
         from compression_dags.quantization.packing import Packer
 
-        self.check(source.facts)
+        self.check(source.shape)
         if self.reads_tokens and blocks is None:
             raise InputError(f"quantize: {self.method} needs calibration tokens; none were given")
         if self.bits and schemes is None:
             raise InputError(f"quantize: bits: {self.bits:g} needs a plan of schemes; none was given")
-        choices = dict(schemes) if schemes is not None else self.choices(source.facts)
+        choices = dict(schemes) if schemes is not None else self.choices(source.shape)
         fp4 = next((c.scheme for c in choices.values() if c.format.kind == "fp4"), None)
         if fp4 and dtype != "bfloat16" and not rebuilds_while_loading():
             raise InputError(f"{fp4} in {dtype} needs transformers >= 5.23; older ones load it in bfloat16 only")
@@ -326,7 +326,7 @@ class QuantizeStage(Stage):
         model = load_stock(source.path, device=device, dtype=dtype)
         if ids is None:
             ids = probe_ids(model.config.vocab_size, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
-        rounding = rounding or self._directly(source, self.choices(source.facts), device)
+        rounding = rounding or self._directly(source, self.choices(source.shape), device)
         early = needs_rebuilding(rounding.choices) and rebuilds_while_loading()
         with torch.inference_mode():
             for name, tensor in rounding.changed.items():
@@ -398,13 +398,13 @@ def rebuilds_while_loading() -> bool:
     return tuple(map(int, version("transformers").split(".")[:2])) >= (5, 23)
 
 
-def input_dimensions(facts: ModelShape) -> dict[str, int]:
+def input_dimensions(shape: ModelShape) -> dict[str, int]:
     """Group of projections → the dimension of the input that they read."""
-    config = facts.config
+    config = shape.config
     heads = int(config["num_attention_heads"])
     return {
-        "attention_input": facts.hidden,
-        "attention_output": heads * int(config.get("head_dim") or facts.hidden // heads),
-        "mlp_input": facts.hidden,
+        "attention_input": shape.hidden,
+        "attention_output": heads * int(config.get("head_dim") or shape.hidden // heads),
+        "mlp_input": shape.hidden,
         "mlp_output": int(config.get("intermediate_size") or config["ffn_dim"]),
     }

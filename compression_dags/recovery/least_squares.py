@@ -75,14 +75,14 @@ class LeastSquares(RecoverStage):
         "gaps", description="gaps: only layers before a gap; sweep: also every later layer, against drift"
     )
 
-    def check(self, facts: ModelShape) -> None:
-        if facts.architecture.residual_writer is None:
+    def check(self, shape: ModelShape) -> None:
+        if shape.architecture.residual_writer is None:
             raise InputError(
-                f"recover: least-squares cannot fold into {facts.architecture.model_type}: a norm or a router stands "
+                f"recover: least-squares cannot fold into {shape.architecture.model_type}: a norm or a router stands "
                 "between its last projection and the residual stream; leave the stage out for this model"
             )
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse a fit with fewer than 10 tokens an unknown (per output column).
 
         Raises:
@@ -90,18 +90,18 @@ class LeastSquares(RecoverStage):
         """
         fit_rows = sequences - self.held_out(sequences)
         tokens = fit_rows * max(0, length - self.sink_positions)
-        need = TOKENS_PER_UNKNOWN * (facts.intermediate if self.form == "refit" else facts.hidden)
+        need = TOKENS_PER_UNKNOWN * (shape.intermediate if self.form == "refit" else shape.hidden)
         if tokens < need or not fit_rows:
             raise InputError(
                 f"recover: least-squares ({self.form}) has {tokens:,} fitting tokens and needs {need:,} "
                 f"({TOKENS_PER_UNKNOWN} an unknown): raise calibration.sequences (now {sequences} × {length})"
             )
 
-    def writers(self, facts: ModelShape) -> tuple[str, ...]:
+    def writers(self, shape: ModelShape) -> tuple[str, ...]:
         """Projections that are refitted at a layer, in order."""
-        last = facts.architecture.residual_writer
+        last = shape.architecture.residual_writer
         assert last is not None  # `check` refused such models
-        return (*facts.architecture.group("attention_output"), last) if self.projections != "mlp" else (last,)
+        return (*shape.architecture.group("attention_output"), last) if self.projections != "mlp" else (last,)
 
     def held_out(self, sequences: int) -> int:
         return max(1, round(self.holdout * sequences))
@@ -120,7 +120,7 @@ class LeastSquares(RecoverStage):
         progress: Progress = silent,
     ) -> Recovery:
         """Fit every gap of `plan` in turn, on the student's own (already recovered) states; write the checkpoint."""
-        self.check_tokens(teacher.facts, len(blocks.lengths), int(blocks.tokens // len(blocks.lengths)))
+        self.check_tokens(teacher.shape, len(blocks.lengths), int(blocks.tokens // len(blocks.lengths)))
         run = _Run(self, teacher, student, plan, blocks, device, dtype)
         fitted, decisions = run.all_positions(resume, progress)
         return Recovery(write_recovered(student, fitted, directory), fitted, decisions)
@@ -165,7 +165,7 @@ class _Run:
                 continue
             with self.student.layer(position) as layer:
                 if position in gaps or self.options.scope == "sweep":
-                    for writer in self.options.writers(self.student.checkpoint.facts):
+                    for writer in self.options.writers(self.student.checkpoint.shape):
                         decisions.append(self._fit(position, layer, writer, fitted, len(decisions)))
                 for batch in self.s_batches:
                     batch.hidden = self.student.apply(layer, position, batch)

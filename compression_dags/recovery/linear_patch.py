@@ -55,14 +55,14 @@ class LinearPatch(RecoverStage):
     holdout: float = Field(0.125, gt=0, lt=1, description="share of the calibration sequences held out for the gate")
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, left out of α (attention sinks)")
 
-    def check(self, facts: ModelShape) -> None:
-        if facts.architecture.experts:
+    def check(self, shape: ModelShape) -> None:
+        if shape.architecture.experts:
             raise InputError(
-                f"recover: linear-patch does not fold into {facts.architecture.model_type}: its experts are not "
+                f"recover: linear-patch does not fold into {shape.architecture.model_type}: its experts are not "
                 "rescaled; leave the stage out for this model"
             )
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse a set without fitting tokens or without a held-out sequence.
 
         Raises:
@@ -97,7 +97,7 @@ class LinearPatch(RecoverStage):
     ) -> Recovery:
         """Patch every gap of `plan` in turn, on the student's own (already patched) states; write the checkpoint."""
         rows = len(blocks.lengths)
-        self.check_tokens(teacher.facts, rows, int(blocks.lengths.max()))
+        self.check_tokens(teacher.shape, rows, int(blocks.lengths.max()))
         run = _Run(self, student, plan, blocks, device, dtype)
         decisions = run.all_gaps(run.exit_norms(teacher, progress), progress) if plan.gaps() else []
         prefix = student.architecture.layer_prefix

@@ -49,7 +49,7 @@ class RecoverStage(Stage):
         """Options as they enter the fingerprint: all but the places of what `data_digests` stands for."""
         return self.options()
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse too few calibration tokens, before any compute.
 
         Raises:

@@ -211,7 +211,7 @@ class Allocation(Options):
         """
         check_target(target)
 
-    def check_model(self, target: float, facts: ModelShape) -> None:
+    def check_model(self, target: float, shape: ModelShape) -> None:
         """Refuse what the model's shapes do not allow, before any compute.
 
         Raises:

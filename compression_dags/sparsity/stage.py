@@ -134,18 +134,18 @@ class SparsifyStage(Stage):
         """Options that decide the weights, given the plan."""
         return {k: v for k, v in self.options().items() if k not in PLAN_FIELDS}
 
-    def check(self, facts: ModelShape) -> None:
+    def check(self, shape: ModelShape) -> None:
         self.allocation.check(self.asked.sparsity)
-        self.allocation.check_model(self.asked.sparsity, facts)
-        kinds = {facts.kind(index)[1] for index in range(facts.layers)}
-        widths = [(facts.hidden, "hidden size")]
-        widths += [(facts.intermediate, "intermediate size")] if "dense" in kinds else []
-        widths += [(facts.expert_intermediate, "experts' intermediate size")] if "experts" in kinds else []
+        self.allocation.check_model(self.asked.sparsity, shape)
+        kinds = {shape.kind(index)[1] for index in range(shape.layers)}
+        widths = [(shape.hidden, "hidden size")]
+        widths += [(shape.intermediate, "intermediate size")] if "dense" in kinds else []
+        widths += [(shape.expert_intermediate, "experts' intermediate size")] if "experts" in kinds else []
         for width, what in widths:
             if self.asked.m and width % self.asked.m:
                 raise InputError(f"sparsify: pattern {self.pattern} does not divide the {what} {width}")
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         if self.allocation.measures and sequences < 2:
             raise InputError(
                 f"sparsify: allocation {self.allocation.method} scores candidates on sequences kept apart and needs 2, "
@@ -202,7 +202,7 @@ class SparsifyStage(Stage):
         """
         from compression_dags.sparsity.pruning_pass import PruningPass
 
-        self.check(source.facts)
+        self.check(source.shape)
         if self.reads_tokens and blocks is None:
             raise InputError(f"sparsify: {self.method} needs calibration tokens; none were given")
         return PruningPass(self, source, plan, blocks, device, dtype).run(directory, resume, progress)

@@ -257,16 +257,16 @@ def test_recipes_that_cannot_work_on_a_model(stories, tmp_path, case):
     (tmp_path / "r.yaml").write_text(f"name: r\nstages:\n{stages}\n")
     recipe = load_recipe(tmp_path / "r.yaml")
     with pytest.raises(InputError, match=rf"recipe r: .*{says}"):
-        recipe.check(Checkpoint(stories).stated_facts)
+        recipe.check(Checkpoint(stories).stated_shape)
 
 
 def test_facts_after_depth_went(tiny_model):
-    facts = Checkpoint(tiny_model("llama", layers=4)).stated_facts
-    shorter = facts.shortened(3)
-    assert shorter.layers == 3 and len(shorter.tensors) < len(facts.tensors)
-    mixed = Checkpoint(tiny_model("qwen3", layers=4)).facts
+    shape = Checkpoint(tiny_model("llama", layers=4)).stated_shape
+    shorter = shape.shortened(3)
+    assert shorter.layers == 3 and len(shorter.tensors) < len(shape.tensors)
+    mixed = Checkpoint(tiny_model("qwen3", layers=4)).shape
     assert mixed.shortened(3) is mixed, "which kinds stay is not known"
-    assert ModelShape(facts.architecture, facts.config).tensors == {}
+    assert ModelShape(shape.architecture, shape.config).tensors == {}
 
 
 GIVEN = {"merge": {"ratio": 0.2}, "recover": {}, "sparsify": {"sparsity": 0.5}, "quantize": {"scheme": "W4A16"}}

@@ -48,8 +48,8 @@ def story_blocks(stories):
 
 def planned(method, path, blocks, **probe):
     source = Checkpoint(path)
-    method.check(source.facts)
-    return method.plan(source.facts, NO_EVIDENCE, ProbeContext(source, blocks, **probe))
+    method.check(source.shape)
+    return method.plan(source.shape, NO_EVIDENCE, ProbeContext(source, blocks, **probe))
 
 
 # -- sleb ------------------------------------------------------------------------------------------
@@ -245,12 +245,12 @@ def test_laco_never_mixes_kinds(tiny_model):
         planned(LaCo(layers=1), tiny_model("gemma3_text"), random_blocks(2))
     types = [*["sliding_attention"] * 3, *["full_attention"] * 3, *["sliding_attention"] * 2]
     path = tiny_model("qwen3", layers=8, layer_types=types)
-    facts = Checkpoint(path).facts
+    shape = Checkpoint(path).shape
     with pytest.raises(InputError, match="collapse 4 of 8 layers, but the unprotected ones allow 3"):
-        LaCo(layers=4).check(facts)
+        LaCo(layers=4).check(shape)
     plan, _ = planned(LaCo(layers=3, rows=1), path, random_blocks(2))
     assert len(plan.layers) == 5
-    assert all(len({facts.kind(i) for i in layer.sources}) == 1 for layer in plan.layers)
+    assert all(len({shape.kind(i) for i in layer.sources}) == 1 for layer in plan.layers)
 
 
 # -- linear patch ----------------------------------------------------------------------------------
@@ -376,15 +376,15 @@ def test_linear_patch_never_overflows_silently(novella, tmp_path, monkeypatch):
 
 
 def test_linear_patch_refusals(stories, tiny_model):
-    facts = Checkpoint(stories).facts
+    shape = Checkpoint(stories).shape
     for family in ("mixtral", "qwen3_moe"):
         with pytest.raises(InputError, match=f"does not fold into {family}"):
-            LinearPatch().check(Checkpoint(tiny_model(family)).facts)
-    LinearPatch().check(Checkpoint(tiny_model("gemma3_text")).facts)
+            LinearPatch().check(Checkpoint(tiny_model(family)).shape)
+    LinearPatch().check(Checkpoint(tiny_model("gemma3_text")).shape)
     with pytest.raises(InputError, match="needs 2 calibration sequences"):
-        LinearPatch().check_tokens(facts, 1, 128)
+        LinearPatch().check_tokens(shape, 1, 128)
     with pytest.raises(InputError, match="first 8 positions, but the calibration sequences have 8 tokens"):
-        LinearPatch(sink_positions=8).check_tokens(facts, 4, 8)
+        LinearPatch(sink_positions=8).check_tokens(shape, 4, 8)
     assert [LinearPatch().held_out(n) for n in (2, 3, 8, 128)] == [1, 1, 1, 16]
     assert LinearPatch(holdout=0.99).held_out(4) == 3
     batches = DecoderStream(Checkpoint(stories)).batches(TokenBlocks(np.full((2, 8), 5, np.int32), np.full(2, 4), 2))

@@ -274,7 +274,7 @@ def test_impossible_options(options, message):
         RTN(**options)
 
 
-def facts(**changes) -> ModelShape:
+def shape(**changes) -> ModelShape:
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     config = {**config, "intermediate_size": 172, **changes}
     return ModelShape(architecture_of(config), config)
@@ -309,14 +309,14 @@ def facts(**changes) -> ModelShape:
 )
 def test_refused_before_compute(stage, changes, message):
     with pytest.raises(InputError, match=message):
-        stage.check(facts(**changes))
+        stage.check(shape(**changes))
 
 
 def test_accepted():
-    RTN(scheme="W8A16").check(facts())
-    RTN(scheme="W4A16", group_size=4).check(facts())
+    RTN(scheme="W8A16").check(shape())
+    RTN(scheme="W4A16", group_size=4).check(shape())
     opt = {"model_type": "opt", "ffn_dim": 128, "intermediate_size": None}
-    RTN(scheme="W4A16", group_size=64).check(facts(**opt))
+    RTN(scheme="W4A16", group_size=64).check(shape(**opt))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -92,12 +92,12 @@ def test_unknown_recipe_suggests():
 
 
 def test_check_against_a_model(stories, tmp_path):
-    facts = Checkpoint(stories).stated_facts
+    shape = Checkpoint(stories).stated_shape
     with pytest.raises(InputError, match=r"recipe try-20: ratio 0\.9"):
-        load_recipe(written(tmp_path, GOOD.replace("0.20", "0.9"))).check(facts)
+        load_recipe(written(tmp_path, GOOD.replace("0.20", "0.9"))).check(shape)
     short = GOOD.replace("description: a try", "calibration: {sequences: 2, length: 64}")
     with pytest.raises(InputError, match="fitting tokens and needs"):
-        load_recipe(written(tmp_path, short)).check(facts)
+        load_recipe(written(tmp_path, short)).check(shape)
     absent = GOOD.replace("description: a try", "calibration: {corpus: nowhere.txt}")
     with pytest.raises(InputError, match=r"nowhere\.txt"):
-        load_recipe(written(tmp_path, absent)).check(facts)
+        load_recipe(written(tmp_path, absent)).check(shape)

@@ -135,8 +135,8 @@ def test_resumes_with_the_same_result(cut, story_blocks, tmp_path, monkeypatch):
 def test_refusals_before_compute(cut, tiny_model):
     source, _, _ = cut
     with pytest.raises(InputError, match="fitting tokens and needs"):
-        LeastSquares().check_tokens(source.facts, 4, 32)
+        LeastSquares().check_tokens(source.shape, 4, 32)
     with pytest.raises(InputError, match="gemma3_text"):
-        LeastSquares().check(Checkpoint(tiny_model("gemma3_text")).facts)
+        LeastSquares().check(Checkpoint(tiny_model("gemma3_text")).shape)
     with pytest.raises(InputError, match="qwen3_moe"):
-        LeastSquares().check(Checkpoint(tiny_model("qwen3_moe")).facts)
+        LeastSquares().check(Checkpoint(tiny_model("qwen3_moe")).shape)

@@ -49,31 +49,31 @@ class ConcatStage(MergeStage):
         description=f"most original layers in one; default {LARGEST_GROUP}, fewer where there are fewer KV heads",
     )
 
-    def largest(self, facts: ModelShape) -> int:
-        return self.largest_group or min(LARGEST_GROUP, facts.kv_heads)
+    def largest(self, shape: ModelShape) -> int:
+        return self.largest_group or min(LARGEST_GROUP, shape.kv_heads)
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
         name = f"merge: {self.method}"
-        refuse_experts(facts, name)
+        refuse_experts(shape, name)
         members = max(2, self.largest_group or 2)
-        if facts.kv_heads < members:
+        if shape.kv_heads < members:
             raise InputError(
-                f"{name} would make one of up to {members} layers, but a layer has {facts.kv_heads} KV head(s) to "
+                f"{name} would make one of up to {members} layers, but a layer has {shape.kv_heads} KV head(s) to "
                 "share among them: lower largest_group, or drop layers instead (shortgpt, sleb)"
             )
-        count, largest = self.removed(facts.layers), self.largest(facts)
-        most = most_removed(facts, self.free_layers(facts.layers), largest)
+        count, largest = self.removed(shape.layers), self.largest(shape)
+        most = most_removed(shape, self.free_layers(shape.layers), largest)
         if count > most:
             raise InputError(
-                f"{name} is to remove {count} of {facts.layers} layers, but at most {most} can be merged away: groups "
+                f"{name} is to remove {count} of {shape.layers} layers, but at most {most} can be merged away: groups "
                 f"of at most {largest} adjacent unprotected layers of one kind (protect_first {self.protect_first}, "
                 f"protect_last {self.protect_last})"
             )
 
     def _one_shot(
         self,
-        facts: ModelShape,
+        shape: ModelShape,
         evidence: Evidence,
         probe: ProbeContext,
         groups: Sequence[range],
@@ -87,21 +87,21 @@ class ConcatStage(MergeStage):
 
         layers, steps = [], []
         for group in probe.progress(groups, f"{self.method} (layers)"):
-            members = [whole(i, facts) for i in group]
+            members = [whole(i, shape) for i in group]
             if len(group) == 1:
                 layers += members
                 continue
             args = (probe.source, evidence.statistics)
             known = [layer_sensitivity(*args, i, self.score, probe.device) for i in group]
             influence = [float(evidence.block_influence[i]) for i in group]
-            chosen, given, note = choose(known, influence, shares, power, facts)
-            layers.append(settled(concatenated(members, chosen, given), shares, facts))
+            chosen, given, note = choose(known, influence, shares, power, shape)
+            layers.append(settled(concatenated(members, chosen, given), shares, shape))
             distance = float(evidence.angular[group.start, group.stop])
             step = {"step": len(steps), "span": list(group), "distance": distance, "influence": influence}
             steps.append({**step, **note})
-        plan = plan_of(self.method, "concat", layers, facts)
+        plan = plan_of(self.method, "concat", layers, shape)
         note = {"mode": "one-shot", "score": self.score, "shares_by": shares, "layer_forwards": 0}
-        may_join = joinable(facts, self.free_layers(facts.layers))
+        may_join = joinable(shape, self.free_layers(shape.layers))
         alone = by_grouping(self, groups, evidence.angular, may_join, lambda *_: "", rule)
         return plan, ledger(plan, layers, steps, UNIT, note, alone.__getitem__, rule)
 
@@ -117,21 +117,21 @@ class ConcatStage(MergeStage):
         note = {"mode": "progressive", "score": self.score, **note, **cost}
 
         def alone(index: int) -> str:
-            return self.protection(index, search.facts.layers) or search.alone(index)
+            return self.protection(index, search.shape.layers) or search.alone(index)
 
         return plan, ledger(plan, search.layers, search.steps, UNIT, note, alone)
 
-    def _search(self, facts: ModelShape, evidence: Evidence, probe: ProbeContext) -> Search:
+    def _search(self, shape: ModelShape, evidence: Evidence, probe: ProbeContext) -> Search:
         from compression_dags.depth.concat.search import Limits, Search
         from compression_dags.depth.concat.student_pass import AllTokens
 
-        goal = facts.layers - self.removed(facts.layers)
-        limits = Limits(self.free_layers(facts.layers), self.largest(facts), goal)
-        return Search(facts, probe, limits, form="concat", score=self.score, rule=AllTokens(), evidence=evidence)
+        goal = shape.layers - self.removed(shape.layers)
+        limits = Limits(self.free_layers(shape.layers), self.largest(shape), goal)
+        return Search(shape, probe, limits, form="concat", score=self.score, rule=AllTokens(), evidence=evidence)
 
 
 def choose(
-    known: Sequence[Sensitivity], influence: Sequence[float], shares: str, power: float, facts: ModelShape
+    known: Sequence[Sensitivity], influence: Sequence[float], shares: str, power: float, shape: ModelShape
 ) -> tuple[Chosen, tuple[float, ...], dict[str, Any]]:
     """What a merge keeps of every member, the members' shares, and what to note of it.
 
@@ -142,16 +142,16 @@ def choose(
     from compression_dags.depth.concat.layers import chosen_by_shares, chosen_freely
 
     given = influence_shares(influence, power if shares == "bi" else 0.0)
-    chosen = chosen_freely(known, facts) if shares == "free" else chosen_by_shares(known, given, facts)
+    chosen = chosen_freely(known, shape) if shares == "free" else chosen_by_shares(known, given, shape)
     note: dict[str, Any] = {kind: [len(c[kind]) for c in chosen] for kind in ("channels", "heads")}
     return chosen, given, note | ({} if shares == "free" else {"shares": list(given)})
 
 
-def settled(layer: StudentLayer, shares: str, facts: ModelShape) -> StudentLayer:
+def settled(layer: StudentLayer, shares: str, shape: ModelShape) -> StudentLayer:
     """A merged layer whose shares are what its members really give, where no prior set them."""
     from compression_dags.depth.concat.layers import by_contribution
 
-    return by_contribution(layer, facts) if shares == "free" else layer
+    return by_contribution(layer, shape) if shares == "free" else layer
 
 
 class Come(ConcatStage):
@@ -179,34 +179,34 @@ class Come(ConcatStage):
     power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         assert probe is not None  # `measures`
-        self.check(facts)
+        self.check(shape)
         if self.mode == "one-shot":
             rule = "the grouping, pair by pair, of least" if self.windows == "greedy" else LEAST_TOTAL
-            groups = self._groups(facts, evidence)
-            return self._one_shot(facts, evidence, probe, groups, self.shares, self.power, rule)
-        search = self._search(facts, evidence, probe)
+            groups = self._groups(shape, evidence)
+            return self._one_shot(shape, evidence, probe, groups, self.shares, self.power, rule)
+        search = self._search(shape, evidence, probe)
 
         def both(position: int) -> tuple[StudentLayer, dict[str, Any]]:
             pair = (position, position + 1)
             influence = [search.influence[p] for p in pair]
             known = [search.sensitivity(p) for p in pair]
-            chosen, given, note = choose(known, influence, self.shares, self.power, facts)
-            return settled(search.merged(position, chosen, given), self.shares, facts), note
+            chosen, given, note = choose(known, influence, self.shares, self.power, shape)
+            return settled(search.merged(position, chosen, given), self.shares, shape), note
 
         search.run(both, "come (merges)")
         return self._searched(search, {"shares_by": self.shares, "power": self.power})
 
-    def _groups(self, facts: ModelShape, evidence: Evidence) -> list[range]:
-        free, goal = self.free_layers(facts.layers), facts.layers - self.removed(facts.layers)
+    def _groups(self, shape: ModelShape, evidence: Evidence) -> list[range]:
+        free, goal = self.free_layers(shape.layers), shape.layers - self.removed(shape.layers)
         if self.windows == "greedy":
-            may_join = joinable(facts, free)
-            groups = greedy_groups(facts.layers, goal, self.largest(facts), may_join, evidence.angular)
+            may_join = joinable(shape, free)
+            groups = greedy_groups(shape.layers, goal, self.largest(shape), may_join, evidence.angular)
         else:
-            distance = window_distance(facts, free, evidence.angular)
-            groups = cheapest_groups(facts.layers, goal, self.largest(facts), distance)
+            distance = window_distance(shape, free, evidence.angular)
+            groups = cheapest_groups(shape.layers, goal, self.largest(shape), distance)
         assert groups is not None  # `check` refused the impossible
         return groups
 
@@ -227,13 +227,13 @@ class ComeP(ConcatStage):
     rows: int = Field(16, ge=1, description="calibration sequences on which ratios are compared, taken evenly")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.depth.concat.trials import ratio_trials
 
         assert probe is not None  # `measures`
-        self.check(facts)
-        search = self._search(facts, evidence, probe)
+        self.check(shape)
+        search = self._search(shape, evidence, probe)
         trials: Choose = ratio_trials(search, self)
         search.run(trials, "come-p (merges)")
         rows = min(self.rows, len(probe.blocks.lengths))

@@ -38,12 +38,12 @@ def released_shares(influence: Sequence[float], power: float, min_max: float, le
     return tuple(floor if i == largest else (1.0 - floor) * s / rest for i, s in enumerate(shares))
 
 
-def on_their_kv_head(layer: StudentLayer, facts: ModelShape) -> float:
+def on_their_kv_head(layer: StudentLayer, shape: ModelShape) -> float:
     """Share of a merged layer's query heads that read the KV head which they read in their original layer.
 
     1 without grouped queries; what the tiled mask costs otherwise.
     """
-    group = facts.heads // facts.kv_heads
+    group = shape.heads // shape.kv_heads
     pairs = [(p.source, int(h)) for p in layer.parts for h in p.kept["heads"]]
     wanted = [(p.source, int(q) // group) for p in layer.parts for q in p.kept["queries"]]
     return sum(pairs[at // group] == pair for at, pair in enumerate(wanted)) / len(wanted)
@@ -70,45 +70,45 @@ class ComeReleased(MergeStage):
     half: bool = Field(False, description="cosines in the checkpoint's dtype, as released; else in float32")
     repeat: bool = Field(True, description="merge merged layers again; false is `--wo-repeat`")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
-        refuse_experts(facts, "merge: come-released")
-        if facts.kv_heads < 2:
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        refuse_experts(shape, "merge: come-released")
+        if shape.kv_heads < 2:
             raise InputError(
                 "merge: come-released would merge 2 layers, but a layer has 1 KV head to share among them: drop layers "
                 "instead (shortgpt, sleb)"
             )
-        count, most = self.removed(facts.layers), most_removed(facts, self.free_layers(facts.layers), self._most(facts))
+        count, most = self.removed(shape.layers), most_removed(shape, self.free_layers(shape.layers), self._most(shape))
         if count > most:
             raise InputError(
-                f"merge: come-released is to remove {count} of {facts.layers} layers, but at most {most} can be merged "
+                f"merge: come-released is to remove {count} of {shape.layers} layers, but at most {most} can be merged "
                 f"away: adjacent unprotected layers of one kind{'' if self.repeat else ', each merged once'}"
             )
 
-    def _most(self, facts: ModelShape) -> int:
-        return facts.layers if self.repeat else 2
+    def _most(self, shape: ModelShape) -> int:
+        return shape.layers if self.repeat else 2
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.depth.concat.layers import chosen_by_shares, ledger
         from compression_dags.depth.concat.search import Limits, Search
         from compression_dags.depth.concat.student_pass import AsReleased
 
         assert probe is not None  # `measures`
-        self.check(facts)
-        limits = Limits(self.free_layers(facts.layers), self._most(facts), facts.layers - self.removed(facts.layers))
+        self.check(shape)
+        limits = Limits(self.free_layers(shape.layers), self._most(shape), shape.layers - self.removed(shape.layers))
         rule = AsReleased(_stored_dtype(probe.source)) if self.half else AsReleased()
-        search = Search(facts, probe, limits, form="concat-released", score="l1", rule=rule)
+        search = Search(shape, probe, limits, form="concat-released", score="l1", rule=rule)
 
         def both(position: int) -> tuple[StudentLayer, dict[str, Any]]:
             pair = (position, position + 1)
             leaves = sum(len(search.layers[p].span) for p in pair)
             shares = released_shares([search.influence[p] for p in pair], self.power, self.min_max, leaves)
-            chosen = chosen_by_shares([search.sensitivity(p) for p in pair], shares, facts)
+            chosen = chosen_by_shares([search.sensitivity(p) for p in pair], shares, shape)
             note: dict[str, Any] = {kind: [len(c[kind]) for c in chosen] for kind in ("channels", "heads")}
             layer = search.merged(position, chosen, shares)
-            note["query_heads_on_their_kv_head"] = on_their_kv_head(layer, facts)
+            note["query_heads_on_their_kv_head"] = on_their_kv_head(layer, shape)
             return layer, {"shares": list(shares), **note}
 
         search.run(both, "come-released (merges)")
@@ -123,7 +123,7 @@ class ComeReleased(MergeStage):
         }
 
         def alone(index: int) -> str:
-            return self.protection(index, facts.layers) or search.alone(index)
+            return self.protection(index, shape.layers) or search.alone(index)
 
         return plan, ledger(plan, search.layers, search.steps, UNIT, note, alone)
 

@@ -34,12 +34,12 @@ class Concat(ConcatStage):
     power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         assert probe is not None  # `measures`: the scores need the weights
-        self.check(facts)
-        goal = facts.layers - self.removed(facts.layers)
-        distance = window_distance(facts, self.free_layers(facts.layers), evidence.angular)
-        groups = cheapest_groups(facts.layers, goal, self.largest(facts), distance)
+        self.check(shape)
+        goal = shape.layers - self.removed(shape.layers)
+        distance = window_distance(shape, self.free_layers(shape.layers), evidence.angular)
+        groups = cheapest_groups(shape.layers, goal, self.largest(shape), distance)
         assert groups is not None  # `check` refused the impossible
-        return self._one_shot(facts, evidence, probe, groups, self.shares, self.power)
+        return self._one_shot(shape, evidence, probe, groups, self.shares, self.power)

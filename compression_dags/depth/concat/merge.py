@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 SMALLEST_GAMMA = 0.1
 
 
-def refuse_experts(facts: ModelShape, what: str = "concatenation of layers") -> None:
+def refuse_experts(shape: ModelShape, what: str = "concatenation of layers") -> None:
     """Raise InputError for mixtures of experts: their channels belong to experts, not to the layer."""
-    if facts.architecture.experts is not None:
+    if shape.architecture.experts is not None:
         raise InputError(
-            f"{what} needs dense layers: {facts.architecture.model_type} is a mixture of experts; "
+            f"{what} needs dense layers: {shape.architecture.model_type} is a mixture of experts; "
             "drop layers instead (shortgpt, sleb)"
         )
 
@@ -53,10 +53,10 @@ def concatenate(
     Raises:
         InputError: indices of a member are missing, or the model is a mixture of experts.
     """
-    refuse_experts(source.facts)
+    refuse_experts(source.shape)
     channels, heads = (_held(layer, held, kind) for kind in ("channels", "heads"))
     members = _members(source, layer, device)
-    return concatenate_members(members, channels, heads, layer.shares, source.facts)
+    return concatenate_members(members, channels, heads, layer.shares, source.shape)
 
 
 def concatenate_members(
@@ -64,7 +64,7 @@ def concatenate_members(
     channels: Sequence[Tensor],
     heads: Sequence[Tensor],
     shares: Sequence[float],
-    facts: ModelShape,
+    shape: ModelShape,
 ) -> dict[str, Tensor]:
     """Tensors of one layer made of kept channels and KV groups of several, in the members' order.
 
@@ -82,10 +82,10 @@ def concatenate_members(
     Raises:
         InputError: a LayerNorm's β must fold into a projection that has no bias.
     """
-    architecture = facts.architecture
-    group = facts.heads // facts.kv_heads
-    query = [_rows(h, group * facts.head_dim) for h in heads]
-    pairs = [_rows(h, facts.head_dim) for h in heads]
+    architecture = shape.architecture
+    group = shape.heads // shape.kv_heads
+    query = [_rows(h, group * shape.head_dim) for h in heads]
+    pairs = [_rows(h, shape.head_dim) for h in heads]
     q, *kv = architecture.group("attention_input")
     norms = dict(architecture.input_norms)
     folder = _Folder(members, shares, architecture.norm_offset)
@@ -216,7 +216,7 @@ class _Folder:
 # -- as released ------------------------------------------------------------------------------------------------------
 
 
-def tiled_queries(heads: Tensor, facts: ModelShape) -> Tensor:
+def tiled_queries(heads: Tensor, shape: ModelShape) -> Tensor:
     """Query heads that the released code keeps with the KV heads `heads`: (g · kept,) int32, ascending.
 
     It repeats the mask over KV heads g times, so that query head h follows KV head h mod n_kv; but query head h reads
@@ -224,9 +224,9 @@ def tiled_queries(heads: Tensor, facts: ModelShape) -> Tensor:
     """
     import torch
 
-    kept = torch.zeros(facts.kv_heads, dtype=torch.bool, device=heads.device)
+    kept = torch.zeros(shape.kv_heads, dtype=torch.bool, device=heads.device)
     kept[heads.long()] = True
-    return kept.repeat(facts.heads // facts.kv_heads).nonzero().flatten().int()
+    return kept.repeat(shape.heads // shape.kv_heads).nonzero().flatten().int()
 
 
 def concatenate_released(
@@ -248,12 +248,12 @@ def concatenate_released(
     """
     import torch
 
-    facts = source.facts
-    refuse_experts(facts)
-    architecture = facts.architecture
+    shape = source.shape
+    refuse_experts(shape)
+    architecture = shape.architecture
     channels, heads = (_held(layer, held, kind) for kind in ("channels", "heads"))
-    tiled = [held.get(f"queries.{s}", tiled_queries(h, facts)) for s, h in zip(layer.sources, heads, strict=True)]
-    query, pairs = ([_rows(h, facts.head_dim) for h in kind] for kind in (tiled, heads))
+    tiled = [held.get(f"queries.{s}", tiled_queries(h, shape)) for s, h in zip(layer.sources, heads, strict=True)]
+    query, pairs = ([_rows(h, shape.head_dim) for h in kind] for kind in (tiled, heads))
     q, *kv = architecture.group("attention_input")
     reads = {q: query, **dict.fromkeys(kv, pairs), **dict.fromkeys(architecture.group("mlp_input"), channels)}
     writes = {

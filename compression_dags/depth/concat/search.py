@@ -56,7 +56,7 @@ class Search:
 
     def __init__(
         self,
-        facts: ModelShape,
+        shape: ModelShape,
         probe: ProbeContext,
         limits: Limits,
         *,
@@ -65,15 +65,15 @@ class Search:
         rule: AllTokens,
         evidence: Evidence | None = None,
     ):
-        self.facts, self.probe, self.limits = facts, probe, limits
+        self.shape, self.probe, self.limits = shape, probe, limits
         self.form = form
         self.score: Score = score
         self.walk = StudentPass(probe, score, rule)
-        self.layers = [whole(i, facts, queries=form == "concat-released") for i in range(facts.layers)]
-        self.pieces = [Piece(i) for i in range(facts.layers)]
-        self.influence = [float("nan")] * facts.layers
-        self.distances = [float("nan")] * (facts.layers - 1)
-        self._sensitivity: list[Sensitivity | None] = [None] * facts.layers
+        self.layers = [whole(i, shape, queries=form == "concat-released") for i in range(shape.layers)]
+        self.pieces = [Piece(i) for i in range(shape.layers)]
+        self.influence = [float("nan")] * shape.layers
+        self.distances = [float("nan")] * (shape.layers - 1)
+        self._sensitivity: list[Sensitivity | None] = [None] * shape.layers
         self.evidence = evidence
         self.steps: list[dict[str, Any]] = []
         self.last_pairs: list[list[Any]] | None = None
@@ -99,7 +99,7 @@ class Search:
             self._measure(0)
             return
         self.influence = [float(x) for x in self.evidence.block_influence]
-        self.distances = [float(self.evidence.angular[i, i + 2]) for i in range(self.facts.layers - 1)]
+        self.distances = [float(self.evidence.angular[i, i + 2]) for i in range(self.shape.layers - 1)]
 
     def _measure(self, start: int) -> None:
         order = sorted(range(len(self.distances)), key=lambda p: (isnan(self.distances[p]), self.distances[p], p))
@@ -118,8 +118,8 @@ class Search:
         Raises:
             InputError: no pair is left that may be merged.
         """
-        may_join = joinable(self.facts, self.limits.free)
-        rounds = self.facts.layers - self.limits.goal
+        may_join = joinable(self.shape, self.limits.free)
+        rounds = self.shape.layers - self.limits.goal
         done = self._restore()
         if not done:
             self._begin()
@@ -143,7 +143,7 @@ class Search:
         members = self.layers[position : position + 2]
         if self.form == "concat":
             return concatenated(members, chosen, shares)
-        queries = [tiled_queries(c["heads"], self.facts) for c in chosen]
+        queries = [tiled_queries(c["heads"], self.shape) for c in chosen]
         chosen = [{**c, "queries": q} for c, q in zip(chosen, queries, strict=True)]
         layer = concatenated(members, chosen, shares)
         return replace(layer, mixed=self._mixed(position, shares)) if any(m.merged for m in members) else layer
@@ -191,7 +191,7 @@ class Search:
 
     def _pairs(self) -> list[list[Any]]:
         """Neighbours that may be joined, as in `last_pairs`."""
-        may_join = joinable(self.facts, self.limits.free)
+        may_join = joinable(self.shape, self.limits.free)
         spans = [layer.span for layer in self.layers]
         return [
             [a.start, b.start, b.stop, distance]
@@ -218,7 +218,7 @@ class Search:
             )
         return (
             f"kept: joining {pair}, {mine} apart in angle, would have left too few pairs to remove "
-            f"{counted(self.facts.layers - self.limits.goal, 'layer')}; the chosen one is {chosen}"
+            f"{counted(self.shape.layers - self.limits.goal, 'layer')}; the chosen one is {chosen}"
         )
 
     def _others(self, position: int) -> dict[str, float]:
@@ -233,7 +233,7 @@ class Search:
         return self.walk.layer_forwards + self.extra_forwards
 
     def plan(self, method: str) -> MergePlan:
-        return plan_of(method, self.form, self.layers, self.facts)
+        return plan_of(method, self.form, self.layers, self.shape)
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class Search:
         self.influence = [float("nan")] * len(self.layers)
         self.distances = [float("nan")] * (len(self.layers) - 1)
         self._sensitivity = [None] * len(self.layers)
-        if done < self.facts.layers - self.limits.goal:
+        if done < self.shape.layers - self.limits.goal:
             self._measure(0)
         self.walk.layer_forwards, self.extra_forwards = note["forwards"]
         return done

@@ -236,7 +236,7 @@ class _Sums:
         tokens = self.walk.probe.blocks.tokens
         attention, mlp = (s / tokens for s in self.sums if s is not None)
         weights = [p.get_parameter("weight") for p in self.projections]
-        return sensitivity((weights[0], weights[1]), (attention, mlp), self.walk.score, self.walk.source.facts)
+        return sensitivity((weights[0], weights[1]), (attention, mlp), self.walk.score, self.walk.source.shape)
 
     def close(self) -> None:
         for handle in self.handles:

@@ -32,7 +32,7 @@ def ratio_trials(search: Search, options: ComeP) -> Choose:
         layers = []
         for ratio in grid:
             shares = (ratio, 1.0 - ratio)
-            layers.append(search.merged(position, chosen_by_shares(known, shares, search.facts), shares))
+            layers.append(search.merged(position, chosen_by_shares(known, shares, search.shape), shares))
         before = probe.layer_forwards
         edits = [Edit(position, position + 2, (search.piece(layer, device="cpu"),)) for layer in layers]
         measure = _losses if options.by == "loss" else _window_errors

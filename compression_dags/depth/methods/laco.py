@@ -47,36 +47,36 @@ class LaCo(MergeStage):
     step: float = Field(0.05, ge=0.001, le=2, description="what 𝒯 is lowered by when a walk ends short")
     rows: int = Field(16, ge=1, description="calibration sequences compared, taken evenly from the set")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
-        free = self.free_layers(facts.layers)
-        most = sum(facts.kind(a) == facts.kind(b) for a, b in itertools.pairwise(free))
-        if self.removed(facts.layers) > most:
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        free = self.free_layers(shape.layers)
+        most = sum(shape.kind(a) == shape.kind(b) for a, b in itertools.pairwise(free))
+        if self.removed(shape.layers) > most:
             raise InputError(
-                f"laco must collapse {self.removed(facts.layers)} of {facts.layers} layers, but the unprotected ones "
+                f"laco must collapse {self.removed(shape.layers)} of {shape.layers} layers, but the unprotected ones "
                 f"allow {most}: only neighbours of one kind (attention type, dense or experts) become one layer; lower "
                 "the ratio, or drop layers (sleb, shortgpt)"
             )
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         assert probe is not None  # `measures`
-        search = _Search(self, facts, probe)
+        search = _Search(self, shape, probe)
         merges = search.run()
-        plan = MergePlan(self.method, facts.layers, tuple(g.planned for g in search.groups))
+        plan = MergePlan(self.method, shape.layers, tuple(g.planned for g in search.groups))
         last = {i: merge for merge in merges for i in (*merge.into, *merge.collapsed)}
-        scores = [last[i].cosine if i in last else None for i in range(facts.layers)]
-        reasons = [self._reason(i, facts, plan, search, last.get(i)) for i in range(facts.layers)]
+        scores = [last[i].cosine if i in last else None for i in range(shape.layers)]
+        reasons = [self._reason(i, shape, plan, search, last.get(i)) for i in range(shape.layers)]
         decisions = depth_decisions(plan, scores, "cosine of last hidden states with the base model's", {}, reasons)
         return plan, [
             replace(d, evidence={**d.evidence, **_why(merges, search.refused, i)}) for i, d in enumerate(decisions)
         ]
 
-    def _reason(self, index: int, facts: ModelShape, plan: MergePlan, search: _Search, merge: Merge | None) -> str:
+    def _reason(self, index: int, shape: ModelShape, plan: MergePlan, search: _Search, merge: Merge | None) -> str:
         """Why a layer went, was merged by `merge` (its last one), or stayed."""
-        wanted = counted(self.removed(facts.layers), "layer")
-        if why := self.protection(index, facts.layers):
+        wanted = counted(self.removed(shape.layers), "layer")
+        if why := self.protection(index, shape.layers):
             return why
         if merge is None and index in search.refused:
             cosine, threshold, span = search.refused[index]
@@ -86,8 +86,8 @@ class LaCo(MergeStage):
                 f"the wanted {wanted} went elsewhere"
             )
         if merge is None:
-            beside = [j for j in (index - 1, index + 1) if j in self.free_layers(facts.layers)]
-            if not any(facts.kind(j) == facts.kind(index) for j in beside):
+            beside = [j for j in (index - 1, index + 1) if j in self.free_layers(shape.layers)]
+            if not any(shape.kind(j) == shape.kind(index) for j in beside):
                 return "kept: no unprotected neighbour of its kind is there to collapse with it"
             return f"kept: the wanted {wanted} were gone before the walk from the top tried to collapse it"
         span = layers_said((*merge.into, *merge.collapsed))
@@ -136,12 +136,12 @@ class Merge:
 class _Search:
     """The walks. `at` is the layer l that is tried next; `known` the cosines of windows (l, m) of the present model."""
 
-    def __init__(self, options: LaCo, facts: ModelShape, probe: ProbeContext):
-        self.options, self.facts, self.probe = options, facts, probe
-        self.groups = [Group((i,)) for i in range(facts.layers)]
+    def __init__(self, options: LaCo, shape: ModelShape, probe: ProbeContext):
+        self.options, self.shape, self.probe = options, shape, probe
+        self.groups = [Group((i,)) for i in range(shape.layers)]
         self.merges: list[Merge] = []
         self.walk = 0  # number of times that 𝒯 was lowered
-        self.at = facts.layers - 1
+        self.at = shape.layers - 1
         self.known: dict[tuple[int, int], float] = {}
         self.pieces: dict[Group, Piece] = {}
         self.refused: dict[int, tuple[float, float, list[int]]] = {}
@@ -153,7 +153,7 @@ class _Search:
 
     @property
     def missing(self) -> int:
-        return self.options.removed(self.facts.layers) - (self.facts.layers - len(self.groups))
+        return self.options.removed(self.shape.layers) - (self.shape.layers - len(self.groups))
 
     def run(self) -> list[Merge]:
         """Collapse until the wanted number of layers is gone.
@@ -168,7 +168,7 @@ class _Search:
         probe = self.probe
         stream = DecoderStream(probe.source, device=probe.device, dtype=probe.dtype)
         scored = VariantScorer(stream, chosen_rows(probe.blocks, even_rows(probe.blocks, self.options.rows)))
-        states = scored.states(as_is(self.facts.layers))
+        states = scored.states(as_is(self.shape.layers))
         target = [stream.last_states(b, h) for b, h in zip(scored.batches, states, strict=True)]
         self._restore()
         for _ in probe.progress(range(self.missing), "laco (layers collapsed, at most)"):
@@ -189,11 +189,11 @@ class _Search:
                 self._refuse(window, cosine)
             if self.threshold < -1:
                 raise IntegrityError("laco: no merge of these layers gives finite last hidden states")
-            self.walk, self.at = self.walk + 1, self.facts.layers - 1
+            self.walk, self.at = self.walk + 1, self.shape.layers - 1
 
     def _windows(self) -> list[tuple[int, int]]:
         """(l, m) that the present walk still tries, from the top down."""
-        free = self.options.free_layers(self.facts.layers)
+        free = self.options.free_layers(self.shape.layers)
         most = 1 + min(self.options.combined - 1, self.missing)
         found = []
         for start in range(min(self.at, len(self.groups) - 1), -1, -1):
@@ -208,9 +208,9 @@ class _Search:
 
         def alike(p: int) -> bool:
             slot = self.groups[p].members[0]
-            return slot in free and self.facts.kind(slot) == kind
+            return slot in free and self.shape.kind(slot) == kind
 
-        kind = self.facts.kind(self.groups[position].members[0])
+        kind = self.shape.kind(self.groups[position].members[0])
         if not alike(position):
             return range(0)
         start, stop = position, position + 1
@@ -240,7 +240,7 @@ class _Search:
         from compression_dags.passes.variant_scoring import Piece
 
         if group not in self.pieces:
-            alone = MergePlan(self.options.method, self.facts.layers, (group.planned,))
+            alone = MergePlan(self.options.method, self.shape.layers, (group.planned,))
             self.pieces[group] = Piece(group.members[0], layer_tensors(self.probe.source, alone, 0))
         return self.pieces[group]
 

@@ -24,12 +24,12 @@ class ShortGPT(MergeStage):
     method: Literal["shortgpt"] = "shortgpt"
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         scores = evidence.block_influence
-        free = np.asarray(self.free_layers(facts.layers))
+        free = np.asarray(self.free_layers(shape.layers))
         # stable: of equal scores the earlier layer goes first
-        gone = set(free[np.argsort(scores[free], kind="stable")[: self.removed(facts.layers)]].tolist())
-        plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
-        reasons = by_score(self, facts.layers, gone, scores, "block influence")
+        gone = set(free[np.argsort(scores[free], kind="stable")[: self.removed(shape.layers)]].tolist())
+        plan = keep_only(self.method, shape.layers, [i for i in range(shape.layers) if i not in gone])
+        reasons = by_score(self, shape.layers, gone, scores, "block influence")
         return plan, depth_decisions(plan, scores, "block influence", {}, reasons)

@@ -30,24 +30,24 @@ class SLEB(MergeStage):
     rows: int = Field(16, ge=1, description="calibration sequences scored, taken evenly from the set")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         assert probe is not None  # `measures`
-        rounds = self._rounds(facts, probe)
+        rounds = self._rounds(shape, probe)
         gone = {r.dropped: number for number, r in enumerate(rounds, 1)}
         last = rounds[-1].losses
-        scores = [rounds[gone[i] - 1].losses[i] if i in gone else last.get(i) for i in range(facts.layers)]
-        plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
+        scores = [rounds[gone[i] - 1].losses[i] if i in gone else last.get(i) for i in range(shape.layers)]
+        plan = keep_only(self.method, shape.layers, [i for i in range(shape.layers) if i not in gone])
         cost = {
             "rows": min(self.rows, len(probe.blocks.lengths)),
             "layer_forwards": sum(r.layer_forwards for r in rounds),
             "layer_forwards_of_full_evaluations": sum(
-                len(r.losses) * (facts.layers - n) for n, r in enumerate(rounds, 1)
+                len(r.losses) * (shape.layers - n) for n, r in enumerate(rounds, 1)
             ),
         }
-        reasons = [self._reason(i, facts.layers, rounds, gone.get(i)) for i in range(facts.layers)]
+        reasons = [self._reason(i, shape.layers, rounds, gone.get(i)) for i in range(shape.layers)]
         decisions = depth_decisions(plan, scores, "next-token loss without it (nats)", cost, reasons)
-        why = [_why(rounds, gone.get(i)) for i in range(facts.layers)]
+        why = [_why(rounds, gone.get(i)) for i in range(shape.layers)]
         return plan, [replace(d, evidence={**d.evidence, **w}) for d, w in zip(decisions, why, strict=True)]
 
     def _reason(self, index: int, total: int, rounds: list[Round], number: int | None) -> str:
@@ -68,7 +68,7 @@ class SLEB(MergeStage):
             f"{counted(len(this.losses), 'candidate')} in the last round; without layer {this.dropped} it is {least}"
         )
 
-    def _rounds(self, facts: ModelShape, probe: ProbeContext) -> list[Round]:
+    def _rounds(self, shape: ModelShape, probe: ProbeContext) -> list[Round]:
         from compression_dags.calibration.streaming import DecoderStream
         from compression_dags.passes.scored_rows import chosen_rows, even_rows
         from compression_dags.passes.variant_scoring import Edit, VariantScorer, as_is
@@ -77,10 +77,10 @@ class SLEB(MergeStage):
         scored = VariantScorer(stream, chosen_rows(probe.blocks, even_rows(probe.blocks, self.rows)))
         saved = probe.resume.load() if probe.resume else None
         rounds = [Round.from_json(r) for r in from_note(saved[1]["note"])] if saved else []
-        free = self.free_layers(facts.layers)
-        for _ in probe.progress(range(len(rounds), self.removed(facts.layers)), "sleb (layers dropped)"):
+        free = self.free_layers(shape.layers)
+        for _ in probe.progress(range(len(rounds), self.removed(shape.layers)), "sleb (layers dropped)"):
             gone = {r.dropped for r in rounds}
-            pieces = [p for p in as_is(facts.layers) if p.slot not in gone]
+            pieces = [p for p in as_is(shape.layers) if p.slot not in gone]
             places = [i for i, p in enumerate(pieces) if p.slot in free]
             none = [] if rounds else [Edit(len(pieces), len(pieces))]
             begin = scored.layer_forwards

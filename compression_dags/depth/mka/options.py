@@ -48,41 +48,41 @@ class MKA(MergeStage):
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, where attention sinks sit")
     sink_weight: float = Field(32.0, ge=0, description="weight of a sink position against another token's")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
-        if facts.architecture.experts is not None:
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        if shape.architecture.experts is not None:
             raise InputError(
-                f"merge: mka cannot merge experts ({facts.architecture.model_type}); use sleb, shortgpt or angular"
+                f"merge: mka cannot merge experts ({shape.architecture.model_type}); use sleb, shortgpt or angular"
             )
 
-        refuse_more(self, facts, facts.layers)
+        refuse_more(self, shape, shape.layers)
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse closed forms with fewer than 10 tokens an unknown.
 
         Raises:
             InputError: with the count, the need and the remedy.
         """
         fit, _ = self.rows(sequences, length)
-        need, tokens = TOKENS_PER_UNKNOWN * facts.hidden, len(fit) * length
-        if tokens < need and facts.architecture.residual_writer is not None:
+        need, tokens = TOKENS_PER_UNKNOWN * shape.hidden, len(fit) * length
+        if tokens < need and shape.architecture.residual_writer is not None:
             raise InputError(
                 f"merge: mka has {tokens:,} fitting tokens and needs {need:,} ({TOKENS_PER_UNKNOWN} for each of the "
-                f"{facts.hidden} hidden channels): raise calibration.sequences (now {sequences}) or fit_tokens (now "
+                f"{shape.hidden} hidden channels): raise calibration.sequences (now {sequences}) or fit_tokens (now "
                 f"{self.fit_tokens})"
             )
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         from compression_dags.depth.mka.search import PairSearch
 
         assert probe is not None  # `measures`
-        self.check(facts)
+        self.check(shape)
         sequences, length = map(int, probe.blocks.ids.shape)
-        self.check_tokens(facts, sequences, length)
+        self.check_tokens(shape, sequences, length)
         fit, held = self.rows(sequences, length)
-        return PairSearch(self, facts, evidence, probe, fit, held).run()
+        return PairSearch(self, shape, evidence, probe, fit, held).run()
 
     def rows(self, sequences: int, length: int) -> tuple[list[int], list[int]]:
         """Calibration sequences for fitting and for scoring; the last ones score, at most a quarter of all."""

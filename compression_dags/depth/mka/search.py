@@ -79,16 +79,16 @@ class PairSearch:
     """
 
     def __init__(
-        self, options: MKA, facts: ModelShape, evidence: Evidence, probe: ProbeContext, fit: list[int], held: list[int]
+        self, options: MKA, shape: ModelShape, evidence: Evidence, probe: ProbeContext, fit: list[int], held: list[int]
     ):
-        self.options, self.facts, self.evidence, self.probe = options, facts, evidence, probe
+        self.options, self.shape, self.evidence, self.probe = options, shape, evidence, probe
         self.source, self.unit = probe.source, UNITS[options.score]
         self.stream = DecoderStream(probe.source, device=probe.device, dtype=probe.dtype)
         self.batches = self.stream.batches(chosen_rows(probe.blocks, [*fit, *held]))
         self.first_held = len(fit)
         self.scorer = VariantScorer(self.stream, chosen_rows(probe.blocks, held))
         self.goal: list[Tensor] | None = None
-        self.groups = [Group(i, i + 1) for i in range(facts.layers)]
+        self.groups = [Group(i, i + 1) for i in range(shape.layers)]
         self.parked = self._where_states_fit()
         self.states = [[b.hidden.to(self.parked) for b in self.batches]]
         self._advance(0)
@@ -101,7 +101,7 @@ class PairSearch:
         if device.type == "cpu":
             return device
         each = sum(b.hidden.numel() * b.hidden.element_size() for b in self.batches)
-        fits = 2 * (self.facts.layers + 1) * each < torch.cuda.mem_get_info(device)[0] / 2
+        fits = 2 * (self.shape.layers + 1) * each < torch.cuda.mem_get_info(device)[0] / 2
         return device if fits else torch.device("cpu")
 
     def entry(self, position: int) -> list[Tensor]:
@@ -111,7 +111,7 @@ class PairSearch:
     # -- the rounds --------------------------------------------------------------------------------------------------
 
     def run(self) -> tuple[MergePlan, list[Decision]]:
-        count = self.options.removed(self.facts.layers)
+        count = self.options.removed(self.shape.layers)
         rows, loss = self._restore()
         for step in self.probe.progress(range(len(rows), count), "merge rounds"):
             candidates = self._candidates()
@@ -140,13 +140,13 @@ class PairSearch:
 
     def _shortlist(self) -> list[int]:
         """Positions p whose groups p, p+1 may become one: the most similar first, at most `shortlist`."""
-        free = self.options.free_layers(self.facts.layers)
+        free = self.options.free_layers(self.shape.layers)
         allowed = [
             p
             for p, (a, b) in enumerate(zip(self.groups, self.groups[1:], strict=False))
             if a.start >= free.start
             and b.stop <= free.stop
-            and len({self.facts.kind(i) for i in range(a.start, b.stop)}) == 1
+            and len({self.shape.kind(i) for i in range(a.start, b.stop)}) == 1
         ]
         return sorted(allowed, key=lambda p: (self._distance(p), p))[: self.options.shortlist]
 
@@ -165,7 +165,7 @@ class PairSearch:
         if self.options.score == "loss":
             return self.scorer.losses(pieces, edits)
         if self.goal is None:
-            self.goal = self.scorer.states(as_is(self.facts.layers))
+            self.goal = self.scorer.states(as_is(self.shape.layers))
         return self.scorer.measured(pieces, edits, lambda states: divergence(self.scorer, self.goal or [], states))
 
     def _merge(self, chosen: MergeCandidate) -> None:
@@ -201,7 +201,7 @@ class PairSearch:
         a, b = self.groups[position], self.groups[position + 1]
         weights = (*(shares[0] * s for s in a.shares), *(shares[1] * s for s in b.shares))
         group = Group(a.start, b.stop, weights, form, self._changed(a.start, tensors))
-        writer = self.facts.architecture.residual_writer
+        writer = self.shape.architecture.residual_writer
         note: dict[str, Any] = {"shares": list(shares)}
         if writer is None:
             return group, note
@@ -292,7 +292,7 @@ class PairSearch:
 
     def _norm_ratio(self, group: Group) -> float:
         """‖projections of the new layer‖ / ‖those of the first of its layers‖, Frobenius."""
-        names = [f"{p}.weight" for p in self.facts.architecture.projections()]
+        names = [f"{p}.weight" for p in self.shape.architecture.projections()]
         old = {n: self.source.tensor(self.source.layer(group.start)[n]).float() for n in names}
         new = {n: group.tensors.get(n, old[n]).float() for n in names}
         squares = [sum(float(t.square().sum()) for t in x.values()) for x in (new, old)]
@@ -301,7 +301,7 @@ class PairSearch:
     def _kept(self, rounds: list[Decision]) -> list[Decision]:
         rows, step = [], len(rounds)
         for i in (g.start for g in self.groups if g.form is None):
-            reason, evidence = why_kept(i, self.facts, self.options, rounds)
+            reason, evidence = why_kept(i, self.shape, self.options, rounds)
             target = f"layer {i}"
             rows.append(
                 Decision("merge", self.options.method, step, target, "keep", [i], None, self.unit, reason, evidence)
@@ -314,7 +314,7 @@ class PairSearch:
             for g in self.groups
         )
         tensors = {f"{p}.{name}": t for p, g in enumerate(self.groups) for name, t in g.tensors.items()}
-        return MergePlan(self.options.method, self.facts.layers, layers, tensors)
+        return MergePlan(self.options.method, self.shape.layers, layers, tensors)
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
@@ -335,7 +335,7 @@ class PairSearch:
             return [], None
         _, tensors = saved
         note = from_note(tensors.pop("note"))
-        held = MergePlan("held", self.facts.layers, (PlannedLayer((0,)),), tensors)
+        held = MergePlan("held", self.shape.layers, (PlannedLayer((0,)),), tensors)
         self.groups = [
             Group(start, stop, tuple(shares), form, held.of_layer(p))
             for p, (start, stop, shares, form) in enumerate(note["groups"])
@@ -363,7 +363,7 @@ class _PairSums:
     """Inputs of every projection of two adjacent groups on the fitting tokens, and the tensors of each form."""
 
     def __init__(self, search: PairSearch, position: int):
-        self.search, self.facts = search, search.facts
+        self.search, self.shape = search, search.shape
         self.position = position
         self.a, self.b = search.groups[position], search.groups[position + 1]
         self._members: tuple[Member, Member] | None = None
@@ -380,8 +380,8 @@ class _PairSums:
             return self._concatenated(a, b)
         share = self._share()
         channels = matching_channels(a, b, self.cross["mlp_output"])
-        groups = matching_groups(a, b, self.cross["attention_output"], self.facts)
-        return regression_mean(a, permuted(b, channels, groups, self.facts), share, self.facts), (share, 1.0 - share)
+        groups = matching_groups(a, b, self.cross["attention_output"], self.shape)
+        return regression_mean(a, permuted(b, channels, groups, self.shape), share, self.shape), (share, 1.0 - share)
 
     def _share(self) -> float:
         """λ of the first group: its part of the block influence of both (CoMe's prior)."""
@@ -427,7 +427,7 @@ class _PairSums:
         seen: dict[str, Tensor] = {}
         with placed(self.search.stream, group.piece) as module:
             hooks = []
-            for projections in self.facts.architecture.groups:
+            for projections in self.shape.architecture.groups:
 
                 def keep(_: Any, args: tuple[Tensor, ...], name: str = projections.name) -> None:
                     seen[name] = args[0].reshape(*entry.shape[:2], -1)
@@ -440,17 +440,17 @@ class _PairSums:
 
     def _concatenated(self, a: Member, b: Member) -> tuple[dict[str, Tensor], tuple[float, float]]:
         """The most sensitive channels and key-value groups of both, ranked together."""
-        facts, architecture = self.facts, self.facts.architecture
+        shape, architecture = self.shape, self.shape.architecture
         (o,), (down,) = architecture.group("attention_output"), architecture.group("mlp_output")
         known = []
         for m, sums in zip((a, b), self.squares, strict=True):  # over the same tokens, so sums rank as means do
             weights = (m.tensors[f"{o}.weight"], m.tensors[f"{down}.weight"])
-            known.append(sensitivity(weights, (sums["attention_output"], sums["mlp_output"]), "l2", facts))
+            known.append(sensitivity(weights, (sums["attention_output"], sums["mlp_output"]), "l2", shape))
         channels = [
             c.to(a.tensors[f"{down}.weight"].device)
-            for c in strongest_of_all([k.channels for k in known], facts.intermediate)
+            for c in strongest_of_all([k.channels for k in known], shape.intermediate)
         ]
-        heads = [h.to(channels[0].device) for h in strongest_of_all([k.heads for k in known], facts.kv_heads)]
-        share = len(channels[0]) / facts.intermediate
-        made = concatenate_members([a.tensors, b.tensors], channels, heads, (share, 1.0 - share), facts)
+        heads = [h.to(channels[0].device) for h in strongest_of_all([k.heads for k in known], shape.kv_heads)]
+        share = len(channels[0]) / shape.intermediate
+        made = concatenate_members([a.tensors, b.tensors], channels, heads, (share, 1.0 - share), shape)
         return made, (share, 1.0 - share)

@@ -62,15 +62,15 @@ class Distillation(RecoverStage):
             raise ValueError(f"tokens {self.tokens} is less than one step (batch_tokens {self.batch_tokens})")
         return self
 
-    def check(self, facts: ModelShape) -> None:
-        if facts.architecture.experts is not None:
+    def check(self, shape: ModelShape) -> None:
+        if shape.architecture.experts is not None:
             raise InputError(
-                f"recover: {self.method} does not train experts ({facts.architecture.model_type}); "
+                f"recover: {self.method} does not train experts ({shape.architecture.model_type}); "
                 "leave the stage out for this model"
             )
         for corpus in self.corpora:
-            check_size(corpus, max(1, self.held_windows // len(self.corpora)) + 1, self._window(facts), "held_windows")
-        if self.batch_tokens < self._window(facts):
+            check_size(corpus, max(1, self.held_windows // len(self.corpora)) + 1, self._window(shape), "held_windows")
+        if self.batch_tokens < self._window(shape):
             raise InputError(f"recover: {self.method} has batch_tokens {self.batch_tokens}, less than one window")
 
     def data_digests(self) -> dict[str, str]:
@@ -79,8 +79,8 @@ class Distillation(RecoverStage):
     def computing_options(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"corpora"})
 
-    def _window(self, facts: ModelShape) -> int:
-        return min(self.length, int(facts.config.get("max_position_embeddings") or self.length))
+    def _window(self, shape: ModelShape) -> int:
+        return min(self.length, int(shape.config.get("max_position_embeddings") or self.length))
 
     def recover(
         self,
@@ -98,7 +98,7 @@ class Distillation(RecoverStage):
         """See `RecoverStage.recover`; `blocks` is not read. Teacher and student are in memory whole."""
         from compression_dags.recovery.distillation.run import DistillRun
 
-        self.check(teacher.facts)
+        self.check(teacher.shape)
         return DistillRun(self, teacher, student, plan, device, dtype, resume, progress).run(directory)
 
 

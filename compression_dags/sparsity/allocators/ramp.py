@@ -66,12 +66,12 @@ class Ramp(GriddedAllocation):
                 f"leave 0 to {MOST}"
             )
 
-    def check_model(self, target: float, facts: ModelShape) -> None:
-        room, rise = 2 * min(target, MOST - target), (self.beta or 0.0) * max(1, facts.layers - 1)
+    def check_model(self, target: float, shape: ModelShape) -> None:
+        room, rise = 2 * min(target, MOST - target), (self.beta or 0.0) * max(1, shape.layers - 1)
         if abs(rise) > room + 1e-9:
             raise InputError(
-                f"ramp: beta {self.beta:g} over {facts.layers} layers is a rise of {rise:g}; sparsity {target} leaves "
-                f"room for {room:g} (beta {room / max(1, facts.layers - 1):.4g}): no layer may leave 0 to {MOST}"
+                f"ramp: beta {self.beta:g} over {shape.layers} layers is a rise of {rise:g}; sparsity {target} leaves "
+                f"room for {room:g} (beta {room / max(1, shape.layers - 1):.4g}): no layer may leave 0 to {MOST}"
             )
 
     def _span(self, target: float) -> tuple[float, float]:

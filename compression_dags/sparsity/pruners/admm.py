@@ -39,8 +39,8 @@ class ADMM(SparsifyStage):
     def follows(self) -> Target:
         return self.target
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
         if self.target != "own" and self.propagate == "dense":
             raise InputError(
                 f"sparsify: admm with target {self.target} compares the pruned model with the dense one as it goes; "

@@ -24,8 +24,8 @@ class SparseGPT(SparsifyStage):
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     block: int = Field(128, ge=1, description="columns whose mask is chosen at a time")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
         m = self.asked.m
         if m and self.block % m:
             raise InputError(f"sparsify: block {self.block} is not a multiple of the {m} of pattern {self.pattern}")
