@@ -140,7 +140,7 @@ def _similarity(calibration: Calibration, metric: str) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, store: ArtifactStore, activations: Artifact
     ) -> dg.Output[Artifact]:
         def build(work):
-            from compression_dags.similarity.evidence import write_similarity
+            from compression_dags.similarity.tables import write_similarity
 
             return write_similarity(metric, activations.path, work.out)
 
@@ -170,7 +170,7 @@ def _redundancy(calibration: Calibration) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, store: ArtifactStore, activations: Artifact
     ) -> dg.Output[Artifact]:
         def build(work):
-            from compression_dags.similarity.redundancy import write_redundancy
+            from compression_dags.similarity.redundancy_tables import write_redundancy
 
             return write_redundancy(activations.path, work.out)
 

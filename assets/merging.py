@@ -7,7 +7,7 @@ import dagster as dg
 from compression_dags.assets.base_models import base_model, base_models
 from compression_dags.assets.calibration import calibration_key
 from compression_dags.assets.publishing import GPU_POOL, publish
-from compression_dags.depth.apply import VERSION
+from compression_dags.depth.plan import VERSION
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
 from compression_dags.resources.accelerator import Accelerator
@@ -49,7 +49,7 @@ def build_merge_plan(recipe: Recipe) -> dg.AssetsDefinition:
             from compression_dags.calibration.corpora import load_blocks
             from compression_dags.checkpoints.reader import Checkpoint
             from compression_dags.depth.apply import removed_share
-            from compression_dags.depth.plan import ProbeContext
+            from compression_dags.depth.stage import ProbeContext
             from compression_dags.provenance.decisions import write_decisions
             from compression_dags.similarity.evidence import read_evidence
             from compression_dags.stage import bar

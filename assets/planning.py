@@ -8,9 +8,8 @@ from compression_dags.assets.base_models import base_model, base_models
 from compression_dags.assets.calibration import calibration_key
 from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.calibration.corpora import Calibration
-from compression_dags.planning.candidate_table import VERSION
-from compression_dags.planning.candidates import CandidateOptions
-from compression_dags.planning.identity import bank_identity
+from compression_dags.planning.identity import VERSION, bank_identity
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.provenance.artifacts import DECISIONS, Artifact, Request
 from compression_dags.recipes import options_digest
 from compression_dags.resources.accelerator import Accelerator

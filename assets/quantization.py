@@ -8,8 +8,7 @@ from compression_dags.assets.base_models import base_models
 from compression_dags.assets.calibration import calibration_key
 from compression_dags.assets.merging import recipe_key
 from compression_dags.assets.publishing import GPU_POOL, publish
-from compression_dags.planning.identity import mixed_identity
-from compression_dags.planning.mixed import VERSION as MIXED_VERSION
+from compression_dags.planning.identity import MIXED_VERSION, mixed_identity
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact, Request
 from compression_dags.recipes import Recipe, options_digest
 from compression_dags.resources.accelerator import Accelerator

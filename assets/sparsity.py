@@ -12,7 +12,7 @@ from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifac
 from compression_dags.recipes import Recipe, options_digest
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
-from compression_dags.sparsity.evidence import plan_identity
+from compression_dags.sparsity.identity import plan_identity
 
 
 def build_sparsity_plan(recipe: Recipe, weights_key: dg.AssetKey) -> dg.AssetsDefinition:

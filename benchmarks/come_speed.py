@@ -37,9 +37,11 @@ from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
+from compression_dags.depth.plan import MergePlan
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.recovery.least_squares import LeastSquares
 from compression_dags.registry import METHODS
+from compression_dags.similarity.evidence import Evidence
 
 #: What is asked of the default shape on one H100.
 TARGETS = {"seconds": 60, "peak_gb": 24}

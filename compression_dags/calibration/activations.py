@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compression_dags.calibration.corpora import TokenBlocks
@@ -61,8 +62,6 @@ class Activations:
     modules: ModuleAlignment = field(default_factory=ModuleAlignment)
 
     def save(self, directory: Path) -> None:
-        from safetensors.torch import save_file
-
         statistics = {
             "block_influence": self.block_influence,
             "block_influence_stderr": self.block_influence_stderr,

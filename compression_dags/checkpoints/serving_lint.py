@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from compression_dags.checkpoints.reader import INDEX, Checkpoint, TensorInfo
 from compression_dags.checkpoints.serving_schemes import (
     FLOATS,
@@ -250,8 +252,6 @@ class _Examination:
         return self._values(f"{module}.weight_shape", int)
 
     def _values(self, name: str, kind: type) -> tuple[Any, ...] | None:
-        from safetensors import safe_open
-
         info = self.checkpoint.tensors.get(name)
         if info is None or info.dtype not in {"I64", "F32"}:
             return None

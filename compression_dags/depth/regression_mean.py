@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from compression_dags.architectures import ModelShape
@@ -92,8 +93,6 @@ def _weighted_mean(weights: list[Tensor], grams: list[Tensor], shares: tuple[flo
 def matching_channels(a: Member, b: Member, cross: Tensor) -> Tensor:
     """(I,) for every MLP channel of `a` the channel of `b` that takes its place: the assignment of largest total
     correlation. `cross` is Σ_t z_a z_bᵀ (I, I) over the same tokens."""
-    from scipy.optimize import linear_sum_assignment
-
     scale_a, scale_b = (m.grams["mlp_output"].diagonal().clamp_min(1e-30).sqrt() for m in (a, b))
     correlation = (cross / (scale_a[:, None] * scale_b[None, :])).double().cpu().numpy()
     return torch.from_numpy(linear_sum_assignment(correlation, maximize=True)[1]).to(cross.device)
@@ -105,8 +104,6 @@ def matching_groups(a: Member, b: Member, cross: Tensor, shape: ModelShape) -> T
     Agreement of two groups is the cosine of their contributions to the residual stream, E⟨W_o,j u_j, W_o,k u_k⟩, since
     inside a head values have no basis of their own. `cross` is Σ_t u_a u_bᵀ over head outputs u.
     """
-    from scipy.optimize import linear_sum_assignment
-
     (o,) = shape.architecture.group("attention_output")
     width = shape.heads // shape.kv_heads * shape.head_dim
     out_a, out_b = (m.tensors[f"{o}.weight"] for m in (a, b))

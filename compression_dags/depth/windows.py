@@ -13,7 +13,7 @@ from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
-    from compression_dags.depth.plan import MergeStage
+    from compression_dags.depth.stage import MergeStage
 
 
 def joinable(shape: ModelShape, free: range) -> list[bool]:

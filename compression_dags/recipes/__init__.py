@@ -20,12 +20,12 @@ from pydantic import BaseModel, ValidationError
 from compression_dags import yaml_reader
 from compression_dags.architectures import ModelShape
 from compression_dags.calibration.corpora import Calibration, check_corpus, check_size
-from compression_dags.depth.plan import MergeStage
+from compression_dags.depth.stage import MergeStage
 from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import TaskBook
 from compression_dags.paths import PROJECT, what_is
 from compression_dags.planning.bounds import check_bits
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.recipes import names
 from compression_dags.recipes.names import BASELINE, NAME
 from compression_dags.recovery.stage import RecoverStage

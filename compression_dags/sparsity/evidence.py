@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from compression_dags.calibration.activations import profile_activations
 from compression_dags.calibration.statistics import load_statistics
+from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.errors import InputError
-from compression_dags.similarity.redundancy import compute_redundancy, read_redundancy
+from compression_dags.passes.scored_rows import chosen_rows, stream_loss
+from compression_dags.similarity.redundancy import read_redundancy
+from compression_dags.similarity.redundancy_tables import compute_redundancy
 from compression_dags.sparsity.allocation import Allocation, SparsityEvidence, SparsityPlan
 from compression_dags.stage import Progress, silent
 
@@ -37,30 +40,6 @@ def stored_evidence(
     )
 
 
-def plan_identity(stage: SparsifyStage, reads: Sequence[str], samples: int, seed: int) -> dict[str, Any]:
-    """What a sparsity plan's fingerprint holds beside the digests of its inputs: JSON values.
-
-    An allocation that prunes to compare candidates hangs on the pruner, its options and its version. Evidence from a
-    pass of the plan's own hangs on that pass: the tokens that are sampled, and its version.
-
-    Args:
-        reads: `Recipe.sparsity_reads`.
-    """
-    from compression_dags.calibration.statistics import VERSION as PASS
-    from compression_dags.similarity.redundancy import VERSION as REDUNDANCY
-
-    allocation = stage.allocation
-    found: dict[str, Any] = dict(stage.plan_options())
-    found["versions"] = {f"allocation: {allocation.method}": allocation.version}
-    if allocation.measures:
-        found["versions"] |= {f"sparsify: {stage.method}": stage.version}
-    if "calibration_tokens" in reads and (allocation.needs or allocation.reads_statistics):
-        found["evidence"] = {"samples": samples, "seed": seed}
-        found["versions"] |= {"calibration_activations": PASS}
-        found["versions"] |= {"similarity_redundancy": REDUNDANCY} if "redundancy" in allocation.needs else {}
-    return found
-
-
 def fresh_evidence(
     source: Checkpoint,
     allocation: Allocation,
@@ -77,9 +56,6 @@ def fresh_evidence(
     Args:
         samples, seed: of the recipe's calibration: how many tokens' features are compared, and which.
     """
-    from compression_dags.calibration.activations import profile_activations
-    from compression_dags.calibration.streaming import DecoderStream
-
     if not (allocation.needs or allocation.reads_statistics):
         return SparsityEvidence(source.architecture)
     stream = DecoderStream(source, device=device, dtype=dtype)
@@ -126,9 +102,6 @@ class PruneProbe:
 
     def held_out_loss(self, plan: SparsityPlan) -> float:
         """Mean next-token loss (nats) of the model pruned by `plan`; rows at the end of the calibration set."""
-        from compression_dags.calibration.streaming import DecoderStream
-        from compression_dags.passes.scored_rows import chosen_rows, stream_loss
-
         if self.blocks is None:
             raise InputError("allocation: scoring a candidate needs calibration tokens")
         total = len(self.blocks.lengths)

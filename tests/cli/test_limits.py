@@ -17,8 +17,9 @@ from compression_dags.evaluation.tasks import HarnessTask, PerplexityTask
 from compression_dags.planning.bounds import Measure, check_plan, limits_of
 from compression_dags.planning.budget_solver import solve
 from compression_dags.planning.candidate_table import measure_bank
-from compression_dags.planning.candidates import CandidateOptions, Shapes, candidates, empty_bank
+from compression_dags.planning.candidates import Shapes, candidates, empty_table
 from compression_dags.planning.mixed import plan_schemes
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.recipe_writer import quantize_stage
 from compression_dags.quantization.rtn import RTN
 from compression_dags.recipes import load_recipe
@@ -35,7 +36,7 @@ def costed(source, options):
 
     from compression_dags.planning.candidates import Candidate, removable
 
-    bank = empty_bank(source, candidates(source, options))
+    bank = empty_table(source, candidates(source, options))
     most = removable(options, bank.layers)
     found = [replace(a, cost=0.0 if a.is_dense else 1.0) for a in bank.alternatives]
     if most:

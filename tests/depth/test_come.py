@@ -24,7 +24,7 @@ from compression_dags.depth.concat.sensitivity import (
     layer_sensitivity,
 )
 from compression_dags.depth.concat.student_pass import AllTokens, AsReleased, StudentPass
-from compression_dags.depth.plan import ProbeContext
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer, as_is
 from compression_dags.provenance.resume import ResumePoint

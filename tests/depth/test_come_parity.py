@@ -14,8 +14,10 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, layer_tensors, reference_logits
 from compression_dags.depth.concat.come_released import ComeReleased
 from compression_dags.depth.concat.merge import tiled_queries
-from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
+from compression_dags.depth.plan import MergePlan
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError
+from compression_dags.similarity.evidence import Evidence
 
 NOTHING = Evidence(np.empty(0), np.empty(0), np.empty(0))
 FULL: dict[str, Any] = {"use_sliding_window": False, "layer_types": ["full_attention"] * 7}

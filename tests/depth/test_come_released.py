@@ -9,10 +9,12 @@ from compression_dags.checkpoints.gate import load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import layer_tensors
 from compression_dags.depth.concat import search as concat_search
-from compression_dags.depth.concat.come_released import ComeReleased, released_shares
+from compression_dags.depth.concat.come_released import ComeReleased
+from compression_dags.depth.concat.come_released_search import released_shares
 from compression_dags.depth.concat.student_pass import AsReleased
-from compression_dags.depth.plan import Evidence, ProbeContext
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError
+from compression_dags.similarity.evidence import Evidence
 from models import tiny
 
 

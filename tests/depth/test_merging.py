@@ -13,8 +13,9 @@ from compression_dags.depth.methods.angular import Angular
 from compression_dags.depth.methods.reverse import Reverse
 from compression_dags.depth.methods.shortgpt import ShortGPT
 from compression_dags.depth.methods.weighted_sum import WeightedSum
-from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, keep_only
+from compression_dags.depth.plan import MergePlan, PlannedLayer, keep_only
 from compression_dags.errors import InputError, IntegrityError
+from compression_dags.similarity.evidence import Evidence
 from models import FAMILIES
 
 

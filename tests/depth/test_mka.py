@@ -13,9 +13,10 @@ from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.methods.reverse import Reverse
 from compression_dags.depth.mka.paper import MKAPaper
 from compression_dags.depth.mka.released import MKACodeFixedWrite, MKAReleased, chained_shares, released_lambdas
-from compression_dags.depth.plan import Evidence, keep_only
+from compression_dags.depth.plan import keep_only
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import read_decisions, write_decisions
+from compression_dags.similarity.evidence import Evidence
 
 EMPTY = np.empty(0)
 
@@ -299,7 +300,8 @@ def test_all_variants_from_one_calibration_pass(stories, tmp_path):
 
     from compression_dags.calibration.activations import profile_activations
     from compression_dags.calibration.streaming import DecoderStream
-    from compression_dags.similarity.evidence import read_evidence, write_similarity
+    from compression_dags.similarity.evidence import read_evidence
+    from compression_dags.similarity.tables import write_similarity
 
     source = Checkpoint(stories)
     request = Calibration(sequences=8, length=96, samples=256)

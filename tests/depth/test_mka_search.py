@@ -15,7 +15,7 @@ from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.mka.options import MKA
-from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
+from compression_dags.depth.plan import MergePlan
 from compression_dags.depth.regression_mean import (
     Member,
     matching_channels,
@@ -23,8 +23,10 @@ from compression_dags.depth.regression_mean import (
     permuted,
     regression_mean,
 )
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.resume import ResumePoint
+from compression_dags.similarity.evidence import Evidence
 
 
 def blocks_of(path, sequences=24, length=64):

@@ -10,7 +10,8 @@ from concat_cases import checkpoint, evidence_of, one_thread, random_blocks  # n
 
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import ProbeContext, keep_only
+from compression_dags.depth.plan import keep_only
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.planning.candidate_table import bank_decisions
 from compression_dags.planning.candidates import Candidate, CandidateTable
 from compression_dags.planning.mixed import plan_schemes

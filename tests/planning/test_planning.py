@@ -21,9 +21,10 @@ from compression_dags.passes.scored_rows import chosen_rows
 from compression_dags.passes.variant_scoring import VariantScorer
 from compression_dags.planning.budget_solver import mixture_sizes, solve
 from compression_dags.planning.candidate_table import measure_bank, survivors
-from compression_dags.planning.candidates import Candidate, CandidateOptions, CandidateTable, label_of
+from compression_dags.planning.candidates import Candidate, CandidateTable, label_of
 from compression_dags.planning.joint_costs import counts_of, cut_sets
 from compression_dags.planning.mixed import plan_schemes
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.recipe_writer import quantize_stage, recipe_of, recipe_text
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.gptq import GPTQ

@@ -18,7 +18,8 @@ from compression_dags.errors import InputError, IntegrityError
 from compression_dags.quantization.packing import linear_modules, pack
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import rebuilds_while_loading
-from compression_dags.solvers.rounding import FP4_GRID, Grid, find_scales, round_codes, round_to_nearest
+from compression_dags.solvers.grids import Grid
+from compression_dags.solvers.rounding import FP4_GRID, find_scales, round_codes, round_to_nearest
 
 STAGES = {
     "W8A16": RTN(scheme="W8A16"),
@@ -177,7 +178,7 @@ def test_reload_in_bfloat16(name: str, sources, tmp_path):
 
 
 def test_nvfp4_needs_a_loader_for_its_dtype(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("compression_dags.quantization.schemes.rebuilds_while_loading", lambda: False)
+    monkeypatch.setattr("compression_dags.quantization.quantizing.rebuilds_while_loading", lambda: False)
     with pytest.raises(InputError, match=r"NVFP4A16 in float32 needs transformers >= 5\.23"):
         RTN(scheme="NVFP4A16").quantize(sources["float32"], tmp_path)
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
-from compression_dags.planning.candidates import CandidateOptions
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.quantization.formats import Choice, Scheme
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import rebuilds_while_loading

@@ -15,11 +15,11 @@ import pytest
 
 from compression_dags.assets.base_models import import_base_model
 from compression_dags.checkpoints import gguf_import, importing
-from compression_dags.checkpoints.contents import computed_digest
 from compression_dags.checkpoints.gate import load_stock, probe_ids
 from compression_dags.checkpoints.reader import SINGLE, Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import file_digest
+from compression_dags.provenance.contents import computed_digest
 from compression_dags.resources import model_hub, model_imports
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import SMOLLM2, ModelHub, ModelSource

@@ -11,7 +11,7 @@ from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.provenance.resume import ResumePoint
-from compression_dags.similarity.redundancy import write_redundancy
+from compression_dags.similarity.redundancy_tables import write_redundancy
 from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.sweep import Rows, prune_sweep

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from compression_dags.paths import PROJECT
 
 RECORD = Path(__file__).with_name("code_versions.json")
 _ROOMS = ("compression_dags",)
+#: A worker that a method or a stage names: `compression_dags.depth.mka.search:plan`.
+_WORKER = re.compile(r"(compression_dags(?:\.\w+)+):\w+")
 #: They name every method, or hold what any step made. A step that runs a method by name has its version among its own.
 _STOPS = {
     "compression_dags.registry",
@@ -138,7 +141,7 @@ def _versions(expression: ast.expr, function: ast.FunctionDef, module: Any) -> d
 
 
 def closure(module: str) -> frozenset[str]:
-    """The module and all of the project's that it imports, directly or through others, inside functions too."""
+    """The module and all of the project's that it imports or names as workers, directly or through others."""
     found: set[str] = set()
     stack = [module]
     while stack:
@@ -164,7 +167,7 @@ def module_digest(module: str) -> str:
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
-    """Modules of the project that run when this code does: none that only the type checker sees."""
+    """Modules of the project that run when this code does: imported or named as workers, not for the type checker."""
     if isinstance(tree, ast.If) and ast.unparse(tree.test).endswith("TYPE_CHECKING"):
         return
     if isinstance(tree, ast.Import):
@@ -172,6 +175,8 @@ def _imports(tree: ast.AST) -> Iterator[str]:
     elif isinstance(tree, ast.ImportFrom) and tree.module and tree.module.split(".")[0] in _ROOMS:
         yield tree.module
         yield from (f"{tree.module}.{a.name}" for a in tree.names)
+    elif isinstance(tree, ast.Constant) and isinstance(tree.value, str) and (named := _WORKER.fullmatch(tree.value)):
+        yield named[1]
     for child in ast.iter_child_nodes(tree):
         yield from _imports(child)
 

@@ -18,7 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from compression_dags.architectures import ModelShape
+from compression_dags.depth.stage import refuse_experts
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,15 +32,6 @@ if TYPE_CHECKING:
 
 #: A mean γ_m smaller than this share of its largest member's γ would blow rows up; that member's γ is taken instead.
 SMALLEST_GAMMA = 0.1
-
-
-def refuse_experts(shape: ModelShape, what: str = "concatenation of layers") -> None:
-    """Raise InputError for mixtures of experts: their channels belong to experts, not to the layer."""
-    if shape.architecture.experts is not None:
-        raise InputError(
-            f"{what} needs dense layers: {shape.architecture.model_type} is a mixture of experts; "
-            "drop layers instead (shortgpt, sleb)"
-        )
 
 
 def concatenate(
@@ -111,8 +105,6 @@ def _members(source: Checkpoint, layer: PlannedLayer, device: str) -> list[dict[
 
 def _rows(blocks: Tensor, width: int) -> Tensor:
     """Rows of blocks of `width`: [2, 5] and 3 → 6 7 8 15 16 17."""
-    import torch
-
     return (blocks.long()[:, None] * width + torch.arange(width, device=blocks.device)).flatten()
 
 
@@ -130,8 +122,6 @@ class _Folder:
         self, norm: str, reads: Mapping[str, Sequence[Tensor]], writes: Sequence[str], columns: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         """One branch: its pre-norm, the projections that read it (rows), the one that writes (columns)."""
-        import torch
-
         who = self._givers(columns)
         made = self._norm(norm, who)
         for projection, rows in reads.items():
@@ -168,8 +158,6 @@ class _Folder:
 
     def _norm(self, norm: str, who: Sequence[int]) -> dict[str, Tensor]:
         """γ_m (and β_m) of the merged pre-norm, rounded as they will be stored: rows are scaled to what is stored."""
-        import torch
-
         made = {}
         for kind in ("weight", "bias"):
             name = f"{norm}.{kind}"
@@ -189,8 +177,6 @@ class _Folder:
     ) -> dict[str, Tensor]:
         """Weight and bias rows of one member, such that after the merged norm they give what they gave after its own:
         W γ_s/γ_m, and b + Wβ_s − (W γ_s/γ_m)β_m."""
-        import torch
-
         own = self.members[member]
         weight, bias = f"{projection}.weight", f"{projection}.bias"
         w = _taken(own[weight], rows)
@@ -222,8 +208,6 @@ def tiled_queries(heads: Tensor, shape: ModelShape) -> Tensor:
     It repeats the mask over KV heads g times, so that query head h follows KV head h mod n_kv; but query head h reads
     KV head ⌊h / g⌋ (specs: defect B1).
     """
-    import torch
-
     kept = torch.zeros(shape.kv_heads, dtype=torch.bool, device=heads.device)
     kept[heads.long()] = True
     return kept.repeat(shape.heads // shape.kv_heads).nonzero().flatten().int()
@@ -246,8 +230,6 @@ def concatenate_released(
     Raises:
         InputError: indices of a member are missing, or the model is a mixture of experts.
     """
-    import torch
-
     shape = source.shape
     refuse_experts(shape)
     architecture = shape.architecture

@@ -28,12 +28,14 @@ from compression_dags.depth.concat.merge import (
 )
 from compression_dags.depth.concat.sensitivity import Score, Sensitivity, layer_sensitivity
 from compression_dags.depth.concat.student_pass import AllTokens, StudentPass
-from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, ProbeContext
+from compression_dags.depth.plan import MergePlan, PlannedLayer
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.depth.windows import joinable, next_pair
 from compression_dags.errors import InputError
 from compression_dags.passes.variant_scoring import Piece
 from compression_dags.provenance.resume import as_note, from_note
 from compression_dags.provenance.wording import apart, counted, layers_said
+from compression_dags.similarity.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Search:
         self.shape, self.probe, self.limits = shape, probe, limits
         self.form = form
         self.score: Score = score
-        self.walk = StudentPass(probe, score, rule)
+        self.student = StudentPass(probe, score, rule)
         self.layers = [whole(i, shape, queries=form == "concat-released") for i in range(shape.layers)]
         self.pieces = [Piece(i) for i in range(shape.layers)]
         self.influence = [float("nan")] * shape.layers
@@ -104,7 +106,7 @@ class Search:
     def _measure(self, start: int) -> None:
         order = sorted(range(len(self.distances)), key=lambda p: (isnan(self.distances[p]), self.distances[p], p))
         likely = list(dict.fromkeys(max(0, p - 1) for p in order))
-        for position, found in self.walk.measure(self.pieces, start, likely).items():
+        for position, found in self.student.measure(self.pieces, start, likely).items():
             self.influence[position] = found.influence
             self._sensitivity[position] = found.sensitivity
             if found.distance is not None:
@@ -136,7 +138,7 @@ class Search:
                 self._measure(max(0, position - 1))
             if self.probe.resume:
                 self.probe.resume.save_if_due(step + 1, self._state)
-        self.walk.stream.close()
+        self.student.stream.close()
 
     def merged(self, position: int, chosen: Chosen, shares: tuple[float, ...]) -> StudentLayer:
         """The layers at `position` and the next as one that keeps the chosen units."""
@@ -160,7 +162,7 @@ class Search:
         return {name: mixed([now(p, name) for p in pair], share) for name, share in weights.items()}
 
     def piece(self, layer: StudentLayer, device: str | None = None) -> Piece:
-        """The layer as the student runs it; computed on the bench's device, held on `device` or there."""
+        """The layer as the student runs it; computed on the probe's device, held on `device` or there."""
         planned, held = layer.planned(self.form)
         if planned.kept:
             return Piece(planned.slot)
@@ -187,7 +189,7 @@ class Search:
         self.influence[position : position + 2] = [float("nan")]
         self._sensitivity[position : position + 2] = [None]
         del self.distances[position]  # its neighbours are stale now, and still the best guess of what comes next
-        self.walk.changed(position, self.pieces)
+        self.student.changed(position, self.pieces)
 
     def _pairs(self) -> list[list[Any]]:
         """Neighbours that may be joined, as in `last_pairs`."""
@@ -230,7 +232,7 @@ class Search:
     @property
     def layer_forwards(self) -> int:
         """Forwards of one layer over the calibration tokens (of a method's own measurements: over its rows)."""
-        return self.walk.layer_forwards + self.extra_forwards
+        return self.student.layer_forwards + self.extra_forwards
 
     def plan(self, method: str) -> MergePlan:
         return plan_of(method, self.form, self.layers, self.shape)
@@ -239,7 +241,7 @@ class Search:
 
     def _state(self) -> dict[str, Tensor]:
         layers, tensors = as_tensors(self.layers)
-        note = {"layers": layers, "steps": self.steps, "forwards": [self.walk.layer_forwards, self.extra_forwards]}
+        note = {"layers": layers, "steps": self.steps, "forwards": [self.student.layer_forwards, self.extra_forwards]}
         return {"note": as_note(note | {"last_pairs": self.last_pairs}), **tensors}
 
     def _restore(self) -> int:
@@ -257,5 +259,5 @@ class Search:
         self._sensitivity = [None] * len(self.layers)
         if done < self.shape.layers - self.limits.goal:
             self._measure(0)
-        self.walk.layer_forwards, self.extra_forwards = note["forwards"]
+        self.student.layer_forwards, self.extra_forwards = note["forwards"]
         return done

@@ -24,7 +24,7 @@ UNITS = {"loss": "next-token loss (nats)", "window": "relative error of the exit
 def ratio_trials(search: Search, options: ComeP) -> Choose:
     """A `Choose` that merges a pair at every ratio and keeps the one that measures best (ties: the lowest ratio)."""
     blocks = search.probe.blocks
-    probe = VariantScorer(search.walk.stream, chosen_rows(blocks, even_rows(blocks, options.rows)))
+    probe = VariantScorer(search.student.stream, chosen_rows(blocks, even_rows(blocks, options.rows)))
     grid = [k / options.granularity for k in range(options.granularity + 1)]
 
     def best(position: int) -> tuple[StudentLayer, dict[str, Any]]:

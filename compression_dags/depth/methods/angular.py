@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
+from compression_dags.depth.plan import MergePlan, depth_decisions, keep_only
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, counted, layers_said, number
+from compression_dags.similarity.evidence import Evidence
 
 
 class Angular(MergeStage):

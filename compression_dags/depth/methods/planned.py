@@ -7,10 +7,12 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import layers_said, number
+from compression_dags.similarity.evidence import Evidence
 
 
 class Planned(MergeStage):

@@ -8,8 +8,9 @@ import numpy as np
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions
 from compression_dags.depth.reasons import by_grouping
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.depth.windows import (
     cheapest_groups,
     influence_shares,
@@ -20,6 +21,7 @@ from compression_dags.depth.windows import (
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
+from compression_dags.similarity.evidence import Evidence
 
 
 class WeightedSum(MergeStage):

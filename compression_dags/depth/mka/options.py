@@ -7,12 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext
+from compression_dags.depth.stage import MergeStage
 from compression_dags.depth.windows import refuse_more
 from compression_dags.errors import InputError
-from compression_dags.options import Ridge
-from compression_dags.provenance.decisions import Decision
-from compression_dags.recovery.stage import TOKENS_PER_UNKNOWN
+from compression_dags.options import TOKENS_PER_UNKNOWN, Ridge
 
 Form = Literal["first", "second", "concat", "mean"]
 
@@ -35,6 +33,7 @@ class MKA(MergeStage):
     version: ClassVar[str] = "1"
     needs: ClassVar[tuple[str, ...]] = ("block_influence", "angular", "npib", "cka")
     measures: ClassVar[bool] = True
+    implementation: ClassVar[str] = "compression_dags.depth.mka.search:plan"
     method: Literal["mka"] = "mka"
     forms: tuple[Form, ...] = Field(("first", "second", "concat"), min_length=1, description="ways to merge")
     shortlist: int = Field(6, ge=1, description="pairs measured in a round")
@@ -71,18 +70,6 @@ class MKA(MergeStage):
                 f"{shape.hidden} hidden channels): raise calibration.sequences (now {sequences}) or fit_tokens (now "
                 f"{self.fit_tokens})"
             )
-
-    def plan(
-        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
-    ) -> tuple[MergePlan, list[Decision]]:
-        from compression_dags.depth.mka.search import PairSearch
-
-        assert probe is not None  # `measures`
-        self.check(shape)
-        sequences, length = map(int, probe.blocks.ids.shape)
-        self.check_tokens(shape, sequences, length)
-        fit, held = self.rows(sequences, length)
-        return PairSearch(self, shape, evidence, probe, fit, held).run()
 
     def rows(self, sequences: int, length: int) -> tuple[list[int], list[int]]:
         """Calibration sequences for fitting and for scoring; the last ones score, at most a quarter of all."""

@@ -11,11 +11,13 @@ from pydantic import Field
 
 from compression_dags.architectures import ModelShape
 from compression_dags.depth.mka.released import similarity_table
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, layers_said, number
-from compression_dags.similarity.evidence import Merge, merge_tree
+from compression_dags.similarity.evidence import Evidence
+from compression_dags.similarity.merge_tree import Merge, merge_tree
 
 TABLES = {"binned": "npib", "ksg": "npib_ksg", "gaussian-copula": "npib_gaussian_copula"}
 

@@ -16,19 +16,13 @@ import numpy as np
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import (
-    Evidence,
-    MergePlan,
-    MergeStage,
-    PlannedLayer,
-    ProbeContext,
-    depth_decisions,
-    keep_only,
-)
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions, keep_only
 from compression_dags.depth.reasons import from_the_end
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import layers_said, number
+from compression_dags.similarity.evidence import Evidence
 
 KERNEL = {"estimator": "ksg", "sigma": 8.0, "tokens": "first 57 of sequence 0", "states": "layer inputs"}
 

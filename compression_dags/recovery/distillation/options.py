@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -10,14 +9,10 @@ from pydantic import Field, model_validator
 from compression_dags.architectures import ModelShape
 from compression_dags.calibration.corpora import check_size, corpus_digest
 from compression_dags.errors import InputError
-from compression_dags.recovery.stage import RecoverStage, Recovery
-from compression_dags.stage import Progress, silent
+from compression_dags.recovery.stage import RecoverStage
 
 if TYPE_CHECKING:
-    from compression_dags.calibration.corpora import TokenBlocks
-    from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.depth.plan import MergePlan
-    from compression_dags.provenance.resume import ResumePoint
+    pass
 
 
 class Distillation(RecoverStage):
@@ -32,6 +27,7 @@ class Distillation(RecoverStage):
     """
 
     version: ClassVar[str] = "2"
+    implementation: ClassVar[str] = "compression_dags.recovery.distillation.run:recover"
     inputs: ClassVar[Literal["teacher", "student"]]
 
     corpora: tuple[str, ...] = Field(("c4-sample",), min_length=1, description="texts to train on, in equal shares")
@@ -81,25 +77,6 @@ class Distillation(RecoverStage):
 
     def _window(self, shape: ModelShape) -> int:
         return min(self.length, int(shape.config.get("max_position_embeddings") or self.length))
-
-    def recover(
-        self,
-        teacher: Checkpoint,
-        student: Checkpoint,
-        plan: MergePlan,
-        blocks: TokenBlocks,
-        directory: Path,
-        *,
-        device: str = "cpu",
-        dtype: str = "float32",
-        resume: ResumePoint | None = None,
-        progress: Progress = silent,
-    ) -> Recovery:
-        """See `RecoverStage.recover`; `blocks` is not read. Teacher and student are in memory whole."""
-        from compression_dags.recovery.distillation.run import DistillRun
-
-        self.check(teacher.shape)
-        return DistillRun(self, teacher, student, plan, device, dtype, resume, progress).run(directory)
 
 
 class DistillSP(Distillation):

@@ -2,7 +2,7 @@
 
 ATP (ICML 2025, wzhuang-xmu/ATP) tries β = 0.002, 0.004, … and keeps the one with the best perplexity on WikiText-2's
 test split, which is then its result. Here candidates are scored on calibration text kept apart, by
-`bench.held_out_loss`: first a coarse grid of rises β (L − 1), then golden-section steps around the best. l̄ is weighted
+`probe.held_out_loss`: first a coarse grid of rises β (L − 1), then golden-section steps around the best. l̄ is weighted
 by parameters.
 """
 
