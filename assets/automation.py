@@ -20,7 +20,7 @@ from compression_dags.evaluation.tasks import Task
 from compression_dags.recipes import shown_recipes
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import ModelHub
-from compression_dags.resources.model_imports import stamp_of
+from compression_dags.resources.model_imports import check, stamp_of
 from compression_dags.step import BASE
 
 _UNFINISHED = [s for s in dg.DagsterRunStatus if s.value in {"QUEUED", "NOT_STARTED", "STARTING", "STARTED"}]
@@ -206,7 +206,7 @@ def _new_model(
     slug, registered = source.slug, source.slug in hub.registered()
     if slug in known and (registered or slug not in asked or store.recall(BASE, slug)):
         return slug, None
-    hub.check(source)
+    check(hub, source)
     stamp = stamp_of(source)
     if slug in known and source.kind in {"hub", "wheel"}:
         stamp += f"-{date.today()}"  # its download failed: once more each day

@@ -9,7 +9,7 @@ from compression_dags.assets.partitions import GRID, Place
 from compression_dags.assets.publishing import GPU_POOL, publish
 from compression_dags.assets.recipe import at
 from compression_dags.checkpoints.serving_lint import serving_fact
-from compression_dags.depth.plan import WRITER_VERSION
+from compression_dags.depth.plan import VERSION as WRITER_VERSION
 from compression_dags.errors import InputError, IntegrityError, naming_dtype
 from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact

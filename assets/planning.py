@@ -10,7 +10,7 @@ from compression_dags.calibration.corpora import Calibration
 from compression_dags.calibration.steps import calibration_steps
 from compression_dags.errors import InputError
 from compression_dags.heartbeat import working_on
-from compression_dags.planning.candidates import CandidateOptions
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.steps import ALTERNATIVES, alternatives
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import options_digest

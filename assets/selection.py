@@ -58,7 +58,7 @@ class Planner:
         """Why a recipe cannot work on a base model; None if it can, or if the model is not stored."""
         base = self.store.recall(BASE, slug)
         try:
-            recipe.check(Checkpoint(base.checkpoint).facts) if base else None
+            recipe.check(Checkpoint(base.checkpoint).shape) if base else None
         except InputError as error:
             return str(error)
         return None

@@ -37,9 +37,11 @@ from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
+from compression_dags.depth.plan import MergePlan
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.recovery.least_squares import LeastSquares
 from compression_dags.registry import METHODS
+from compression_dags.similarity.evidence import Evidence
 
 #: What is asked of the default shape on one H100.
 TARGETS = {"seconds": 60, "peak_gb": 24}
@@ -119,7 +121,7 @@ def one_form(
     probe = ProbeContext(source, blocks, args.device, args.dtype)
     method, options = FORMS[name]
     chosen = stage(method, layers=args.merges, **options)
-    plan, _ = meter.phase(f"{name}: plan", lambda: chosen.plan(source.facts, evidence, probe))
+    plan, _ = meter.phase(f"{name}: plan", lambda: chosen.plan(source.shape, evidence, probe))
     assert len(plan.layers) == args.layers - args.merges
     written = args.work / "written"
     student = meter.phase(f"{name}: write", lambda: apply_plan(source, plan, written))
@@ -148,7 +150,7 @@ def reference(source: Checkpoint, blocks: TokenBlocks, meter: Meter, args: argpa
 
     def passes() -> None:
         for _ in range(times):
-            method.plan(source.facts, nothing, probe)
+            method.plan(source.shape, nothing, probe)
 
     meter.phase("reference", passes)
     row = meter.rows["reference"]

@@ -28,12 +28,14 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, keep_only
+from compression_dags.depth.plan import MergePlan, keep_only
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.evaluation.perplexity import perplexity
 from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.recovery.stage import RecoverStage
 from compression_dags.registry import METHODS
-from compression_dags.similarity.evidence import read_evidence, write_similarity
+from compression_dags.similarity.evidence import Evidence, read_evidence
+from compression_dags.similarity.tables import write_similarity
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
 
@@ -152,7 +154,7 @@ class Study:
     def run(self, stage: MergeStage, removed: int, options: dict[str, Any]) -> None:
         start = time.monotonic()
         probe = ProbeContext(self.base, self.blocks, **self.on)
-        plan, decisions = stage.plan(self.base.facts, self.evidence, probe)
+        plan, decisions = stage.plan(self.base.shape, self.evidence, probe)
         seconds = round(time.monotonic() - start, 1)
         with tempfile.TemporaryDirectory() as folder:
             merged = apply_plan(self.base, plan, Path(folder, "merged"))

@@ -55,9 +55,10 @@ from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.quantization.packing import Packer
 from compression_dags.quantization.rounding_pass import RoundingPass
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.registry import METHODS
-from compression_dags.solvers.rounding import Grid, Rounded, Scales, find_scales, round_codes
+from compression_dags.solvers.grids import Grid
+from compression_dags.solvers.rounding import Rounded, Scales, find_scales, round_codes
 
 ASKED = ["gptq-W4A16", "awq-W4A16", "smoothquant-W8A8"]
 TINY_ASKED = ["gptq-W4A16-32", "awq-W4A16-32", "smoothquant-W8A8"]  # no group of 128 divides so small a matrix

@@ -31,13 +31,15 @@ from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli.plan import parse_budget
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import MergePlan, MergeStage, ProbeContext
+from compression_dags.depth.plan import MergePlan
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.planning.budget_solver import Measure, solve
 from compression_dags.planning.candidate_table import measure_bank
-from compression_dags.planning.candidates import CandidateOptions, CandidateTable
+from compression_dags.planning.candidates import CandidateTable
 from compression_dags.planning.mixed import plan_schemes
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.recipe_writer import recipe_of, recipe_text
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.recipes import Recipe, load_recipe, load_recipes, pick_recipes
 from compression_dags.recovery.stage import RecoverStage
 from compression_dags.sparsity.evidence import PruneProbe, fresh_evidence
@@ -136,7 +138,7 @@ class RecipeStudy(Study):
     def _applied(self, stage: Stage, before: Made, folder: Path) -> tuple[Checkpoint, MergePlan | None, Row]:
         source, plan = before.checkpoint, before.plan
         if isinstance(stage, MergeStage):
-            plan, _ = stage.plan(source.facts, self.evidence, ProbeContext(source, self.blocks, **self.on))
+            plan, _ = stage.plan(source.shape, self.evidence, ProbeContext(source, self.blocks, **self.on))
             return apply_plan(source, plan, folder), plan, {}
         if isinstance(stage, RecoverStage):
             assert plan is not None

@@ -56,7 +56,7 @@ from compression_dags.calibration.statistics import load_statistics
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.registry import METHODS
-from compression_dags.similarity.redundancy import compute_redundancy
+from compression_dags.similarity.redundancy_tables import compute_redundancy
 from compression_dags.sparsity.allocation import SparsityEvidence
 from compression_dags.sparsity.results import Results
 from compression_dags.sparsity.stage import SparsifyStage

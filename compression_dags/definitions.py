@@ -20,7 +20,7 @@ from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.evaluation.added import added_tasks
 from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
-from compression_dags.planning.candidates import CandidateOptions
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.recipes import Recipe, load_recipes, recipes_folder
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore

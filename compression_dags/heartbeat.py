@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from tqdm import tqdm
+
 T = TypeVar("T")
 logger = logging.getLogger("compression_dags")
 #: Seconds after which work that is not done is named, and seconds between two lines about it.
@@ -100,8 +102,6 @@ def _speak(work: Work, stop: threading.Event) -> None:
 
 def tracked(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """The items, one after another, counted for the line or the bar."""
-    from tqdm import tqdm
-
     work = _current.get() or Work("", time.monotonic(), live=_terminal())
     total = len(items) if total is None and isinstance(items, Sized) else total
     count = Count(description, total, time.monotonic())

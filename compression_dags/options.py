@@ -16,6 +16,9 @@ SMALLEST = 1e-30
 #: A ridge penalty over the mean diagonal: without one the normal equations of dependent inputs have no solution.
 Ridge = Annotated[float, Field(gt=0)]
 
+#: Closed-form fits need this many fitting tokens for every unknown of an output column.
+TOKENS_PER_UNKNOWN = 10
+
 
 class Options(BaseModel):
     """Values that a user may set. Refused are NaN, infinities, sizes beyond 10⁻³⁰ to 10¹², and yes for a number."""

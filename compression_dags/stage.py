@@ -1,18 +1,20 @@
 """What every recipe stage has in common: options that refuse unknown keys, a version, a check before compute.
 
 A method is a pydantic class: its fields are what a recipe may set, its docstring is what `compression-dags methods`
-prints, its `version` enters the fingerprint of everything it makes. Method modules import no torch at the top.
+prints, its `version` enters the fingerprint of everything it makes. It imports no torch: the worker that it names does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from compression_dags.architectures import ModelShape
+from compression_dags.heartbeat import tracked
 from compression_dags.options import Options
-from compression_dags.step import Chain, Kind, Step
+from compression_dags.step import Chain, Kind, Step, worker
 
+__all__ = ["Named", "Progress", "Stage", "StatisticKind", "Target", "bar", "implementation", "silent", "worker"]
 T = TypeVar("T")
 #: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ, max |x| a channel, or the
 #: last two.
@@ -34,21 +36,35 @@ def silent(items: Iterable[T], description: str, total: int | None = None) -> It
 
 def bar(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """A live bar on standard error when that is a terminal, a line a minute otherwise."""
-    from compression_dags.heartbeat import tracked
-
     return tracked(items, description, total)
 
 
+class Named(Protocol):
+    """Options that name who carries them out."""
+
+    implementation: ClassVar[str]
+
+
+def implementation(options: Named) -> Callable[..., Any]:
+    """The function that carries out a method, imported only now: options are read without torch, workers import it."""
+    return worker(options.implementation)
+
+
 class Stage(Options):
-    """Options of one method. Subclasses set `stage`, `version` and the `method` literal."""
+    """Options of one method. Subclasses set `stage`, `version`, the `method` literal, and who carries it out.
+
+    `implementation` is `module:function`; its first argument is the stage. A method that needs no torch has none, and
+    defines what it does itself.
+    """
 
     stage: ClassVar[str]
     version: ClassVar[str]
+    implementation: ClassVar[str] = ""
     kinds: ClassVar[tuple[Kind, ...]]
     """The artifacts that stages of this sort make, in order."""
     method: str
 
-    def check(self, facts: ModelShape) -> None:
+    def check(self, shape: ModelShape) -> None:
         """Refuse what cannot work on this model, before any compute.
 
         Raises:
@@ -69,7 +85,7 @@ class Stage(Options):
         """The versions of all methods that this stage runs, as they enter fingerprints."""
         return ".".join(self.versions.values())
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse a calibration set that is too small, before any compute.
 
         Raises:

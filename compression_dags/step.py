@@ -19,6 +19,12 @@ ANALYSIS = ("calibration_tokens", "calibration_activations")
 SIMILARITIES = ("similarity_block_influence", "similarity_angular", "similarity_npib", "similarity_cka")
 
 
+def worker(name: str) -> Callable[..., Any]:
+    """What `module:name` names, imported only now: options are read without torch, workers import it."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 @dataclass(frozen=True)
 class Step:
     """One artifact of a recipe: what determines it, what it reads, and who makes it.
@@ -56,8 +62,7 @@ class Step:
 
     def run(self, job: Job) -> dict[str, Any]:
         """Facts for display, after the worker has written the artifact."""
-        module, _, function = self.worker.partition(":")
-        return getattr(importlib.import_module(module), function)(job)
+        return worker(self.worker)(job)
 
 
 @dataclass(frozen=True)

@@ -178,18 +178,6 @@ class ModelHub(dg.ConfigurableResource):
             return {"wheel": WHEEL_SHA256, "conversion": CONVERSION}
         return {"repository": source.location, "commit": str(source.revision)}
 
-    def identity(self, source: ModelSource) -> dict[str, str]:
-        """What enters the fingerprint of the base model: see `model_imports.identity`."""
-        from compression_dags.resources.model_imports import identity
-
-        return identity(self, source)
-
-    def check(self, source: ModelSource) -> None:
-        """Refuse what can be refused from names and headers alone: see `model_imports.check`."""
-        from compression_dags.resources.model_imports import check
-
-        check(self, source)
-
     def watch(self, place: str | Path) -> list[str]:
         """Model references in a folder (its subfolders with a config.json) or in a text file (one a line, # comments).
 

@@ -204,7 +204,7 @@ class ModelShape:
         return int(self.config.get("moe_intermediate_size") or self.intermediate)
 
     def shortened(self, layers: int) -> ModelShape:
-        """The facts after others but the first so many layers went; these facts where layers are of several kinds."""
+        """The shape once all but the first so many layers went; this shape where layers are of several kinds."""
         if layers == self.layers or len({self.kind(i) for i in range(self.layers)}) > 1:
             return self
         split = self.architecture.split_name

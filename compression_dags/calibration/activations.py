@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compression_dags.calibration.corpora import TokenBlocks
@@ -61,8 +62,6 @@ class Activations:
     modules: ModuleAlignment = field(default_factory=ModuleAlignment)
 
     def save(self, directory: Path) -> None:
-        from safetensors.torch import save_file
-
         statistics = {
             "block_influence": self.block_influence,
             "block_influence_stderr": self.block_influence_stderr,
@@ -127,7 +126,7 @@ def profile_activations(
 class _Accumulators:
     def __init__(self, stream: DecoderStream, blocks: TokenBlocks, sampled: np.ndarray):
         count, rows = stream.num_layers, len(blocks.lengths)
-        hidden = stream.checkpoint.facts.hidden
+        hidden = stream.checkpoint.shape.hidden
         self.stream, self.blocks = stream, blocks
         self.lengths = torch.from_numpy(blocks.lengths).double()
         self.sampled = torch.from_numpy(sampled)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from compression_dags.calibration import texts
 from compression_dags.errors import InputError
@@ -212,7 +214,8 @@ def _hub_revision(corpus: str) -> str:
     Raises:
         InputError: neither knows it.
     """
-    from huggingface_hub import HfApi, constants
+    # recipes are read without the hub's client
+    from huggingface_hub import HfApi, constants  # noqa: PLC0415
 
     repository, _, _ = _hub_parts(corpus)
     reason = "HF_HUB_OFFLINE is set"
@@ -228,7 +231,8 @@ def _hub_revision(corpus: str) -> str:
 
 
 def _read_hub(corpus: str) -> Iterator[str]:
-    from datasets import load_dataset
+    # recipes are read without datasets, which imports pandas and torch
+    from datasets import load_dataset  # noqa: PLC0415
 
     repository, config, split = _hub_parts(corpus)
     revision = _hub_revision(corpus)
@@ -388,13 +392,9 @@ def _one_document_a_row(encoded: Iterator[list[int]], rows: int, length: int, pa
 
 
 def save_blocks(blocks: TokenBlocks, path: Path) -> None:
-    from safetensors.numpy import save_file
-
     save_file({"ids": blocks.ids, "lengths": blocks.lengths}, path, metadata={"documents": str(blocks.documents)})
 
 
 def load_blocks(path: Path) -> TokenBlocks:
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as f:
         return TokenBlocks(f.get_tensor("ids"), f.get_tensor("lengths"), int(f.metadata()["documents"]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compression_dags.calibration.grams import LEAST_TOKENS, MODES, SKIPPED_POSITIONS, alignment, packed_gram
@@ -35,8 +36,6 @@ class ModuleAlignment:
     tokens: dict[str, int] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
-        from safetensors.torch import save_file
-
         note = json.dumps({"labels": self.labels, "tokens": self.tokens})
         save_file(self.tables, directory / MODULE_ALIGNMENT, metadata={"alignment": note})
 

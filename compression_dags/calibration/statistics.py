@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 #: Code version of the calibration pass.
 VERSION = "3"
@@ -16,8 +18,6 @@ MODULE_ALIGNMENT = "module_alignment.safetensors"
 
 def load_statistics(directory: Path) -> dict[str, np.ndarray]:
     """`block_influence` (L,), `angular` (L+1, L+1), `norms.layers.3.mlp_input.mean_square` (channels,), … float64."""
-    from safetensors.numpy import load_file
-
     return load_file(directory / STATISTICS)
 
 
@@ -30,8 +30,6 @@ def load_alignment(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, li
         labels: family → what its rows are: `3.mlp_input` (a group's shared input), `3.mlp.up_proj` (an output).
         tokens: `paper`: tokens used by that mode; `centred`: by the others, which skip the first positions.
     """
-    from safetensors import safe_open
-
     with safe_open(directory / MODULE_ALIGNMENT, framework="numpy") as file:
         note = json.loads(file.metadata()["alignment"])
         tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

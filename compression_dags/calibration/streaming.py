@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compression_dags.architectures import Experts
 from compression_dags.calibration.corpora import TokenBlocks
@@ -114,15 +117,11 @@ class DecoderStream:
         need = self.checkpoint.numel * self.dtype.itemsize
         if self.device.type == "cuda":
             return need < torch.cuda.mem_get_info(self.device)[0] / 2
-        import psutil
 
         return need < psutil.virtual_memory().available / 2
 
     def _build_shell(self) -> nn.Module:
         """The model with everything but its decoder layers on the device; layers stay on the meta device."""
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         config = AutoConfig.from_pretrained(self.checkpoint.path)
         config.use_cache = False
         with init_empty_weights(include_buffers=False):

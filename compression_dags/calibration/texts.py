@@ -207,8 +207,9 @@ def _not_utf16(path: Path, data: bytes) -> None:
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    # a tenth of a second that only parquet files need
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
 
     if path.stat().st_size == 0:
         raise InputError(f"{path}: is an empty file, not parquet")
@@ -230,7 +231,8 @@ def _parquet(path: Path) -> Iterator[str]:
 
 
 def _one_text_column(path: Path, schema: Any) -> None:
-    import pyarrow as pa
+    # a tenth of a second that only parquet files need
+    import pyarrow as pa  # noqa: PLC0415
 
     at = schema.get_all_field_indices("text")
     if len(at) != 1:

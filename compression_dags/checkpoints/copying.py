@@ -14,6 +14,8 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from compression_dags.checkpoints.headers import TensorInfo, read_header
 from compression_dags.errors import InputError
 from compression_dags.stage import Progress, silent
@@ -149,8 +151,6 @@ def _pieces(source: FileIO, tensors: list[TensorInfo]) -> Iterator[tuple[TensorI
 
 def _count_non_finite(piece: memoryview, dtype: str) -> int:
     """How many numbers of the piece are NaN or infinite; 0 for types that are not floating."""
-    import numpy as np
-
     if dtype not in _PATTERNS:
         return 0
     kind, mask, limit = _PATTERNS[dtype]

@@ -20,7 +20,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 
 def probe_ids(vocab_size: int, context: int) -> torch.Tensor:
     """Two short sequences of token ids, the same for every run, (2, ≤48) int64."""
-    import torch
+    # the code location loads this module, and neither torch nor transformers
+    import torch  # noqa: PLC0415
 
     length = min(PROBE_TOKENS, context)
     ids = (torch.arange(2 * length, dtype=torch.int64) * 7919 + 11) % vocab_size
@@ -30,7 +31,8 @@ def probe_ids(vocab_size: int, context: int) -> torch.Tensor:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the reports and bars of transformers and compressed-tensors; what matters is raised as an error."""
-    from transformers.utils import logging
+    # the code location loads this module, and neither torch nor transformers
+    from transformers.utils import logging  # noqa: PLC0415
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -47,7 +49,8 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     Raises:
         IntegrityError: naming the first tensors that do not fit.
     """
-    from transformers import AutoModelForCausalLM
+    # the code location loads this module, and neither torch nor transformers
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     # Straight to the device: weights that transformers 5.17 dequantizes while loading do not follow a later `.to`.
     where = {} if device == "cpu" else {"device_map": {"": device}}
@@ -75,7 +78,8 @@ def check_finite_logits(model: Any, directory: Path, rows: int) -> None:
     Raises:
         IntegrityError: they are not, or the forward pass fails.
     """
-    import torch
+    # the code location loads this module, and neither torch nor transformers
+    import torch  # noqa: PLC0415
 
     context = getattr(model.config, "max_position_embeddings", PROBE_TOKENS)
     ids = probe_ids(min(rows, model.config.vocab_size), context)
@@ -111,7 +115,8 @@ def check_reload(
     Raises:
         IntegrityError: the checkpoint does not load cleanly, gives non-finite logits, or other logits.
     """
-    import torch
+    # the code location loads this module, and neither torch nor transformers
+    import torch  # noqa: PLC0415
 
     model = load_stock(directory, device=device, dtype=dtype)
     ids = probe_ids(model.config.vocab_size, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))

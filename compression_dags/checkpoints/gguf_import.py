@@ -7,14 +7,14 @@ quantized, so that it cannot be saved.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from compression_dags.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 #: Part of converted models' identity and cache name. Raise it when this module writes other bytes for the same file.
 CONVERSION = "1"
@@ -63,7 +63,8 @@ def convert_smollm2(gguf_file: Path, directory: Path) -> None:
         InputError: not a GGUF file, another architecture or tokenizer, a tensor that is unknown, absent or does not
             fit float16.
     """
-    import gguf
+    # half a second, and the table of model sources needs this module's names alone
+    import gguf  # noqa: PLC0415
 
     try:
         reader = gguf.GGUFReader(gguf_file)
@@ -72,7 +73,7 @@ def convert_smollm2(gguf_file: Path, directory: Path) -> None:
     metadata = _Metadata(reader, gguf_file)
     metadata.expect("general.architecture", "llama")
     metadata.expect("tokenizer.ggml.model", "gpt2")
-    tensors = dict(_tensors(reader, metadata))
+    tensors = dict(_tensors(reader, metadata, gguf.dequantize))
     directory.mkdir(parents=True, exist_ok=True)
     _write_weights(directory / "model.safetensors", tensors)
     _write_json(directory / "config.json", _config(metadata, tied="lm_head.weight" not in tensors))
@@ -101,8 +102,6 @@ class _Metadata:
 
     def number(self, key: str) -> float:
         """A float32 field as the decimal that was meant: 1e-05, not 9.999999747378752e-06."""
-        import numpy as np
-
         return float(str(np.float32(self[key])))
 
     @property
@@ -122,17 +121,16 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _tensors(reader: Any, metadata: _Metadata) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    reader: Any, metadata: _Metadata, dequantize: Callable[..., np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Name → float16 array in transformers' names, shapes and row order."""
-    import gguf
-    import numpy as np
-
     heads, kv_heads = metadata.heads
     for tensor in reader.tensors:
         name = _rename(tensor.name)
         if name is None:
             continue
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = dequantize(tensor.data, tensor.tensor_type)
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:
             values = unpermute(values, heads if ".attn_q." in tensor.name else kv_heads)
         with np.errstate(over="ignore"):
@@ -192,8 +190,9 @@ def _special_ids(metadata: _Metadata) -> dict[str, int]:
 
 def _write_tokenizer(directory: Path, metadata: _Metadata) -> None:
     """Byte-level BPE from the file's tokens and merges, digits one by one, no token added around a text."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    # the code location loads this module, and neither transformers nor its tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
@@ -216,8 +215,6 @@ def _write_tokenizer(directory: Path, metadata: _Metadata) -> None:
 
 
 def _write_weights(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    from safetensors.numpy import save_file
-
     save_file(tensors, file, metadata={"format": "pt"})
 
 

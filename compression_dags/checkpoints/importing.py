@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from compression_dags.architectures import ModelShape
-from compression_dags.checkpoints.contents import computed_digest
 from compression_dags.checkpoints.copying import FilePlan, copy_weights, equal_bytes, stamp
 from compression_dags.checkpoints.gate import quiet
 from compression_dags.checkpoints.headers import is_file, one_line, read_object
@@ -31,6 +30,7 @@ from compression_dags.checkpoints.stock_check import check_stock_load
 from compression_dags.checkpoints.tokenizer_check import check_tokenizer
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import file_digest
+from compression_dags.provenance.contents import computed_digest
 from compression_dags.stage import Progress, silent
 
 
@@ -215,7 +215,8 @@ def _filled(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list[str])
     Raises:
         InputError: transformers refuses it.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    # the code location loads this module without transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
     config_class: Any = CONFIG_MAPPING[checkpoint.architecture.model_type]
     kept, _ = left_out(checkpoint.raw_config)
@@ -301,7 +302,8 @@ def _check_generation(directory: Path, source: Path) -> None:
     """transformers ignores a generation config that is no JSON, and fails late on one that is no generation config."""
     if not is_file(directory / GENERATION):
         return
-    from transformers import GenerationConfig
+    # the code location loads this module without transformers
+    from transformers import GenerationConfig  # noqa: PLC0415
 
     try:
         with quiet():

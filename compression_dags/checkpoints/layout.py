@@ -51,27 +51,27 @@ def check_layers(checkpoint: Checkpoint) -> None:
         raise InputError(f"{checkpoint.path}: {counted}")
 
 
-def check_shapes(checkpoint: Checkpoint, facts: ModelShape) -> None:
+def check_shapes(checkpoint: Checkpoint, shape: ModelShape) -> None:
     """Every projection, norm and expert of every layer is there, in float, with the shape that the config gives it.
 
     Raises:
         InputError: naming the first tensor that differs.
     """
     path, architecture = checkpoint.path, checkpoint.architecture
-    if (rows := embedding(checkpoint).shape[0]) != facts.config["vocab_size"]:
+    if (rows := embedding(checkpoint).shape[0]) != shape.config["vocab_size"]:
         raise InputError(
-            f"{path}: the embedding has {rows} rows, config.json says vocab_size {facts.config['vocab_size']}"
+            f"{path}: the embedding has {rows} rows, config.json says vocab_size {shape.config['vocab_size']}"
         )
     layers = layer_tensors(checkpoint)
     first: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
-    for index in range(facts.layers):
-        local, kind = layers[index], architecture.layer_kind(facts.config, index)[1]
-        wanted = _expected(architecture, facts, index, count=len(local))
-        for name, shape in wanted.items():
+    for index in range(shape.layers):
+        local, kind = layers[index], architecture.layer_kind(shape.config, index)[1]
+        wanted = _expected(architecture, shape, index, count=len(local))
+        for name, size in wanted.items():
             if name not in local:
                 raise InputError(f"{path}: layer {index} lacks {name}, which {architecture.model_type} needs")
-            if local[name].shape != shape:
-                raise InputError(f"{path}: layer {index}: {name} is {local[name].shape}, config.json makes it {shape}")
+            if local[name].shape != size:
+                raise InputError(f"{path}: layer {index}: {name} is {local[name].shape}, config.json makes it {size}")
         shapes = {name: info.shape for name, info in local.items() if not _BUFFERS.fullmatch(info.name)}
         other, before = first.setdefault(kind, (index, shapes))
         if odd := sorted(n for n in shapes.keys() | before.keys() if shapes.get(n) != before.get(n)):
@@ -95,11 +95,11 @@ def layer_tensors(checkpoint: Checkpoint) -> dict[int, dict[str, TensorInfo]]:
     return found
 
 
-def _expected(architecture: Architecture, facts: ModelShape, index: int, count: int) -> dict[str, tuple[int, ...]]:
+def _expected(architecture: Architecture, shape: ModelShape, index: int, count: int) -> dict[str, tuple[int, ...]]:
     """Local name → shape of the weights of one layer. `count` is how many tensors it has: it bounds the experts."""
-    sparse = architecture.is_sparse_layer(facts.config, index)
-    hidden, inner = facts.hidden, facts.intermediate
-    queries, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    sparse = architecture.is_sparse_layer(shape.config, index)
+    hidden, inner = shape.hidden, shape.intermediate
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     shapes = {
         "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
         "out_proj": (hidden, queries), "gate_proj": (inner, hidden), "up_proj": (inner, hidden),
@@ -110,13 +110,13 @@ def _expected(architecture: Architecture, facts: ModelShape, index: int, count: 
         if not (sparse and projection.startswith("mlp.")):
             wanted[f"{projection}.weight"] = shapes[projection.rpartition(".")[2]]
     for norm in architecture.norms:
-        wanted[f"{norm}.weight"] = (facts.head_dim if norm in architecture.head_norms else hidden,)
+        wanted[f"{norm}.weight"] = (shape.head_dim if norm in architecture.head_norms else hidden,)
     if sparse and (experts := architecture.experts):
-        number = int(facts.config.get("num_experts") or facts.config.get("num_local_experts") or 0)
+        number = int(shape.config.get("num_experts") or shape.config.get("num_local_experts") or 0)
         wanted[f"{experts.disk_block}.gate.weight"] = (number, hidden)
         for expert in range(min(number, count + 1)):
             gate, up, down = experts.matrices(expert)
-            wide, narrow = (facts.expert_intermediate, hidden), (hidden, facts.expert_intermediate)
+            wide, narrow = (shape.expert_intermediate, hidden), (hidden, shape.expert_intermediate)
             wanted |= {f"{gate}.weight": wide, f"{up}.weight": wide, f"{down}.weight": narrow}
     return wanted
 

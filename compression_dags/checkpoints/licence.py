@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from compression_dags.checkpoints.headers import is_file
 from compression_dags.checkpoints.model_files import describing_files, is_legal
 
@@ -63,8 +65,6 @@ def _plain_mapping(text: str) -> dict[str, Any]:
     Raises:
         ValueError: not YAML, or with anchors and aliases, which can unfold to any size.
     """
-    import yaml
-
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):

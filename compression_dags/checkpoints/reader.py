@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from compression_dags.architectures import Architecture, ModelShape, architecture_of
-from compression_dags.checkpoints.contents import without_machine_facts
 from compression_dags.checkpoints.headers import TensorInfo, is_file, read_header, read_object
 from compression_dags.errors import InputError
+from compression_dags.provenance.contents import without_machine_facts
 
 if TYPE_CHECKING:
     import torch
@@ -88,17 +90,18 @@ class Checkpoint:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The config with the defaults that transformers fills in (`layer_types`, `head_dim`, …)."""
-        from transformers import AutoConfig
+        # headers and stated configs are read without transformers
+        from transformers import AutoConfig  # noqa: PLC0415
 
         filled = AutoConfig.from_pretrained(self.path).to_dict()
         return without_machine_facts({**filled, **{k: v for k, v in self.raw_config.items() if v is not None}})
 
     @property
-    def facts(self) -> ModelShape:
+    def shape(self) -> ModelShape:
         return ModelShape(self.architecture, self.config, self.tensors)
 
     @property
-    def stated_facts(self) -> ModelShape:
+    def stated_shape(self) -> ModelShape:
         """The same from `config.json` as it stands, without importing transformers: enough for checks before a run."""
         return ModelShape(self.architecture, self.raw_config, self.tensors)
 
@@ -149,6 +152,4 @@ class Checkpoint:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (a checkpoint lives as long as its stage)
     def _open(self, file: str):
-        from safetensors import safe_open
-
         return safe_open(self.path / file, framework="pt")

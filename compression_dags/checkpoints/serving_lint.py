@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from compression_dags.checkpoints.reader import INDEX, Checkpoint, TensorInfo
 from compression_dags.checkpoints.serving_schemes import (
     FLOATS,
@@ -128,7 +130,7 @@ class _Examination:
 
     def __init__(self, checkpoint: Checkpoint, config: dict[str, Any]):
         self.checkpoint, self.config = checkpoint, config
-        self.architecture, self.facts = checkpoint.architecture, checkpoint.stated_facts
+        self.architecture, self.shape = checkpoint.architecture, checkpoint.stated_shape
         self.ignore = [str(entry) for entry in config.get("ignore") or ()]
         self.damaged: list[str] = []
         self.refused: list[str] = []
@@ -178,7 +180,7 @@ class _Examination:
     @property
     def modules(self) -> list[str]:
         """The `Linear` modules: every projection of every layer, and the head."""
-        layers = range(self.facts.layers)
+        layers = range(self.shape.layers)
         inside = [self.architecture.layer_prefix(i) + p for i in layers for p in self.architecture.projections()]
         return [*inside, "lm_head"]
 
@@ -250,8 +252,6 @@ class _Examination:
         return self._values(f"{module}.weight_shape", int)
 
     def _values(self, name: str, kind: type) -> tuple[Any, ...] | None:
-        from safetensors import safe_open
-
         info = self.checkpoint.tensors.get(name)
         if info is None or info.dtype not in {"I64", "F32"}:
             return None
@@ -260,8 +260,8 @@ class _Examination:
 
     def _misshapen(self, module: str, shape: tuple[int, int]) -> Iterator[str]:
         """Dimensions that config.json states otherwise."""
-        config = self.facts.config
-        hidden, between = self.facts.hidden, config.get("intermediate_size") or config.get("ffn_dim")
+        config = self.shape.config
+        hidden, between = self.shape.hidden, config.get("intermediate_size") or config.get("ffn_dim")
         stated = {"attention_input": (None, hidden), "attention_output": (hidden, None)}
         stated |= {"mlp_input": (between, hidden), "mlp_output": (hidden, between)}
         _, projection = self.architecture.split_name(module)
@@ -295,14 +295,14 @@ class _Examination:
                 known = module in linear or re.search(_OUTSIDE, name)
             else:
                 norm = local in {"weight", "bias"} and rest.rpartition(".")[0] in norms
-                known = layer < self.facts.layers and (module in linear or norm)
+                known = layer < self.shape.layers and (module in linear or norm)
             if not known:
-                self.damaged.append(f"{name}: no module of a {self.facts.layers}-layer {self.architecture.model_type}")
+                self.damaged.append(f"{name}: no module of a {self.shape.layers}-layer {self.architecture.model_type}")
 
     # -- modules that vLLM makes one -----------------------------------------------------------------------------------
 
     def _fused(self) -> Iterator[tuple[str, list[str]]]:
-        for layer in range(self.facts.layers):
+        for layer in range(self.shape.layers):
             for group in self.architecture.groups:
                 if group.name in FUSED and len(group.projections) > 1:
                     shards = [self.architecture.layer_prefix(layer) + p for p in group.projections]

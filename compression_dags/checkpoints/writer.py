@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.checkpoints.contents import without_machine_facts
 from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
+from compression_dags.provenance.contents import without_machine_facts
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,8 @@ def _shard_names(count: int, taken: set[str]) -> list[str]:
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
+    # the code location loads this module, and no torch
+    from safetensors.torch import save_file  # noqa: PLC0415
 
     save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, path, metadata={"format": "pt"})
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import Place
@@ -143,7 +141,7 @@ def _described(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, Any]]:
     }
 
 
-def changed_recipes(home: Path, slug: str, families: pd.Series) -> dict[str, str]:
+def changed_recipes(home: Path, slug: str, families: Sequence[str]) -> dict[str, str]:
     """Recipe → what changed since it was run on a model, of those on a leaderboard whose file says otherwise now."""
     store, present = ArtifactStore(home=str(home)), load_recipes()
     found = {}

@@ -294,7 +294,7 @@ def leaderboard(model: str | None, home: Path, as_json: bool) -> None:
     from compression_dags.cli.results import leaderboard_text, leaderboards
 
     tables = leaderboards(home, model)
-    changed = {slug: changed_recipes(home, slug, table["family"]) for slug, table in tables.items()}
+    changed = {slug: changed_recipes(home, slug, list(table["family"])) for slug, table in tables.items()}
     for slug, table in tables.items():
         table["recipe_changed"] = [changed[slug].get(name) for name in table["family"]]
     emit(

@@ -15,7 +15,8 @@ from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.planning.bounds import Measure, check_plan
 from compression_dags.planning.budget_solver import Solution, solve
-from compression_dags.planning.candidates import CandidateOptions, CandidateTable
+from compression_dags.planning.candidates import CandidateTable
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.recipe_writer import recipe_of, recipe_text
 from compression_dags.recipes import own_recipes, read_recipe
 from compression_dags.recipes.names import fault, made_name

@@ -33,7 +33,7 @@ from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore, Produced
 from compression_dags.resources.evaluator import Evaluator
 from compression_dags.resources.model_hub import ModelHub, ModelSource
-from compression_dags.resources.model_imports import is_gone
+from compression_dags.resources.model_imports import check, is_gone
 from compression_dags.step import BASE
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def resolve(model: str, settings: Settings, name: str | None) -> ModelSource:
     ArtifactStore(home=str(settings.home)).ensure_writable()
     hub = ModelHub(home=str(settings.home))
     source = hub.resolve(model, name)
-    hub.check(source)
+    check(hub, source)
     return source
 
 
@@ -233,7 +233,7 @@ def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) 
         return  # not downloaded yet: `base_model` checks it
     checkpoint = stored_model(source, settings)
     for recipe in recipes:
-        recipe.check(checkpoint.stated_facts)
+        recipe.check(checkpoint.stated_shape)
     store = ArtifactStore(home=str(settings.home))
     missing = sum(store.recall(SCORECARD, str(Place(source.slug, r.name))) is None for r in recipes)
     missing += store.recall(BASE, source.slug) is None

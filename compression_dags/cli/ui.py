@@ -20,9 +20,9 @@ from typing import Any
 import click
 import yaml
 
-from compression_dags.cli.main import WorkFailed
 from compression_dags.cli.session import prepare_instance, reap_runs
 from compression_dags.errors import InputError
+from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
 
 #: Seconds that open connections and the daemon have to end.

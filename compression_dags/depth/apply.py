@@ -10,6 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
+from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.streaming import DecoderStream, fuse_experts
+from compression_dags.checkpoints.gate import PROBE_TOKENS, probe_ids
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.depth.concat.merge import concatenate, concatenate_released
@@ -119,8 +125,6 @@ def solved(source: Checkpoint, layer: PlannedLayer, held: Mapping[str, torch.Ten
 
 
 def _share_sum(source: Checkpoint, layer: PlannedLayer, local: str) -> torch.Tensor:
-    import torch
-
     first = source.tensor(source.layer(layer.slot)[local])
     total = torch.zeros(first.shape, dtype=torch.float32)
     for index, share in zip(layer.sources, layer.shares, strict=True):
@@ -150,13 +154,6 @@ def reference_logits(
 
     `replaced` holds tensors, by their full name in the source, that a later stage computed anew.
     """
-    import numpy as np
-    import torch
-
-    from compression_dags.calibration.corpora import TokenBlocks
-    from compression_dags.calibration.streaming import DecoderStream, fuse_experts
-    from compression_dags.checkpoints.gate import PROBE_TOKENS, probe_ids
-
     stream = DecoderStream(source, device=device, dtype=dtype, resident=False)
     config = source.config
     ids = probe_ids(config["vocab_size"], config.get("max_position_embeddings", PROBE_TOKENS)).numpy()

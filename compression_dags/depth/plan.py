@@ -10,27 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
-from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
-from compression_dags.stage import Progress, Stage, silent
-from compression_dags.step import ANALYSIS, BASE, SIMILARITIES, Chain, Kind, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compression_dags.calibration.corpora import TokenBlocks
-    from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.provenance.resume import ResumePoint
 
+#: Code version of what `apply.py` makes of a plan.
+VERSION = "1"
 PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
-#: Of `apply.py`, which writes the checkpoint of a plan.
-WRITER_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,8 @@ class MergePlan:
         """Write `plan.json`, and `plan.safetensors` where the plan holds tensors."""
         (directory / PLAN).write_text(self.to_json())
         if self.tensors:
-            from safetensors.torch import save_file
+            # only a plan that holds tensors needs torch
+            from safetensors.torch import save_file  # noqa: PLC0415
 
             save_file({k: t.cpu().contiguous() for k, t in self.tensors.items()}, directory / PLAN_TENSORS)
 
@@ -134,7 +128,8 @@ class MergePlan:
         found = cls.outline(directory)
         tensors: Mapping[str, Tensor] = {}
         if (directory / PLAN_TENSORS).is_file():
-            from safetensors.torch import load_file
+            # only a plan that holds tensors needs torch
+            from safetensors.torch import load_file  # noqa: PLC0415
 
             tensors = load_file(directory / PLAN_TENSORS)
         return replace(found, tensors=tensors)
@@ -142,130 +137,6 @@ class MergePlan:
 
 def keep_only(method: str, base_layers: int, kept: list[int]) -> MergePlan:
     return MergePlan(method, base_layers, tuple(PlannedLayer((i,)) for i in kept))
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What planners may read: small statistics of the calibration pass.
-
-    Attributes:
-        block_influence: (L,).
-        angular, angular_last: (L+1, L+1), mean angle over π between the states at the entries of two layers.
-        similarity: arrays of every other similarity artifact that the method needs, by name (`npib`, `cka`, …).
-        statistics: what the calibration pass left (`norms.layers.3.mlp_output.mean_abs` → (channels,), …); filled for
-            methods with `reads_statistics`.
-    """
-
-    block_influence: np.ndarray
-    angular: np.ndarray
-    angular_last: np.ndarray
-    similarity: Mapping[str, np.ndarray] = field(default_factory=dict)
-    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ProbeContext:
-    """What a method that measures works on: the base model's weights and the calibration tokens, on one device."""
-
-    source: Checkpoint
-    blocks: TokenBlocks
-    device: str = "cpu"
-    dtype: str = "float32"
-    resume: ResumePoint | None = None
-    progress: Progress = silent
-
-
-class MergeStage(Stage):
-    """Common options of the depth methods.
-
-    `ratio` is the share of decoder layers removed, rounded to the nearest whole layer (ties up); `layers` is the exact
-    number instead. Protected layers are neither removed nor merged.
-    """
-
-    stage: ClassVar[str] = "merge"
-    kinds: ClassVar[tuple[Kind, ...]] = (
-        Kind(
-            "merge_plan",
-            "Which layers stay, and how others are dropped, merged or concatenated.",
-            (BASE, *ANALYSIS, *SIMILARITIES),
-        ),
-        Kind(
-            "merged_weights",
-            "The plan applied: layers renumbered, per-layer config remapped, reload gate passed.",
-            (BASE, "merge_plan"),
-            weights=True,
-        ),
-    )
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Similarity assets that `plan` reads: block_influence, angular, npib, cka."""
-    reads_statistics: ClassVar[bool] = False
-    """Whether `plan` reads the channel norms of the calibration pass (`evidence.statistics`)."""
-    measures: ClassVar[bool] = False
-    """Whether `plan` reads weights or runs the model: it is then given a `ProbeContext`, and a GPU lease."""
-
-    @property
-    def analysis(self) -> bool:
-        """Whether the method reads anything of the shared analysis."""
-        return bool(self.needs) or self.reads_statistics or self.measures
-
-    ratio: float | None = Field(None, gt=0, lt=1, description="share of decoder layers removed")
-    layers: int | None = Field(None, ge=1, description="number of decoder layers removed")
-    protect_first: int = Field(1, ge=0, description="first layers never touched")
-    protect_last: int = Field(1, ge=0, description="last layers never touched")
-
-    @model_validator(mode="after")
-    def _one_target(self) -> MergeStage:
-        if (self.ratio is None) == (self.layers is None):
-            raise ValueError("give exactly one of ratio (0 < ratio < 1) and layers (≥ 1)")
-        return self
-
-    def steps(self, chain: Chain) -> tuple[Step, ...]:
-        reads = [BASE, *(f"similarity_{need}" for need in self.needs)]
-        reads += ["calibration_activations"] * self.reads_statistics + ["calibration_tokens"] * self.measures
-        worker = "compression_dags.depth.workers"
-        plan = Step(
-            "merge_plan", self.code_version, self.options(), tuple(reads), f"{worker}:plan", self, gpu=self.measures
-        )
-        merged = Step("merged_weights", WRITER_VERSION, {}, (BASE, "merge_plan"), f"{worker}:apply", self, weights=True)
-        return plan, merged
-
-    def removed(self, total: int) -> int:
-        """Number of layers to remove from a model of `total`."""
-        if self.layers is not None:
-            return self.layers
-        assert self.ratio is not None
-        return math.floor(self.ratio * total + 0.5 + 1e-9)
-
-    def free_layers(self, total: int) -> range:
-        return range(min(self.protect_first, total), max(self.protect_first, total - self.protect_last))
-
-    def protection(self, index: int, total: int) -> str:
-        """Why layer `index` of `total` may not be touched, in words; empty if it may."""
-        free = self.free_layers(total)
-        if index in free:
-            return ""
-        side, count = ("first", self.protect_first) if index < free.start else ("last", self.protect_last)
-        where = f"{side} layer" if count == 1 else f"one of the {side} {min(count, total)} layers"
-        return f"protected: {where} (protect_{side} {count})"
-
-    def check(self, facts: ModelShape) -> None:
-        count, free = self.removed(facts.layers), len(self.free_layers(facts.layers))
-        target = f"ratio {self.ratio}" if self.ratio is not None else f"layers {self.layers}"
-        if count < 1:
-            raise InputError(
-                f"{target} of {facts.layers} layers removes none; the least is ratio {0.5 / facts.layers:.3g}"
-            )
-        if count > free or count >= facts.layers:
-            raise InputError(
-                f"{target} removes {count} of {facts.layers} layers, but only {free} are unprotected "
-                f"(protect_first {self.protect_first}, protect_last {self.protect_last})"
-            )
-
-    def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
-    ) -> tuple[MergePlan, list[Decision]]:
-        """Decide, and say why, layer by layer. `bench` is given to methods that measure."""
-        raise AssertionError(f"{type(self).__name__} must define plan")
 
 
 def depth_decisions(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from compression_dags.depth.plan import MergeStage
+from compression_dags.depth.stage import MergeStage
 from compression_dags.provenance.wording import apart, counted, layers_said, number, ranked
 
 LEAST_TOTAL = "the grouping of least total"

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from compression_dags.architectures import ModelShape
@@ -38,12 +39,12 @@ class Member:
     grams: dict[str, Tensor]
 
 
-def regression_mean(a: Member, b: Member, share: float, facts: ModelShape) -> dict[str, Tensor]:
+def regression_mean(a: Member, b: Member, share: float, shape: ModelShape) -> dict[str, Tensor]:
     """The merged layer's tensors, float32; `share` λ is that of `a`. `b` should be aligned to `a` before."""
-    architecture = facts.architecture
+    architecture = shape.architecture
     merged = {k: share * t + (1 - share) * b.tensors[k] for k, t in a.tensors.items()}
     for group in architecture.groups:
-        grams, scales = [a.grams[group.name], b.grams[group.name]], _folding(a, b, share, group.name, facts)
+        grams, scales = [a.grams[group.name], b.grams[group.name]], _folding(a, b, share, group.name, shape)
         if scales is not None:
             gamma_name, gamma, folds = scales
             merged[gamma_name] = gamma
@@ -58,13 +59,13 @@ def regression_mean(a: Member, b: Member, share: float, facts: ModelShape) -> di
 
 
 def _folding(
-    a: Member, b: Member, share: float, group: str, facts: ModelShape
+    a: Member, b: Member, share: float, group: str, shape: ModelShape
 ) -> tuple[str, Tensor, tuple[Tensor, Tensor]] | None:
     """Name and value of the merged γ of the norm before `group`, and what the columns of each member are scaled by."""
-    norm = dict(facts.architecture.input_norms).get(group)
+    norm = dict(shape.architecture.input_norms).get(group)
     if norm is None or f"{norm}.bias" in a.tensors:
         return None
-    offset = facts.architecture.norm_offset
+    offset = shape.architecture.norm_offset
     first, second = (m.tensors[f"{norm}.weight"] + offset for m in (a, b))
     mean = share * first + (1 - share) * second
     larger = torch.where(first.abs() >= second.abs(), first, second)
@@ -92,29 +93,25 @@ def _weighted_mean(weights: list[Tensor], grams: list[Tensor], shares: tuple[flo
 def matching_channels(a: Member, b: Member, cross: Tensor) -> Tensor:
     """(I,) for every MLP channel of `a` the channel of `b` that takes its place: the assignment of largest total
     correlation. `cross` is Σ_t z_a z_bᵀ (I, I) over the same tokens."""
-    from scipy.optimize import linear_sum_assignment
-
     scale_a, scale_b = (m.grams["mlp_output"].diagonal().clamp_min(1e-30).sqrt() for m in (a, b))
     correlation = (cross / (scale_a[:, None] * scale_b[None, :])).double().cpu().numpy()
     return torch.from_numpy(linear_sum_assignment(correlation, maximize=True)[1]).to(cross.device)
 
 
-def matching_groups(a: Member, b: Member, cross: Tensor, facts: ModelShape) -> Tensor:
+def matching_groups(a: Member, b: Member, cross: Tensor, shape: ModelShape) -> Tensor:
     """(n_kv,) for every key-value group of `a` the group of `b` in its place.
 
     Agreement of two groups is the cosine of their contributions to the residual stream, E⟨W_o,j u_j, W_o,k u_k⟩, since
     inside a head values have no basis of their own. `cross` is Σ_t u_a u_bᵀ over head outputs u.
     """
-    from scipy.optimize import linear_sum_assignment
-
-    (o,) = facts.architecture.group("attention_output")
-    width = facts.heads // facts.kv_heads * facts.head_dim
+    (o,) = shape.architecture.group("attention_output")
+    width = shape.heads // shape.kv_heads * shape.head_dim
     out_a, out_b = (m.tensors[f"{o}.weight"] for m in (a, b))
 
     def inner(sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """(n_kv, n_kv) of tr(Wᵀ_left,j W_right,k C_kj)."""
         product = (left.T @ right) * sums
-        blocks = product.reshape(facts.kv_heads, width, facts.kv_heads, width)
+        blocks = product.reshape(shape.kv_heads, width, shape.kv_heads, width)
         return blocks.sum(dim=(1, 3))
 
     own_a = inner(a.grams["attention_output"], out_a, out_a).diagonal().clamp_min(1e-30).sqrt()
@@ -124,14 +121,14 @@ def matching_groups(a: Member, b: Member, cross: Tensor, facts: ModelShape) -> T
     return torch.from_numpy(rows).to(cross.device)
 
 
-def permuted(member: Member, channels: Tensor, groups: Tensor, facts: ModelShape) -> Member:
+def permuted(member: Member, channels: Tensor, groups: Tensor, shape: ModelShape) -> Member:
     """The same function with its MLP channels and key-value groups in another order."""
-    architecture = facts.architecture
+    architecture = shape.architecture
     query, key, value = architecture.group("attention_input")
     (o,), (down,) = architecture.group("attention_output"), architecture.group("mlp_output")
-    heads = facts.heads // facts.kv_heads
-    queries = _expand(groups, heads * facts.head_dim)
-    keys = _expand(groups, facts.head_dim)
+    heads = shape.heads // shape.kv_heads
+    queries = _expand(groups, heads * shape.head_dim)
+    keys = _expand(groups, shape.head_dim)
     tensors, grams = dict(member.tensors), dict(member.grams)
     rows = [(query, queries), (key, keys), (value, keys), *((p, channels) for p in architecture.group("mlp_input"))]
     for projection, order in rows:

@@ -13,16 +13,16 @@ from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
-    from compression_dags.depth.plan import MergeStage
+    from compression_dags.depth.stage import MergeStage
 
 
-def joinable(facts: ModelShape, free: range) -> list[bool]:
+def joinable(shape: ModelShape, free: range) -> list[bool]:
     """(L − 1) whether layers i and i + 1 may be in one group: both unprotected, and of one kind."""
-    pairs = zip(range(facts.layers - 1), range(1, facts.layers), strict=True)
-    return [a >= free.start and b < free.stop and facts.kind(a) == facts.kind(b) for a, b in pairs]
+    pairs = zip(range(shape.layers - 1), range(1, shape.layers), strict=True)
+    return [a >= free.start and b < free.stop and shape.kind(a) == shape.kind(b) for a, b in pairs]
 
 
-def window_distance(facts: ModelShape, free: range, angular: np.ndarray) -> Callable[[range], float]:
+def window_distance(shape: ModelShape, free: range, angular: np.ndarray) -> Callable[[range], float]:
     """Distance from the entry of a group's first layer to the exit of its last; ∞ where it must not be a group.
 
     Args:
@@ -32,7 +32,7 @@ def window_distance(facts: ModelShape, free: range, angular: np.ndarray) -> Call
     def distance(group: range) -> float:
         if len(group) == 1:
             return 0.0
-        if group.start < free.start or group.stop > free.stop or len({facts.kind(i) for i in group}) > 1:
+        if group.start < free.start or group.stop > free.stop or len({shape.kind(i) for i in group}) > 1:
             return math.inf
         return float(angular[group.start, group.stop])
 
@@ -73,22 +73,22 @@ def fewest_groups(groups: Sequence[range], may_join: Sequence[bool], largest: in
     return found
 
 
-def most_removed(facts: ModelShape, free: range, largest: int) -> int:
+def most_removed(shape: ModelShape, free: range, largest: int) -> int:
     """The most layers that groups of at most `largest` unprotected layers of one kind can save."""
-    alone = [range(i, i + 1) for i in range(facts.layers)]
-    return facts.layers - fewest_groups(alone, joinable(facts, free), largest)
+    alone = [range(i, i + 1) for i in range(shape.layers)]
+    return shape.layers - fewest_groups(alone, joinable(shape, free), largest)
 
 
-def refuse_more(stage: MergeStage, facts: ModelShape, largest: int) -> None:
+def refuse_more(stage: MergeStage, shape: ModelShape, largest: int) -> None:
     """Refuse to merge more layers away than groups of at most `largest` allow.
 
     Raises:
         InputError: with the count and the most.
     """
-    count, most = stage.removed(facts.layers), most_removed(facts, stage.free_layers(facts.layers), largest)
+    count, most = stage.removed(shape.layers), most_removed(shape, stage.free_layers(shape.layers), largest)
     if count > most:
         raise InputError(
-            f"merge: {stage.method} is to remove {count} of {facts.layers} layers, but at most {most} can be merged "
+            f"merge: {stage.method} is to remove {count} of {shape.layers} layers, but at most {most} can be merged "
             f"away: groups of at most {largest} adjacent unprotected layers of one kind (protect_first "
             f"{stage.protect_first}, protect_last {stage.protect_last})"
         )

@@ -7,7 +7,8 @@ from typing import Any
 from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.depth.apply import apply_plan, reference_logits, removed_share
-from compression_dags.depth.plan import MergePlan, MergeStage, ProbeContext
+from compression_dags.depth.plan import MergePlan
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.job import Job
 from compression_dags.similarity.evidence import read_evidence
 from compression_dags.step import BASE
@@ -17,15 +18,15 @@ def plan(job: Job) -> dict[str, Any]:
     """Facts of the depth plan, which it writes with a decision row for every layer."""
     merge, source = job.stage, job.checkpoint(BASE)
     assert isinstance(merge, MergeStage)
-    merge.check(source.facts)
+    merge.check(source.shape)
     paths = {role: artifact.path for role, artifact in job.inputs.items() if role.startswith("similarity_")}
     evidence = read_evidence(paths, job.path("calibration_activations"))
     if merge.measures:
         with job.device() as on:
             probe = ProbeContext(source, job.tokens(), on["device"], on["dtype"], job.resume, job.progress)
-            chosen, decisions = merge.plan(source.facts, evidence, probe)
+            chosen, decisions = merge.plan(source.shape, evidence, probe)
     else:
-        chosen, decisions = merge.plan(source.facts, evidence)
+        chosen, decisions = merge.plan(source.shape, evidence)
     chosen.save(job.out)
     job.decide(decisions)
     return {

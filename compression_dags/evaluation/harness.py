@@ -80,7 +80,8 @@ def run_harness(
     Raises:
         InputError: a task that lm-eval does not know, lacks data, or has no metric of its own (a tag or a bare group).
     """
-    from lm_eval.models.huggingface import HFLM
+    # lm-eval takes seconds to import, which only its own tasks need
+    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
     found: dict[str, dict[str, float]] = {}
     with _quiet(), tempfile.TemporaryDirectory(prefix="lm-eval-") as cache:
@@ -197,7 +198,8 @@ def _family(path: Path) -> Path:
 
 def _manager(tasks: Iterable[str], data_dirs: Sequence[Path], overlay: Path | None = None) -> TaskManager:
     """A manager that knows the families of `tasks` and of whatever their groups name."""
-    from lm_eval.tasks import TaskManager
+    # lm-eval takes seconds to import, which only its own tasks need
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     wanted, roots = list(tasks), []
     while True:
@@ -324,7 +326,8 @@ def _fewshot_split(config: dict[str, Any]) -> str | None:
 
 
 def _simple_evaluate(lm: Any, manager: TaskManager, loaded: list[Any], limit: int | None, seed: int) -> dict[str, Any]:
-    from lm_eval import evaluator
+    # lm-eval takes seconds to import, which only its own tasks need
+    from lm_eval import evaluator  # noqa: PLC0415
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     options = {"limit": limit, "bootstrap_iters": BOOTSTRAPS, "log_samples": False, **seeds}
@@ -354,7 +357,8 @@ def _metrics(results: dict[str, Any], task: str) -> dict[str, float]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No chatter: bars only on a terminal, nothing ever on standard output, warnings of the libraries held back."""
-    import datasets
+    # lm-eval takes seconds to import, which only its own tasks need
+    import datasets  # noqa: PLC0415
 
     sink = sys.stderr if sys.stderr.isatty() else io.StringIO()
     levels = {logger: logger.level for logger in map(logging.getLogger, _NOISY)}

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
 
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.stage import Progress, silent
@@ -49,8 +52,6 @@ class PerplexityResult:
 
     def frame(self) -> pandas.DataFrame:
         """A row a window: `window` int64, `nll` float64, `tokens` int64."""
-        import pandas as pd
-
         return pd.DataFrame({"window": self.window, "nll": self.nll, "tokens": np.int64(self.window_tokens)})
 
 
@@ -140,8 +141,6 @@ def perplexity_of(
     progress: Progress = silent,
 ) -> PerplexityResult:
     """`perplexity` of windows cut before, for many models with one tokenizer and context."""
-    import torch
-
     width = windows.ids.shape[1]
     device = torch.device(device if device is not None else model.device)
     size = batch_size or max(1, BATCH_TOKENS.get(device.type, 4096) // width)
@@ -188,9 +187,6 @@ def _same(split: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 def _chunked(states: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    import torch
-    import torch.nn.functional as F
-
     flat, target = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     vocabulary = head(flat[:1]).shape[-1]
     rows = max(1, LOGIT_BYTES // (4 * vocabulary))

@@ -38,7 +38,8 @@ def continuations(
 
 
 def _continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    import torch
+    # the code location loads this module for its prompts
+    import torch  # noqa: PLC0415
 
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + new_tokens
@@ -55,7 +56,8 @@ def _continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> s
 @contextlib.contextmanager
 def _greedy(model: Any) -> Iterator[None]:
     """The checkpoint's generation config would fill in whatever an argument leaves open; this one has only its ids."""
-    from transformers import GenerationConfig
+    # the code location loads this module for its prompts
+    from transformers import GenerationConfig  # noqa: PLC0415
 
     own = model.generation_config
     ids = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

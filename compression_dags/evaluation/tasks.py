@@ -170,7 +170,8 @@ class TaskBook(BaseModel):
 
     def check_tasks(self, tasks: Sequence[PerplexityTask | HarnessTask], data_dirs: Sequence[Path] = ()) -> None:
         """Refuse tasks that cannot be scored, as `check_harness` does."""
-        from compression_dags.evaluation.harness import builtin_tasks, definition
+        # the table of tasks is read without the harness
+        from compression_dags.evaluation.harness import builtin_tasks, definition  # noqa: PLC0415
 
         for task in tasks:
             if isinstance(task, PerplexityTask):
@@ -248,7 +249,8 @@ def data_digest(task: PerplexityTask | HarnessTask, data_dirs: Sequence[Path] = 
     """
     if isinstance(task, PerplexityTask):
         return texts.digest(task.path)
-    from compression_dags.evaluation.harness import harness_digest
+    # the table of tasks is read without the harness
+    from compression_dags.evaluation.harness import harness_digest  # noqa: PLC0415
 
     return harness_digest(task.task, data_dirs)
 

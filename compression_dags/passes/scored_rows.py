@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from compression_dags.calibration.corpora import TokenBlocks
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ def even_rows(blocks: TokenBlocks, count: int) -> list[int]:
 
 def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float, int]:
     """Sum of the next-token losses (nats) of a batch whose final hidden states are `hidden`, and their number."""
-    import torch
-
     targets = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], -100).to(hidden.device)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     step = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(stream.checkpoint.config["vocab_size"])))
@@ -51,8 +51,6 @@ def kl_by_row(stream: DecoderStream, batch: Batch, dense: Tensor, hidden: Tensor
     Args:
         dense, hidden: (b, T, d) final hidden states of the base model and of the changed one.
     """
-    import torch
-
     found = []
     for row in range(len(hidden)):  # a row at a time: float32 logits are large
         part = replace(batch, ids=batch.ids[row : row + 1], mask=batch.mask[row : row + 1])
@@ -67,8 +65,6 @@ def kl_by_row(stream: DecoderStream, batch: Batch, dense: Tensor, hidden: Tensor
 
 def stream_loss(stream: DecoderStream, blocks: TokenBlocks) -> float:
     """Mean next-token loss (nats) of a model on some sequences, layer by layer."""
-    import torch
-
     batches = stream.batches(blocks)
     with torch.inference_mode():
         for index in range(stream.num_layers):

@@ -1,8 +1,8 @@
 """Next-token loss of variants of a model that share most of their layers, from the states of the shared prefix.
 
-SLEB, LaCo and CoMe-P score every candidate with a full forward. Here one walk over the layers serves all candidates of
+SLEB, LaCo and CoMe-P score every candidate with a full forward. Here one pass over the layers serves all candidates of
 a round: the unchanged model's states go along, a candidate leaves them where its edit begins, and runs alone from
-there. Removing layer j costs L − j layer-forwards instead of L, and each layer's weights are loaded once a walk.
+there. Removing layer j costs L − j layer-forwards instead of L, and each layer's weights are loaded once a pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+import psutil
+import torch
+
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.streaming import fuse_experts
 from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import loss_sum
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from compression_dags.calibration.streaming import DecoderStream
 
 V = TypeVar("V")
-#: Share of the device's free memory that the candidates of one walk may take.
+#: Share of the device's free memory that the candidates of one pass may take.
 MEMORY_SHARE = {"cuda": 0.4, "cpu": 0.25}
 
 
@@ -86,8 +90,6 @@ class VariantScorer:
 
     def states(self, pieces: Iterable[Piece]) -> list[Tensor]:
         """Hidden states after the student's last layer, before the final norm: (b, T, hidden) a batch."""
-        import torch
-
         with torch.inference_mode():
             return self._through([b.hidden for b in self.batches], pieces)
 
@@ -108,9 +110,6 @@ class VariantScorer:
 
     def _at_once(self) -> int:
         """Candidates that fit in memory together."""
-        import psutil
-        import torch
-
         device = self.stream.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         each = sum(b.hidden.numel() * b.hidden.element_size() for b in self.batches)
@@ -118,8 +117,6 @@ class VariantScorer:
 
     def _walk(self, pieces: Sequence[Piece], edits: Sequence[Edit], measure: Callable[[list[Tensor]], V]) -> list[V]:
         """`edits` in order of their start. States of batch b: main[b] for the student, forks[e][b] for an edit."""
-        import torch
-
         main = [b.hidden for b in self.batches]
         forks: dict[int, list[Tensor]] = {}
         last_start = max(e.start for e in edits)
@@ -170,8 +167,6 @@ def placed(stream: DecoderStream, piece: Piece) -> Iterator[torch.nn.Module]:
 
 def _in_memory(stream: DecoderStream, piece: Piece) -> Mapping[str, Tensor]:
     """The piece's tensors as the module names them: experts are fused there."""
-    from compression_dags.calibration.streaming import fuse_experts
-
     experts = stream.checkpoint.architecture.experts
     if not experts or not piece.tensors:
         return piece.tensors
@@ -183,8 +178,6 @@ def _in_memory(stream: DecoderStream, piece: Piece) -> Mapping[str, Tensor]:
 
 def _swap(module: torch.nn.Module, name: str, tensor: Tensor, slot: int) -> Callable[[], None]:
     """Put `tensor` in the place of a parameter (never in place: the old one may be a view of the file)."""
-    import torch
-
     owner, _, leaf = name.rpartition(".")
     try:
         holder = module.get_submodule(owner)

@@ -1,7 +1,7 @@
 """What budgets a model allows, from the shapes of its tensors alone: nothing is measured, torch is not imported.
 
-The sizes are those of the bank's alternatives, so that a budget that passes here is one that the solver can meet. Where
-layers differ in size the least is a lower bound: which layers may go together is decided by measuring.
+The sizes are those of the candidates, so that a budget that passes here is one that the solver can meet. Where layers
+differ in size the least is a lower bound: which layers may go together is decided by measuring.
 """
 
 from __future__ import annotations
@@ -12,23 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from compression_dags.errors import InputError
-from compression_dags.planning.candidates import (
-    Candidate,
-    CandidateOptions,
-    CandidateTable,
-    Shapes,
-    candidates,
-    empty_bank,
-    quantizer_stage,
-    recovery_of,
-    removable,
-)
+from compression_dags.planning.candidates import Candidate, CandidateTable, Shapes, candidates, empty_table, removable
+from compression_dags.planning.options import CandidateOptions, quantizer_stage, recovery_of, table_options
 
 if TYPE_CHECKING:
     from compression_dags.architectures import ModelShape
     from compression_dags.calibration.corpora import Calibration
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.quantization.schemes import QuantizeStage
+    from compression_dags.quantization.stage import QuantizeStage
 
 Measure = Literal["bytes", "parameters", "bits"]
 
@@ -88,27 +79,27 @@ def _up(value: float) -> float:
 
 
 def limits_of(source: Shapes, options: CandidateOptions) -> dict[Measure, Limits]:
-    """Least and most of every measure, for the alternatives that `options` ask for."""
-    bank = empty_bank(source, candidates(source, options, merges=False))
+    """Least and most of every measure, for the candidates that `options` ask for."""
+    table = empty_table(source, candidates(source, options, merges=False))
     return {
-        m: limits_in(bank, bank.alternatives, m, removable(options, bank.layers))
+        m: limits_in(table, table.alternatives, m, removable(options, table.layers))
         for m in ("bytes", "parameters", "bits")
     }
 
 
-def limits_in(bank: CandidateTable, alternatives: Iterable[Candidate], measure: Measure, gone: int) -> Limits:
-    """The same for some alternatives of a bank, of which `gone` layers may go."""
+def limits_in(table: CandidateTable, alternatives: Iterable[Candidate], measure: Measure, gone: int) -> Limits:
+    """The same for some candidates of a table, of which `gone` layers may go."""
     if measure == "bits":
         gone = 0
     staying = [a for a in alternatives if not a.gone and (a.kind == "quantize" or measure != "bits")]
-    least, dense = _by_layer(staying, measure), _by_layer((a for a in bank.alternatives if a.is_dense), measure)
-    kept = sorted(least)[: bank.layers - gone]
+    least, dense = _by_layer(staying, measure), _by_layer((a for a in table.alternatives if a.is_dense), measure)
+    kept = sorted(least)[: table.layers - gone]
     total, whole = sum(kept), sum(dense)
     if measure == "bits":
-        of = lambda size: 8 * (size - bank.norm_bytes) / max(1, bank.projections)  # noqa: E731
-        return Limits(measure, of(total), of(whole), 0, 0, bank.layers)
-    fixed = bank.fixed_bytes if measure == "bytes" else bank.fixed_parameters
-    return Limits(measure, fixed + total, fixed + whole, fixed, gone, bank.layers)
+        of = lambda size: 8 * (size - table.norm_bytes) / max(1, table.projections)  # noqa: E731
+        return Limits(measure, of(total), of(whole), 0, 0, table.layers)
+    fixed = table.fixed_bytes if measure == "bytes" else table.fixed_parameters
+    return Limits(measure, fixed + total, fixed + whole, fixed, gone, table.layers)
 
 
 def _by_layer(alternatives: Iterable[Candidate], measure: Measure) -> list[int]:
@@ -134,23 +125,23 @@ def check_plan(
     Raises:
         InputError: a budget out of reach, a quantizer or a recovery stage that does not fit, too few tokens for it.
     """
-    facts = source.stated_facts
+    shape = source.stated_shape
     for choice in options.choices():
-        quantizer_stage(options.quantizer, choice).check(facts)
+        quantizer_stage(options.quantizer, choice).check(shape)
     if options.depth and isinstance(options.recover, dict):
         stage = recovery_of(options.recover)
-        stage.check(facts)
-        context = int(facts.config.get("max_position_embeddings") or calibration.length)
+        stage.check(shape)
+        context = int(shape.config.get("max_position_embeddings") or calibration.length)
         measured = min(options.rows, calibration.sequences)
         unseen = calibration.sequences - measured
         fitting = unseen if unseen >= measured else calibration.sequences
-        stage.check_tokens(facts, fitting, min(calibration.length, context))
+        stage.check_tokens(shape, fitting, min(calibration.length, context))
     found = limits_of(Shapes.of(source), options)
     for measure, budget in budgets:
         found[measure].check(budget)
 
 
-def check_bits(stage: QuantizeStage, facts: ModelShape) -> None:
+def check_bits(stage: QuantizeStage, shape: ModelShape) -> None:
     """Refuse an average of bits that no mixture of the stage's schemes has on this model.
 
     Facts without the shapes of tensors are let pass.
@@ -158,11 +149,9 @@ def check_bits(stage: QuantizeStage, facts: ModelShape) -> None:
     Raises:
         InputError: with the least and the most.
     """
-    from compression_dags.planning.mixed import bank_options
-
-    if stage.bits is None or not facts.tensors:
+    if stage.bits is None or not shape.tensors:
         return
-    found = limits_of(Shapes(facts.architecture, facts.tensors, facts.layers), bank_options(stage))["bits"]
+    found = limits_of(Shapes(shape.architecture, shape.tensors, shape.layers), table_options(stage))["bits"]
     try:
         found.check(stage.bits)
     except InputError as error:

@@ -1,6 +1,6 @@
-"""Measures the bank: KL(base ‖ changed) of every alternative on calibration text.
+"""Measures the candidate table: KL(base ‖ changed) of every candidate on calibration text.
 
-Alternatives of one walk share the states of the layers below them (`passes/variant_scoring.py`), so a change at layer
+Candidates of one pass share the states of the layers below them (`passes/variant_scoring.py`), so a change at layer
 i costs the layers from i on. All run on a few sequences first; those that another one beats on bytes and, beyond both
 standard errors, on cost go no further. Matrices are rounded by GPTQ or to nearest (`planning/rounded_layers.py`); what
 many changes cost together is measured as the recipe will make them (`planning/joint_costs.py`).
@@ -14,23 +14,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import chosen_rows, even_rows, kl_by_row
 from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer, as_is
-from compression_dags.planning.candidates import (
-    Candidate,
-    CandidateOptions,
-    CandidateTable,
-    candidates,
-    empty_bank,
-    measured,
-    quantizer_stage,
-    removable,
-)
+from compression_dags.planning.budget_solver import mixture_sizes, solve
+from compression_dags.planning.candidates import Candidate, CandidateTable, candidates, empty_table, measured, removable
+from compression_dags.planning.joint_costs import counts_of, cut_pieces, cut_sets, quantized, recovery_for
+from compression_dags.planning.options import CandidateOptions, quantizer_stage
 from compression_dags.planning.reasons import why
+from compression_dags.planning.recipe_writer import quantize_stage
+from compression_dags.planning.rounded_layers import RoundedLayers
 from compression_dags.provenance.decisions import Decision
+from compression_dags.registry import METHODS
+from compression_dags.solvers.patterns import Pattern
+from compression_dags.sparsity.masks import mask_of_rows
 from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ if TYPE_CHECKING:
     from compression_dags.planning.joint_costs import FittedRecovery
     from compression_dags.planning.rounded_layers import RoundedLayers
 
-VERSION = "5"
-#: Standard errors by which a cost must be worse before an alternative is given up.
+#: Standard errors by which a cost must be worse before a candidate is given up.
 SURE = 2.0
 
 
@@ -56,7 +56,7 @@ def measure_bank(
     dtype: str = "float32",
     progress: Progress = silent,
 ) -> CandidateTable:
-    """The alternatives of a dense model, measured on `blocks` (cut to `options.length` tokens).
+    """The candidates of a dense model, measured on `blocks` (cut to `options.length` tokens).
 
     Args:
         statistics: of the calibration pass; needed for sparsities.
@@ -65,14 +65,10 @@ def measure_bank(
         InputError: no sequence has two tokens; sparsities without statistics; a quantizer or a recovery stage that
             does not fit the model, or has too few tokens. All before anything is measured.
     """
-    from compression_dags.calibration.streaming import DecoderStream
-    from compression_dags.planning.joint_costs import quantized, recovery_for
-    from compression_dags.planning.rounded_layers import RoundedLayers
-
     if options.sparsities and statistics is None:
         raise InputError(f"sparsities {list(options.sparsities)} need the statistics of the calibration pass")
     for choice in options.choices():
-        quantizer_stage(options.quantizer, choice).check(source.facts)
+        quantizer_stage(options.quantizer, choice).check(source.shape)
     rows = even_rows(blocks, options.rows)
     unseen = _unseen(blocks, rows)
     recovery = recovery_for(source, options, unseen) if options.depth else None
@@ -80,23 +76,23 @@ def measure_bank(
     stream = DecoderStream(source, device=device, dtype=dtype)
     first = rows[:: max(1, len(rows) // options.first_rows)][: options.first_rows]
     rest = [r for r in rows if r not in first]
-    bank = empty_bank(source, candidates(source, options))
+    table = empty_table(source, candidates(source, options))
     rounded = RoundedLayers(stream, chosen_rows(unseen, even_rows(unseen, options.rows)), options.rounding)
     on: dict[str, Any] = {"device": device, "dtype": dtype}
     start = _Meter(stream, _cut(chosen_rows(blocks, first), options.length), norms, rounded)
-    costs = dict(enumerate(start.costs(bank.alternatives, progress, "alternatives, first sequences")))
-    bank = _with(bank, costs, range(len(costs)))
-    alive, meters = survivors(bank), [start]
+    costs = dict(enumerate(start.costs(table.alternatives, progress, "alternatives, first sequences")))
+    table = _with(table, costs, range(len(costs)))
+    alive, meters = survivors(table), [start]
     if rest:
         more = _Meter(stream, _cut(chosen_rows(blocks, rest), options.length), norms, rounded)
         meters.append(more)
-        found = more.costs([bank.alternatives[i] for i in alive], progress, "alternatives, all sequences")
+        found = more.costs([table.alternatives[i] for i in alive], progress, "alternatives, all sequences")
         costs |= {i: costs[i] + c for i, c in zip(alive, found, strict=True)}
-        bank = _with(bank, costs, alive)
-    bank = _merged_schemes(bank, options)
-    bank = _with_cuts(bank, options, source, meters, recovery, on, progress)
+        table = _with(table, costs, alive)
+    table = _merged_schemes(table, options)
+    table = _with_cuts(table, options, source, meters, recovery, on, progress)
     together = {}
-    for label, same in bank.uniform().items():
+    for label, same in table.uniform().items():
         choice, pieces = same[0].choice, lambda same=same: start.all_of(same)
         if choice is not None:
             pieces = quantized(
@@ -104,10 +100,10 @@ def measure_bank(
             )
         joint = _kl_of(meters, pieces)
         together[label] = (sum(joint) / len(joint), sum(a.cost for a in same))
-    bank = replace(bank, together=together, tokens=len(rows) * options.length, quantizer=options.quantizer)
-    bank = _with_mixtures(bank, options, source, meters, unseen, on, progress)
+    table = replace(table, together=together, tokens=len(rows) * options.length, quantizer=options.quantizer)
+    table = _with_mixtures(table, options, source, meters, unseen, on, progress)
     stream.close()
-    return bank
+    return table
 
 
 def _kl_of(meters: list[_Meter], pieces: Callable[[], Iterable[Piece]]) -> list[float]:
@@ -116,7 +112,7 @@ def _kl_of(meters: list[_Meter], pieces: Callable[[], Iterable[Piece]]) -> list[
 
 
 def _with_cuts(
-    bank: CandidateTable,
+    table: CandidateTable,
     options: CandidateOptions,
     source: Checkpoint,
     meters: list[_Meter],
@@ -124,27 +120,25 @@ def _with_cuts(
     on: dict[str, Any],
     progress: Progress,
 ) -> CandidateTable:
-    """Several layers dropped at once, as whole alternatives. After recovery a single layer is one of them, and what it
-    cost without is no alternative any more."""
-    from compression_dags.planning.joint_costs import counts_of, cut_pieces, cut_sets
-
-    drops = sorted((a for a in bank.alternatives if a.kind == "drop"), key=lambda a: a.cost)
+    """Several layers dropped at once, as whole candidates. After recovery a single layer is one of them, and what it
+    cost without is no candidate any more."""
+    drops = sorted((a for a in table.alternatives if a.kind == "drop"), key=lambda a: a.cost)
     if not drops:
-        return bank
-    most = removable(options, bank.layers)
+        return table
+    most = removable(options, table.layers)
     counts = counts_of(most, recovery is not None)
-    sets = cut_sets(bank.layers, [a.layer for a in drops], counts, meters[0].blocks_of)
+    sets = cut_sets(table.layers, [a.layer for a in drops], counts, meters[0].blocks_of)
     found = []
     for gone in progress([s for s in sets if recovery or len(s) > 1], "layers dropped together"):
         pieces = cut_pieces(source, gone, recovery, **on)
         costs = _kl_of(meters, lambda pieces=pieces: pieces)
         found.append(measured(Candidate("drop", gone[0], None, None, 0, 0, layers=gone), costs))
-    kept = [replace(a, alive=a.alive and not (recovery and a.kind == "drop")) for a in bank.alternatives]
-    return replace(bank, alternatives=(*kept, *found), recovered=recovery.options if recovery else None)
+    kept = [replace(a, alive=a.alive and not (recovery and a.kind == "drop")) for a in table.alternatives]
+    return replace(table, alternatives=(*kept, *found), recovered=recovery.options if recovery else None)
 
 
 def _with_mixtures(
-    bank: CandidateTable,
+    table: CandidateTable,
     options: CandidateOptions,
     source: Checkpoint,
     meters: list[_Meter],
@@ -152,27 +146,22 @@ def _with_mixtures(
     on: dict[str, Any],
     progress: Progress,
 ) -> CandidateTable:
-    """The best mixtures as the bank sees them now, at the sizes of the schemes and between, by the recipe's quantizer.
+    """The table with the best mixtures at the sizes of the schemes and between, measured with the recipe's quantizer.
 
     A mixture promises more than it keeps: it is what seemed cheapest, and a quantizer that lets later layers make up
     for earlier ones helps one scheme everywhere as much.
     """
-    from compression_dags.planning.budget_solver import mixture_sizes, solve
-    from compression_dags.planning.joint_costs import quantized
-    from compression_dags.planning.recipe_writer import quantize_stage
-    from compression_dags.registry import METHODS
-
     found = []
-    for bits in mixture_sizes(bank):
-        solution = solve(bank, "bits", bits)
-        asked = quantize_stage(solution, bank, source.architecture)
+    for bits in mixture_sizes(table):
+        solution = solve(table, "bits", bits)
+        asked = quantize_stage(solution, table, source.architecture)
         if asked is None or len(solution.labels) < 2:
             continue
         stage: Any = METHODS["quantize"][asked["method"]].model_validate(asked)
         costs = _kl_of(meters, quantized(source, stage, options, unseen, **on, progress=progress))
         if all(map(math.isfinite, costs)):
             found.append((solution.bits, solution.cost, sum(costs) / len(costs)))
-    return replace(bank, mixtures=tuple(found))
+    return replace(table, mixtures=tuple(found))
 
 
 def _unseen(blocks: TokenBlocks, rows: list[int]) -> TokenBlocks:
@@ -186,20 +175,20 @@ def _cut(blocks: TokenBlocks, length: int) -> TokenBlocks:
     return TokenBlocks(blocks.ids[:, :length], blocks.lengths.clip(max=length), blocks.documents)
 
 
-def _with(bank: CandidateTable, costs: dict[int, list[float]], alive: Iterable[int]) -> CandidateTable:
+def _with(table: CandidateTable, costs: dict[int, list[float]], alive: Iterable[int]) -> CandidateTable:
     keep = set(alive)
-    found = [replace(measured(a, costs[i]), alive=i in keep) for i, a in enumerate(bank.alternatives)]
-    return replace(bank, alternatives=tuple(found))
+    found = [replace(measured(a, costs[i]), alive=i in keep) for i, a in enumerate(table.alternatives)]
+    return replace(table, alternatives=tuple(found))
 
 
-def survivors(bank: CandidateTable) -> list[int]:
-    """Indices of alternatives that some plan could still want.
+def survivors(table: CandidateTable) -> list[int]:
+    """Indices of candidates that some plan could still want.
 
     Within what it covers, a scheme dies when another is no larger and surely cheaper. A removal dies when it is surely
     worse than as many others as may be removed at all; a merge also when dropping either of its layers is surely no
     worse: both leave one layer of two.
     """
-    drops = {a.layer: a for a in bank.alternatives if a.kind == "drop"}
+    drops = {a.layer: a for a in table.alternatives if a.kind == "drop"}
 
     def dies(a: Candidate) -> bool:
         if not math.isfinite(a.cost):
@@ -207,30 +196,30 @@ def survivors(bank: CandidateTable) -> list[int]:
         if a.kind == "merge":
             return any(_sure(drops[i], a) for i in (a.layer, a.layer + 1) if i in drops)
         if a.kind == "drop":
-            return sum(_sure(other, a) for other in drops.values()) > bank.layers // 2
-        rivals = (b for b in bank.alternatives if (b.kind, b.layer, b.group) == (a.kind, a.layer, a.group))
+            return sum(_sure(other, a) for other in drops.values()) > table.layers // 2
+        rivals = (b for b in table.alternatives if (b.kind, b.layer, b.group) == (a.kind, a.layer, a.group))
         return any(b.bytes <= a.bytes and b.parameters <= a.parameters and _sure(b, a) for b in rivals)
 
-    return [i for i, a in enumerate(bank.alternatives) if not dies(a)]
+    return [i for i, a in enumerate(table.alternatives) if not dies(a)]
 
 
 def _sure(better: Candidate, worse: Candidate) -> bool:
     return better.cost + SURE * better.error < worse.cost - SURE * worse.error
 
 
-def _merged_schemes(bank: CandidateTable, options: CandidateOptions) -> CandidateTable:
+def _merged_schemes(table: CandidateTable, options: CandidateOptions) -> CandidateTable:
     """A merged layer at a scheme: what merging costs, and what the scheme costs where the first layer was."""
-    base = {a.layer: a for a in bank.alternatives if a.kind == "merge" and a.choice is None}
+    base = {a.layer: a for a in table.alternatives if a.kind == "merge" and a.choice is None}
 
     def of(a: Candidate) -> Candidate:
         if a.kind != "merge" or a.choice is None:
             return a
-        own = [q for q in bank.alternatives if (q.kind, q.layer, q.choice) == ("quantize", a.layer, a.choice)]
+        own = [q for q in table.alternatives if (q.kind, q.layer, q.choice) == ("quantize", a.layer, a.choice)]
         merged = base[a.layer]
         cost, alive = merged.cost + sum(q.cost for q in own), merged.alive and all(q.alive for q in own)
         return replace(a, cost=cost, error=merged.error, rows=merged.rows, alive=alive)
 
-    return replace(bank, alternatives=tuple(of(a) for a in bank.alternatives))
+    return replace(table, alternatives=tuple(of(a) for a in table.alternatives))
 
 
 class _Meter:
@@ -269,7 +258,7 @@ class _Meter:
         return [sum(own) / len(own) if all(map(math.isfinite, own)) else math.inf for own in values]
 
     def all_of(self, alternatives: Iterable[Candidate]) -> Iterator[Piece]:
-        """Every layer with all of its alternatives at once."""
+        """Every layer with all of its candidates at once."""
         chosen: dict[int, list[Candidate]] = {}
         for a in alternatives:
             chosen.setdefault(a.layer, []).append(a)
@@ -303,11 +292,6 @@ class _Meter:
 
     def _pruned(self, layer: int, share: float) -> dict[str, Tensor]:
         """Wanda's mask, by the norms of the inputs in the base model."""
-        import torch
-
-        from compression_dags.solvers.patterns import Pattern
-        from compression_dags.sparsity.masks import mask_of_rows
-
         source, found = self.stream.checkpoint, {}
         for group in source.architecture.groups:
             norms = torch.from_numpy(np.sqrt(self.norms[f"norms.layers.{layer}.{group.name}.mean_square"])).float()
@@ -324,7 +308,7 @@ class _Meter:
 
 
 class _Made:
-    """Pieces made when they are walked through, and not kept."""
+    """Pieces made when they are asked for, and not kept."""
 
     def __init__(self, make: Callable[[], Piece]):
         self.make = make
@@ -333,10 +317,10 @@ class _Made:
         yield self.make()
 
 
-def bank_decisions(bank: CandidateTable) -> list[Decision]:
-    """A row for every alternative: kept for the planner, or given up in the race."""
+def bank_decisions(table: CandidateTable) -> list[Decision]:
+    """A row for every candidate: kept for the planner, or given up in the race."""
     rows, unit = [], "KL (nats a token)"
-    for a in bank.alternatives:
+    for a in table.alternatives:
         action = "keep" if a.alive else "reject"
         facts = {"what": a.label, "bytes": a.bytes, "parameters": a.parameters, "rows": a.rows}
         facts["standard_error"] = a.error if math.isfinite(a.error) else None
@@ -344,6 +328,6 @@ def bank_decisions(bank: CandidateTable) -> list[Decision]:
         target = f"layer {a.layer} {a.group or 'all'}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
         cost = a.cost if math.isfinite(a.cost) else None
         rows.append(
-            Decision("plan", "alternatives", len(rows), target, action, layers, cost, unit, why(bank, a), facts)
+            Decision("plan", "alternatives", len(rows), target, action, layers, cost, unit, why(table, a), facts)
         )
     return rows

@@ -1,4 +1,4 @@
-"""What every part of a model could become: the bank from which a budget is solved."""
+"""What every part of a model could become: the table of candidates from which a budget is solved."""
 
 from __future__ import annotations
 
@@ -8,129 +8,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
-
-from pydantic import Field, field_validator, model_validator
+from typing import Any, Literal
 
 from compression_dags.architectures import Architecture
 from compression_dags.checkpoints.reader import Checkpoint, TensorInfo
-from compression_dags.errors import InputError
-from compression_dags.options import Options
+from compression_dags.planning.options import QUANTIZER, CandidateOptions, quantizer_stage
 from compression_dags.quantization.formats import Choice
-from compression_dags.quantization.schemes import check_together, matches
-
-if TYPE_CHECKING:
-    from compression_dags.quantization.schemes import QuantizeStage
-    from compression_dags.recovery.stage import RecoverStage
+from compression_dags.quantization.schemes import matches
 
 FILE = "alternatives.json"
 Cell = tuple[int, str]
-QUANTIZER: dict[str, Any] = {"method": "gptq"}
-#: Options of a quantizer that the plan chooses.
-PLANNED = {"scheme", "group_size", "symmetric", "bits", "candidates", "overrides"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
-
-
-def recovery_of(options: Mapping[str, Any]) -> RecoverStage:
-    """The recovery stage that these options describe.
-
-    Raises:
-        InputError: an unknown method or option.
-    """
-    from compression_dags.registry import METHODS
-
-    method = options.get("method")
-    if method not in METHODS["recover"]:
-        raise InputError(f"recover {method!r} is unknown; allowed: {', '.join(METHODS['recover'])}")
-    return cast("RecoverStage", METHODS["recover"][method].model_validate(options))
-
-
-def quantizer_stage(options: Mapping[str, Any], choice: Choice) -> QuantizeStage:
-    """The quantizer that these options describe, at one scheme.
-
-    Raises:
-        InputError: an unknown method, or an option that the plan decides.
-    """
-    from compression_dags.registry import METHODS
-
-    method = options.get("method")
-    if method not in METHODS["quantize"]:
-        raise InputError(f"quantizer {method!r} is unknown; allowed: {', '.join(METHODS['quantize'])}")
-    if given := sorted(PLANNED & options.keys()):
-        raise InputError(f"quantizer: {given[0]} is what plan decides; leave it out")
-    return cast("QuantizeStage", METHODS["quantize"][method].model_validate({**options, **choice.options()}))
-
-
-class CandidateOptions(Options):
-    """Which alternatives are measured, and on how much text."""
-
-    schemes: tuple[str, ...] = Field(
-        ("W8A16", "W4A16", "W3A16", "W3A16/128"),
-        min_length=1,
-        description="names, or NAME/SIZE: a group size of its own",
-    )
-    group_size: int | None = Field(64, gt=0, description="of schemes that leave it free and name none")
-    units: Literal["group", "layer"] = Field("group", description="what gets a scheme of its own")
-    sparsities: tuple[float, ...] = Field(
-        (), max_length=32, description="shares of zeros that a layer may get (Wanda's masks)"
-    )
-    depth: bool = Field(True, description="also drop layers, and merge neighbours")
-    quantizer: dict[str, Any] = Field(
-        QUANTIZER,
-        description="method and options of the recipe's quantizer, without schemes: all projections at a "
-        "scheme are measured with it, single ones to nearest for rtn and by GPTQ for all others",
-    )
-    recover: Literal["auto"] | dict[str, Any] | None = Field(
-        "auto",
-        description="options of the recovery stage after which removals are measured; auto: least squares where the "
-        "model and the calibration set allow it; null: as they are",
-    )
-    most_removed: float = Field(0.35, gt=0, lt=1, description="largest share of the layers that may go")
-    rows: int = Field(12, ge=2, description="calibration sequences that survivors are measured on")
-    first_rows: int = Field(4, ge=2, description="sequences after which poor alternatives are given up")
-    length: int = Field(512, ge=8, description="tokens of a sequence that are used")
-
-    @field_validator("schemes")
-    @classmethod
-    def _schemes_exist(cls, entries: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in entries:
-            _choice(entry, None)
-        return entries
-
-    @model_validator(mode="after")
-    def _first_is_a_part(self) -> CandidateOptions:
-        if bad := [s for s in self.sparsities if not 0 < s < 1]:
-            raise ValueError(f"sparsity {bad[0]} must lie between 0 and 1")
-        for choice in self.choices():
-            quantizer_stage(self.quantizer, choice)
-        check_together({f"schemes {choice.label}": choice for choice in self.choices()})
-        if isinstance(self.recover, dict):
-            recovery_of(self.recover)
-        if self.first_rows > self.rows:
-            raise ValueError(f"first_rows {self.first_rows} must not exceed rows {self.rows}")
-        return self
-
-    @property
-    def rounding(self) -> Literal["rtn", "gptq"]:
-        """How single groups are rounded while they are measured."""
-        return "rtn" if self.quantizer["method"] == "rtn" else "gptq"
-
-    def choices(self) -> list[Choice]:
-        """The schemes, each once, with the group size where it is free."""
-        return list(dict.fromkeys(_choice(entry, self.group_size) for entry in self.schemes))
-
-
-def _choice(entry: str, group_size: int | None) -> Choice:
-    """What NAME, or NAME/SIZE, stands for.
-
-    Raises:
-        InputError: an unknown scheme, or a group size that is no number or not the scheme's to choose.
-    """
-    name, given, size = entry.partition("/")
-    if given and not (size.isdecimal() and int(size)):
-        raise InputError(f"schemes {entry!r}: a group size is a number of inputs, as in W3A16/128")
-    free = Choice.of(name).format.free
-    return Choice.of(name, int(size) if given else group_size if free else None)
 
 
 @dataclass(frozen=True)
@@ -146,7 +34,7 @@ class Candidate:
         parameters: left afterwards, likewise; of a sparse layer those that are not 0.
         cost: KL(base ‖ changed) in nats a token, mean over `rows` sequences, everything else being as it was.
         error: standard error of `cost` over the sequences; ∞ for one.
-        alive: whether the race went to its end; a poor alternative is given up and never chosen.
+        alive: whether the race went to its end; a poor candidate is given up and never chosen.
         share: of zeros, for `sparsify`.
         layers: for `drop`: all that go.
     """
@@ -194,10 +82,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateTable:
-    """All alternatives of a model, measured.
+    """All candidates of a model, measured.
 
     Attributes:
-        fixed_bytes, fixed_parameters: of what no alternative touches (embeddings, head, final norm).
+        fixed_bytes, fixed_parameters: of what no candidate touches (embeddings, head, final norm).
         projections: weights in all projections; budgets in bits are averages over them.
         together: label → (KL with every unit at that scheme or sparsity, the sum of the units' own costs).
         quantizer: options of the one that `together` was measured with.
@@ -246,7 +134,7 @@ class CandidateTable:
         return joint / alone if joint > 0 and alone > 0 and math.isfinite(joint) else 1.0
 
     def uniform(self) -> dict[str, list[Candidate]]:
-        """Label → the alternatives that, together, do the same to every layer."""
+        """Label → the candidates that, together, do the same to every layer."""
         found: dict[str, list[Candidate]] = {}
         for a in self.alternatives:
             if a.kind == "sparsify" or (a.kind == "quantize" and a.choice is not None):
@@ -291,9 +179,9 @@ def removable(options: CandidateOptions, layers: int) -> int:
 
 
 def candidates(source: Checkpoint | Shapes, options: CandidateOptions, merges: bool = True) -> list[Candidate]:
-    """Every alternative, with exact bytes and parameters, not measured yet; without merges for what knows no kinds."""
+    """Every candidate, with exact bytes and parameters, not measured yet; without merges for what knows no kinds."""
     shapes = source if isinstance(source, Shapes) else Shapes.of(source)
-    kind = None if isinstance(source, Shapes) else source.facts.kind
+    kind = None if isinstance(source, Shapes) else source.shape.kind
     names, ignored = tuple(g.name for g in shapes.architecture.groups), ignored_cells(shapes, options)
     found: list[Candidate] = []
     for layer, tensors in enumerate(shapes.by_layer()):
@@ -365,8 +253,8 @@ def stored_bytes(info: TensorInfo, choice: Choice | None) -> int:
     return sum(math.prod(shape) * _BYTES[dtype] for dtype, shape in layout.values())
 
 
-def empty_bank(source: Checkpoint | Shapes, alternatives: list[Candidate]) -> CandidateTable:
-    """The bank of these alternatives before anything is measured."""
+def empty_table(source: Checkpoint | Shapes, alternatives: list[Candidate]) -> CandidateTable:
+    """The candidate table of these candidates before anything is measured."""
     architecture = source.architecture
     split = [(*architecture.split_name(name), info) for name, info in source.tensors.items()]
     outside = [info for index, _, info in split if index is None]
@@ -381,8 +269,8 @@ def empty_bank(source: Checkpoint | Shapes, alternatives: list[Candidate]) -> Ca
     )
 
 
-def measured(alternative: Candidate, costs: list[float]) -> Candidate:
+def measured(candidate: Candidate, costs: list[float]) -> Candidate:
     """With the mean and its standard error over sequences."""
     mean = sum(costs) / len(costs)
     spread = math.sqrt(sum((c - mean) ** 2 for c in costs) / max(1, len(costs) - 1) / len(costs))
-    return replace(alternative, cost=mean, error=spread if len(costs) > 1 else math.inf, rows=len(costs))
+    return replace(candidate, cost=mean, error=spread if len(costs) > 1 else math.inf, rows=len(costs))

@@ -1,22 +1,29 @@
-"""What a measured bank hangs on: its options with every default written out, and the versions of all that it runs."""
+"""What a measured candidate table hangs on: all of its options, and the versions of all that it runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from compression_dags.planning.candidate_table import VERSION
-from compression_dags.planning.candidates import PLANNED, CandidateOptions, quantizer_stage, recovery_of
-from compression_dags.planning.joint_costs import AUTO
-from compression_dags.planning.mixed import VERSION as MIXED_VERSION
-from compression_dags.planning.mixed import bank_options
+from compression_dags.planning.options import (
+    AUTO,
+    PLANNED,
+    CandidateOptions,
+    quantizer_stage,
+    recovery_of,
+    table_options,
+)
+from compression_dags.quantization.gptq import GPTQ
+from compression_dags.quantization.stage import QuantizeStage
+from compression_dags.sparsity.pruners.wanda import Wanda
+from compression_dags.stage import Stage
 
-if TYPE_CHECKING:
-    from compression_dags.quantization.schemes import QuantizeStage
-    from compression_dags.stage import Stage
+#: Code version of a measured table of candidates, and of the plan of mixed bits that is solved from one.
+VERSION = "5"
+MIXED_VERSION = "4"
 
 
-def bank_versions(options: CandidateOptions) -> dict[str, str]:
-    """Method → version, of every method that measures a bank with these options; the bank's own first."""
+def table_versions(options: CandidateOptions) -> dict[str, str]:
+    """Method → version, of every method that measures a candidate table with these options; the table's own first."""
     found = {"alternatives": VERSION}
     for stage in _stages(options).values():
         found |= versions_of(stage)
@@ -24,18 +31,18 @@ def bank_versions(options: CandidateOptions) -> dict[str, str]:
 
 
 def bank_identity(options: CandidateOptions) -> dict[str, Any]:
-    """What a bank's fingerprint holds beside the digests of its inputs: JSON values.
+    """What a table's fingerprint holds beside the digests of its inputs: JSON values.
 
     A changed default of the quantizer, of the recovery, or of what measures single groups changes it.
     """
     stages = {role: _written_out(stage) for role, stage in _stages(options).items()}
-    return {"bank": options.model_dump(mode="json"), "stages": stages, "versions": bank_versions(options)}
+    return {"bank": options.model_dump(mode="json"), "stages": stages, "versions": table_versions(options)}
 
 
 def mixed_identity(stage: QuantizeStage) -> dict[str, Any]:
-    """The same of a plan of mixed bits: its bank's, and what is solved from it."""
+    """The same of a plan of mixed bits: its table's, and what is solved from it."""
     asked = {"bits": stage.bits, "ignore": list(stage.ignore)}
-    found = bank_identity(bank_options(stage))
+    found = bank_identity(table_options(stage))
     return {**asked, **found, "versions": {"quantization_plan": MIXED_VERSION, **found["versions"]}}
 
 
@@ -45,10 +52,7 @@ def versions_of(stage: Stage) -> dict[str, str]:
 
 
 def _stages(options: CandidateOptions) -> dict[str, Stage]:
-    """Every stage that a bank runs, by what it is for."""
-    from compression_dags.quantization.gptq import GPTQ
-    from compression_dags.sparsity.pruners.wanda import Wanda
-
+    """Every stage that a candidate table runs, by what it is for."""
     choice = options.choices()[0]
     found: dict[str, Stage] = {"together": quantizer_stage(options.quantizer, choice)}
     if options.rounding == "gptq":

@@ -17,18 +17,16 @@ from compression_dags.depth.plan import keep_only
 from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import chosen_rows, even_rows
 from compression_dags.passes.variant_scoring import Piece
-from compression_dags.planning.candidates import recovery_of
+from compression_dags.planning.options import AUTO, recovery_of
 from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.planning.candidates import CandidateOptions
-    from compression_dags.quantization.schemes import QuantizeStage
+    from compression_dags.planning.options import CandidateOptions
+    from compression_dags.quantization.stage import QuantizeStage
     from compression_dags.recovery.stage import RecoverStage
 
-#: The recovery of `recover: auto`: of both writers of the stream, at every layer behind the first gap.
-AUTO = {"method": "least-squares", "projections": "attention+mlp", "scope": "sweep"}
 #: Numbers of layers that are cut out; beyond the last in steps of 2.
 COUNTS = (1, 2, 3, 4, 6, 8)
 #: Sequences that a quantizer is calibrated on, over those that are measured on.
@@ -55,7 +53,7 @@ def recovery_for(source: Checkpoint, options: CandidateOptions, blocks: TokenBlo
     asked = AUTO if options.recover == "auto" else options.recover
     stage = recovery_of(asked)
     try:
-        stage.check(source.facts)
+        stage.check(source.shape)
         return FittedRecovery(asked, stage, _enough(stage, source, blocks, options.rows))
     except InputError:
         if options.recover == "auto":
@@ -69,11 +67,11 @@ def _enough(stage: RecoverStage, source: Checkpoint, blocks: TokenBlocks, least:
     while least < total:
         chosen = chosen_rows(blocks, even_rows(blocks, least))
         try:
-            stage.check_tokens(source.facts, least, int(chosen.tokens // least))
+            stage.check_tokens(source.shape, least, int(chosen.tokens // least))
             return chosen
         except InputError:
             least *= 2
-    stage.check_tokens(source.facts, total, int(blocks.tokens // total))
+    stage.check_tokens(source.shape, total, int(blocks.tokens // total))
     return blocks
 
 
@@ -162,6 +160,6 @@ def _by_layer(source: Checkpoint, tensors: Mapping[str, Any], stage: str) -> dic
     for name, tensor in tensors.items():
         index, local = source.architecture.split_name(name)
         if index is None:
-            raise InputError(f"{stage} changes {name}; the bank measures changes of layers only")
+            raise InputError(f"{stage} changes {name}; the candidate table measures changes of layers only")
         found.setdefault(index, {})[local] = tensor
     return found

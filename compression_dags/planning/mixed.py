@@ -10,7 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from compression_dags.errors import InputError
+from compression_dags.planning.bounds import check_bits
+from compression_dags.planning.budget_solver import solve
+from compression_dags.planning.candidate_table import measure_bank
 from compression_dags.planning.candidates import label_of
+from compression_dags.planning.options import table_options
+from compression_dags.planning.recipe_writer import chosen_schemes
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
@@ -20,20 +25,8 @@ from compression_dags.stage import Progress, silent
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.planning.candidates import Candidate, CandidateOptions
-    from compression_dags.quantization.schemes import QuantizeStage
-
-VERSION = "4"
-
-
-def bank_options(stage: QuantizeStage) -> CandidateOptions:
-    from compression_dags.planning.candidates import PLANNED, CandidateOptions
-
-    schemes = tuple(dict.fromkeys((stage.scheme, *stage.candidates)))
-    asked = {"schemes": schemes, "group_size": stage.choice.group_size, "units": "group", "depth": False}
-    given = stage.model_dump(mode="json", exclude=PLANNED, exclude_defaults=True)
-    asked["quantizer"] = given | {"method": stage.method}
-    return CandidateOptions.model_validate(asked)
+    from compression_dags.planning.candidates import Candidate
+    from compression_dags.quantization.stage import QuantizeStage
 
 
 def plan_schemes(
@@ -50,22 +43,17 @@ def plan_schemes(
     Raises:
         InputError: fewer bits than the smallest candidate takes.
     """
-    from compression_dags.planning.bounds import check_bits
-    from compression_dags.planning.budget_solver import solve
-    from compression_dags.planning.candidate_table import measure_bank
-    from compression_dags.planning.recipe_writer import chosen_schemes
-
     if stage.bits is None:
         raise InputError(f"quantize: {stage.method} asks for no average of bits")
-    check_bits(stage, source.facts)
-    bank = measure_bank(source, blocks, bank_options(stage), device=device, dtype=dtype, progress=progress)
-    solution = solve(bank, "bits", stage.bits)
-    allowed, architecture = stage.choices(source.facts), source.architecture
+    check_bits(stage, source.shape)
+    table = measure_bank(source, blocks, table_options(stage), device=device, dtype=dtype, progress=progress)
+    solution = solve(table, "bits", stage.bits)
+    allowed, architecture = stage.choices(source.shape), source.architecture
     choices, rows = {}, []
-    tried = {(a.layer, a.group): [] for a in bank.alternatives}
-    for a in bank.alternatives:
+    tried = {(a.layer, a.group): [] for a in table.alternatives}
+    for a in table.alternatives:
         tried[a.layer, a.group].append(a)
-    for (layer, group), choice in chosen_schemes(solution, bank).items():
+    for (layer, group), choice in chosen_schemes(solution, table).items():
         names = [architecture.layer_prefix(layer) + p for p in architecture.group(group)]
         columns = {source.tensors[f"{name}.weight"].shape[1] for name in names}.pop()
         if choice is not None:

@@ -1,7 +1,7 @@
-"""Weights of one layer at a scheme, as the bank measures them: rounded to nearest, or by GPTQ on the base's inputs.
+"""Weights of one layer at a scheme, as candidates are measured: rounded to nearest, or by GPTQ on the base's inputs.
 
 A calibrated quantizer takes most from where rounding to nearest loses most, so that costs measured with the one do not
-rank alternatives for the other.
+rank candidates for the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from compression_dags.passes.input_sums import InputSums
-from compression_dags.quantization.gptq import GPTQ, sweep_group
+from compression_dags.quantization.gptq import GPTQ
+from compression_dags.quantization.gptq_sweep import sweep_group
 from compression_dags.solvers.rounding import round_to_nearest
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class RoundedLayers:
     """Rounds groups of projections of the base model's layers.
 
-    Layers are best asked for in ascending order: with `gptq` a walk of the base model goes along, and starts again for
+    Layers are best asked for in ascending order: with `gptq` a pass of the base model goes along, and starts again for
     a lower layer. It holds the states of `blocks` before one layer, and that layer's Hessians.
     """
 

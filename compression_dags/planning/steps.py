@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from compression_dags.planning.candidate_table import VERSION
-from compression_dags.planning.candidates import CandidateOptions
-from compression_dags.planning.identity import bank_identity, mixed_identity
-from compression_dags.planning.mixed import VERSION as MIXED_VERSION
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.planning.identity import MIXED_VERSION, VERSION, bank_identity, mixed_identity
+from compression_dags.planning.options import CandidateOptions
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.step import BASE, WEIGHTS, Step
 
 ALTERNATIVES = "alternatives"

@@ -8,7 +8,7 @@ from compression_dags.calibration.statistics import load_statistics
 from compression_dags.job import Job
 from compression_dags.planning.candidate_table import bank_decisions, measure_bank
 from compression_dags.planning.mixed import plan_schemes
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.step import BASE
 
 
@@ -16,7 +16,7 @@ def choose_schemes(job: Job) -> dict[str, Any]:
     """Bits a weight and predicted KL of the chosen schemes, which it writes with a decision row for every group."""
     stage, source = job.stage, job.checkpoint()
     assert isinstance(stage, QuantizeStage)
-    stage.check(source.facts)
+    stage.check(source.shape)
     with job.device() as on:
         plan, decisions = plan_schemes(stage, source, job.tokens(), **on, progress=job.progress)
     plan.save(job.out)

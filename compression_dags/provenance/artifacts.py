@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from compression_dags.checkpoints.contents import computed_digest, computes
+from compression_dags.provenance.contents import computed_digest, computes
 from compression_dags.step import Step
 
 MANIFEST = "manifest.json"

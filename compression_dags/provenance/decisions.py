@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, Literal
 
 from compression_dags.provenance.artifacts import Artifact
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Action = Literal["keep", "drop", "merge", "concat", "prune", "quantize", "recover", "reject"]
 COLUMNS = ["stage", "method", "step", "target", "action", "sources", "value", "unit", "reason", "evidence"]
@@ -55,6 +56,9 @@ def write_decisions(decisions: Sequence[Decision], path: Path) -> None:
     What depends on who asked (base model, recipe, run) is not in the file: an artifact is shared by every recipe with
     the same inputs. `decision_ledger` joins those columns on.
     """
+    # methods make decisions without pandas, which takes half a second
+    import pandas as pd  # noqa: PLC0415
+
     rows = [{**asdict(d), "evidence": json.dumps(d.evidence, sort_keys=True)} for d in decisions]
     frame = pd.DataFrame(rows, columns=COLUMNS).astype({"step": "int64", "value": "float64"})
     frame.to_parquet(path, index=False)
@@ -62,6 +66,9 @@ def write_decisions(decisions: Sequence[Decision], path: Path) -> None:
 
 def read_decisions(path: Path) -> pd.DataFrame:
     """Stored rows, of one artifact or of a ledger; `reason` is empty where they were stored before there was one."""
+    # methods make decisions without pandas, which takes half a second
+    import pandas as pd  # noqa: PLC0415
+
     frame = pd.read_parquet(path)
     if "reason" not in frame:
         frame.insert(list(frame.columns).index("unit") + 1, "reason", "")
@@ -74,6 +81,9 @@ def join_ledger(base_model: str, artifacts: list[tuple[str, Artifact]]) -> pd.Da
     Returns:
         Columns `LEDGER_COLUMNS`, in recipe and pipeline order.
     """
+    # methods make decisions without pandas, which takes half a second
+    import pandas as pd  # noqa: PLC0415
+
     frames = []
     for recipe, artifact in artifacts:
         if artifact.decisions:

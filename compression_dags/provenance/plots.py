@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from compression_dags.provenance.escaping import plot_text
 
@@ -13,9 +15,6 @@ INK, SOFT, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2563eb", "#d97706"
 
 
 def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +43,6 @@ class ResumePoint:
         """
         if not self._file.is_file():
             return None
-        from safetensors import safe_open
 
         with safe_open(self._file, framework="pt") as f:
             note = json.loads(f.metadata()["progress"])
@@ -54,7 +55,8 @@ class ResumePoint:
             self.save(step, state())
 
     def save(self, step: int, tensors: dict[str, Tensor]) -> None:
-        from safetensors.torch import save_file
+        # the store hands these points out, and imports no torch
+        from safetensors.torch import save_file  # noqa: PLC0415
 
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = self._file.with_suffix(".partial")
@@ -66,7 +68,8 @@ class ResumePoint:
 
 def as_note(value: Any) -> Tensor:
     """Anything JSON can hold, as a tensor that a state can carry beside its weights."""
-    import torch
+    # as above
+    import torch  # noqa: PLC0415
 
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 

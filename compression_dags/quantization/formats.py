@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from compression_dags.errors import InputError
+from compression_dags.solvers.grids import Grid
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
-    from compression_dags.solvers.rounding import Grid
 
 Scheme = Literal[
     "W8A16", "W4A16", "W3A16", "W8A8", "W4A8", "FP8A16", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"
@@ -117,8 +117,6 @@ class Choice:
         return not self.symmetric or self.format.kind == "fp4"
 
     def grid(self) -> Grid:
-        from compression_dags.solvers.rounding import Grid
-
         f = self.format
         return Grid(f.kind, f.bits, self.group_size, self.symmetric, f.block_rows, f.scaling)
 
@@ -186,8 +184,9 @@ class Choice:
 
 @functools.cache
 def _compression_scheme(choice: Choice, targets: tuple[str, ...]) -> QuantizationScheme:
-    from compressed_tensors.config import CompressionFormat
-    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
+    # schemes are chosen without compressed-tensors, which imports torch
+    from compressed_tensors.config import CompressionFormat  # noqa: PLC0415
+    from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme  # noqa: PLC0415
 
     scheme = preset_name_to_scheme(choice.format.preset or choice.scheme, list(targets))
     if choice.format.activations == 16:

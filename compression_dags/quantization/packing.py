@@ -7,13 +7,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import compressed_tensors
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import Choice, Layout
 from compression_dags.quantization.reasons import why_kept, why_scheme
-from compression_dags.quantization.schemes import QuantizedModel, QuantizeStage, Rounding, needs_rebuilding
+from compression_dags.quantization.results import QuantizedModel, Rounding
+from compression_dags.quantization.schemes import needs_rebuilding
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.stage import Progress
 
 if TYPE_CHECKING:
@@ -27,9 +35,6 @@ MIXED = "mixed-precision"
 
 def linear_modules(source: Checkpoint) -> list[str]:
     """Names of all `nn.Linear` modules of the model, in its order; no weights are read."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.path))
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -40,9 +45,6 @@ def quantization_config(choices: Mapping[str, Choice], ignore: list[str]) -> dic
 
     One scheme targets every Linear that is not ignored; several name their modules, a config group each.
     """
-    import compressed_tensors
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
-
     schemes = list(dict.fromkeys(choices.values()))
     targets = {c: tuple(n for n, own in choices.items() if own == c) for c in schemes}
     names = {c.format.name for c in schemes}
@@ -66,8 +68,6 @@ def pack(rounded: Rounded, choice: Choice) -> dict[str, torch.Tensor]:
     compressed-tensors rounds once more while packing. Given Ŵ and its scales in float32 that finds the same codes: the
     quotient is off by an ulp, never by half a step. (In bfloat16 it could be: 127·s has 8 bits too few.)
     """
-    from compressed_tensors.compressors import BaseCompressor
-
     scheme = choice.compression_scheme()
     scales, stored = rounded.scales, rounded.scales.scale.dtype
     scale = scales.scale[:: choice.format.block_rows]
@@ -173,7 +173,7 @@ class Packer:
 
     def _kept_because(self, module: str) -> dict[str, Any]:
         tied, stage = f"{module}.weight" not in self.source.tensors, self.stage
-        if tied or stage.bits is not None or module not in stage.wished(self.source.facts):
+        if tied or stage.bits is not None or module not in stage.wished(self.source.shape):
             return {"tied": tied}
         return {"tied": False, "asked": self._asked(module)}
 

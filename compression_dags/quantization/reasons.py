@@ -7,7 +7,7 @@ from typing import Any
 
 from compression_dags.provenance.wording import number
 from compression_dags.quantization.formats import Choice
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 
 
 def why_scheme(stage: QuantizeStage, module: str, choice: Choice, columns: int, evidence: Mapping[str, Any]) -> str:

@@ -16,9 +16,11 @@ from compression_dags.passes.input_sums import InputSums
 from compression_dags.passes.sequential import SequentialPass
 from compression_dags.provenance.resume import ResumePoint, as_note, from_note
 from compression_dags.quantization.formats import Choice
-from compression_dags.quantization.schemes import QuantizeStage, Rounding
+from compression_dags.quantization.results import Rounding
 from compression_dags.quantization.smoothing import Fold, fold_of
-from compression_dags.solvers.rounding import Grid, Rounded, Scales
+from compression_dags.quantization.stage import QuantizeStage
+from compression_dags.solvers.grids import Grid
+from compression_dags.solvers.rounding import Rounded, Scales
 from compression_dags.stage import Progress
 
 if TYPE_CHECKING:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.quantization.formats import Choice
-from compression_dags.quantization.schemes import QuantizeStage
-
-if TYPE_CHECKING:
-    from compression_dags.solvers.rounding import Rounded
+from compression_dags.quantization.stage import QuantizeStage
 
 
 class RTN(QuantizeStage):
@@ -21,9 +16,5 @@ class RTN(QuantizeStage):
     """
 
     version: ClassVar[str] = "1"
+    implementation: ClassVar[str] = "compression_dags.solvers.rounding:round_to_nearest"
     method: Literal["rtn"] = "rtn"
-
-    def round_weight(self, source: Checkpoint, name: str, device: str, choice: Choice) -> Rounded:
-        from compression_dags.solvers.rounding import round_to_nearest
-
-        return round_to_nearest(source.tensor(name).to(device), choice.grid(), name)

@@ -93,7 +93,7 @@ class Fold:
 
 def fold_of(source: Checkpoint, index: int, group: ProjectionGroup) -> Fold | None:
     """Where the factors of a group's input can go; None where nothing linear makes it."""
-    architecture, facts = source.architecture, source.facts
+    architecture, shape = source.architecture, source.shape
     prefix = architecture.layer_prefix(index)
     norm = dict(architecture.input_norms).get(group.name)
     if norm:
@@ -103,5 +103,5 @@ def fold_of(source: Checkpoint, index: int, group: ProjectionGroup) -> Fold | No
         return None
     shared = None
     if group.name == "attention_output":
-        shared = (facts.kv_heads, facts.heads // facts.kv_heads, facts.head_dim)
+        shared = (shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
     return Fold(source, prefix, rows=rows, shared=shared)

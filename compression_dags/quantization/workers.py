@@ -9,14 +9,14 @@ from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.serving_lint import serving_fact
 from compression_dags.job import Job
 from compression_dags.quantization.scheme_plan import SchemePlan
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 
 
 def quantize(job: Job) -> dict[str, Any]:
     """Size of the quantized checkpoint, bits a weight, its reload gate, and whether vLLM would serve it."""
     stage, source = job.stage, job.checkpoint()
     assert isinstance(stage, QuantizeStage)
-    stage.check(source.facts)
+    stage.check(source.shape)
     blocks = job.tokens() if "calibration_tokens" in job.inputs else None
     plan = job.path("quantization_plan")
     schemes = SchemePlan.load(plan).choices if plan else None

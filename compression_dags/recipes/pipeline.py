@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compression_dags.calibration.steps import calibration_steps
 from compression_dags.planning.steps import quantization_plan
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.similarity.steps import similarity_steps
 from compression_dags.step import BASE, WEIGHTS, Chain, Step
 

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from compression_dags.architectures import ModelShape
 from compression_dags.calibration.corpora import Calibration, check_corpus, check_size
-from compression_dags.depth.plan import MergeStage
+from compression_dags.depth.stage import MergeStage
 from compression_dags.errors import InputError
 from compression_dags.planning.bounds import check_bits
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.recipes.names import BASELINE, derived_name
 from compression_dags.recovery.stage import RecoverStage
 from compression_dags.sparsity.stage import SparsifyStage
@@ -93,7 +93,7 @@ class Recipe:
         found = self.stage("quantize")
         return found if isinstance(found, QuantizeStage) else None
 
-    def check(self, facts: ModelShape) -> None:
+    def check(self, shape: ModelShape) -> None:
         """Refuse what cannot work on a model, before any compute.
 
         Raises:
@@ -101,16 +101,16 @@ class Recipe:
         """
         try:
             for stage in self.stages:
-                stage.check(self._before(stage, facts))
+                stage.check(self._before(stage, shape))
             if self.quantize and self.quantize.bits:
-                check_bits(self.quantize, self._before(self.quantize, facts))
+                check_bits(self.quantize, self._before(self.quantize, shape))
             self._check_texts()
-            context = int(facts.config.get("max_position_embeddings") or self.calibration.length)
+            context = int(shape.config.get("max_position_embeddings") or self.calibration.length)
             sequences, length = self.calibration.sequences, min(self.calibration.length, context)
             if self.reads_tokens:
                 check_size(self.calibration.corpus, sequences, length)
             for stage in self.stages:
-                stage.check_tokens(facts, sequences, length)
+                stage.check_tokens(shape, sequences, length)
         except InputError as error:
             raise InputError(f"recipe {self.name}: {error}") from None
 
@@ -140,11 +140,11 @@ class Recipe:
         versions = {name: version for stage in self.stages for name, version in stage.versions.items()}
         return {**self.describe(), "versions": versions}
 
-    def _before(self, stage: Stage, facts: ModelShape) -> ModelShape:
+    def _before(self, stage: Stage, shape: ModelShape) -> ModelShape:
         """Facts of the model that a stage changes: without the layers that were merged away, for all but recovery."""
         if self.merge is None or stage is self.merge or isinstance(stage, RecoverStage):
-            return facts
-        return facts.shortened(facts.layers - self.merge.removed(facts.layers))
+            return shape
+        return shape.shortened(shape.layers - self.merge.removed(shape.layers))
 
     def check_texts(self) -> None:
         """Read every corpus that the recipe uses once, and refuse what is no text, before any compute.

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compression_dags.architectures import ModelShape
-from compression_dags.provenance.decisions import Decision
-from compression_dags.stage import Progress, Stage, silent
+from compression_dags.stage import Progress, Stage, implementation, silent
 from compression_dags.step import BASE, WEIGHTS, Chain, Kind, Step
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.depth.plan import MergePlan
     from compression_dags.provenance.resume import ResumePoint
-
-#: Closed-form fits need this many fitting tokens for every unknown of an output column.
-TOKENS_PER_UNKNOWN = 10
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """The recovered checkpoint, the tensors that changed (in the stored dtype), and why."""
-
-    checkpoint: Checkpoint
-    fitted: dict[str, Tensor] = field(repr=False)
-    decisions: list[Decision]
-    facts: dict[str, float | int | str] = field(default_factory=dict)
+    from compression_dags.recovery.results import Recovery
 
 
 class RecoverStage(Stage):
@@ -75,7 +59,7 @@ class RecoverStage(Stage):
         """Options as they enter the fingerprint: all but the places of what `data_digests` stands for."""
         return self.options()
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse too few calibration tokens, before any compute.
 
         Raises:
@@ -100,17 +84,15 @@ class RecoverStage(Stage):
         A step that does not lower the held-out loss is undone and recorded as `reject`; if none helps, the checkpoint
         is the student's.
         """
-        raise AssertionError(f"{type(self).__name__} must define recover")
-
-
-def write_recovered(student: Checkpoint, fitted: dict[str, Tensor], directory: Path) -> Checkpoint:
-    """The student's checkpoint with the tensors of `fitted` (full name → value in the stored dtype) in place."""
-    from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
-
-    def planned(name: str) -> PlannedTensor:
-        if name not in fitted:
-            return unchanged(student, name)
-        info = student.tensors[name]
-        return PlannedTensor(info.dtype, info.shape, lambda: fitted[name])
-
-    return write_checkpoint(directory, student, student.config, {name: planned(name) for name in student.tensors})
+        return implementation(self)(
+            self,
+            teacher,
+            student,
+            plan,
+            blocks,
+            directory,
+            device=device,
+            dtype=dtype,
+            resume=resume,
+            progress=progress,
+        )

@@ -17,7 +17,7 @@ def recover(job: Job) -> dict[str, Any]:
     """Size of the recovered checkpoint, how many repairs were accepted, and what its reload gate measured."""
     stage, teacher, student = job.stage, job.checkpoint(BASE), job.checkpoint()
     assert isinstance(stage, RecoverStage)
-    stage.check(teacher.facts)
+    stage.check(teacher.shape)
     plan = MergePlan.load(job.inputs["merge_plan"].path)
     with job.device() as on:
         found = stage.recover(

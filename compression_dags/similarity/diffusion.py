@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 from compression_dags.errors import InputError
@@ -149,7 +150,6 @@ def _leading(operator: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     if len(matrix) <= max(_DENSE, count + 1):
         values, vectors = np.linalg.eigh(matrix)
         return values[::-1][:count], vectors[:, ::-1][:, :count]
-    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
     start = np.cos(np.arange(len(matrix)))  # fixed, and not an eigenvector
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compression_dags.job import Job
-from compression_dags.similarity.evidence import write_similarity
-from compression_dags.similarity.redundancy import write_redundancy
+from compression_dags.similarity.redundancy_tables import write_redundancy
+from compression_dags.similarity.tables import write_similarity
 
 
 def measure(job: Job) -> dict[str, Any]:

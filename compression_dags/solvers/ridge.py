@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compression_dags.recovery.stage import TOKENS_PER_UNKNOWN
+from compression_dags.options import TOKENS_PER_UNKNOWN
 
 
 @dataclass

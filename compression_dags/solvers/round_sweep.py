@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from compression_dags.errors import InputError
+from compression_dags.kernels.round import walk_block as triton_walk
+from compression_dags.kernels.sweep import AVAILABLE
 from compression_dags.solvers.factor import Factor
-from compression_dags.solvers.rounding import Grid, Rounded, Scales, find_scales, snap
+from compression_dags.solvers.grids import Grid
+from compression_dags.solvers.rounding import Rounded, Scales, find_scales, snap
 
 BLOCK = 128
 
@@ -100,14 +103,12 @@ def round_sweep(
 def _walker(weight: Tensor, grid: Grid, backend: str):
     if backend not in {"auto", "torch", "triton"}:
         raise InputError(f"sweep: backend {backend!r} is unknown; allowed: auto, torch, triton")
-    from compression_dags.kernels.sweep import AVAILABLE
 
     fits = weight.dtype == torch.float32 and grid.kind == "int"
     if backend == "torch" or (backend == "auto" and not (AVAILABLE and weight.is_cuda and fits)):
         return walk_block
     if not fits:
         raise InputError(f"sweep: the Triton kernel rounds float32 to integers, not {weight.dtype} to {grid.kind}")
-    from compression_dags.kernels.round import walk_block as triton_walk
 
     return lambda w, upper, step, zero, grid, kept, dead: triton_walk(w, upper, step, zero, grid.range, kept, dead)
 

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from compression_dags.errors import InputError
+from compression_dags.kernels.sweep import AVAILABLE
+from compression_dags.kernels.sweep import walk_block as triton_walk
 from compression_dags.solvers.factor import Factor
 from compression_dags.solvers.patterns import Pattern
 
@@ -111,12 +113,8 @@ def _walker(weight: Tensor, backend: str):
     if backend == "auto":
         backend = "torch"
         if weight.is_cuda and weight.dtype == torch.float32:
-            from compression_dags.kernels.sweep import AVAILABLE
-
             backend = "triton" if AVAILABLE else "torch"
     if backend == "triton":
-        from compression_dags.kernels.sweep import walk_block as triton_walk
-
         return triton_walk
     if backend != "torch":
         raise InputError(f"sweep: backend {backend!r} is unknown; allowed: auto, torch, triton")

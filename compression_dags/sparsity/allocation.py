@@ -186,6 +186,8 @@ class Allocation(Options):
     """Options of an allocator. Subclasses set the `method` literal and define `allocate`."""
 
     version: ClassVar[str] = "1"
+    implementation: ClassVar[str] = ""
+    """`module:function` that computes the scores, where they need torch."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Similarity assets that `allocate` reads: `redundancy`."""
     reads_statistics: ClassVar[bool] = False
@@ -195,12 +197,12 @@ class Allocation(Options):
 
     @property
     def measures(self) -> bool:
-        """Whether it prunes and scores the model: `bench.held_out_loss`."""
+        """Whether it prunes and scores the model: `probe.held_out_loss`."""
         return False
 
     @property
     def reads_weights(self) -> bool:
-        """Whether it reads weights: `bench.weights`."""
+        """Whether it reads weights: `probe.weights`."""
         return False
 
     def check(self, target: float) -> None:
@@ -211,7 +213,7 @@ class Allocation(Options):
         """
         check_target(target)
 
-    def check_model(self, target: float, facts: ModelShape) -> None:
+    def check_model(self, target: float, shape: ModelShape) -> None:
         """Refuse what the model's shapes do not allow, before any compute.
 
         Raises:
@@ -264,7 +266,7 @@ def check_target(target: float) -> None:
         raise InputError(f"sparsity {target} is not possible; allowed: at least 0 and below 1")
 
 
-def need_bench(probe: AllocationProbe | None, method: str) -> AllocationProbe:
+def need_probe(probe: AllocationProbe | None, method: str) -> AllocationProbe:
     if probe is None:
         raise InputError(f"allocation {method} reads weights; none were given")
     return probe

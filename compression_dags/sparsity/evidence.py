@@ -6,9 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compression_dags.calibration.activations import profile_activations
 from compression_dags.calibration.statistics import load_statistics
+from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.errors import InputError
-from compression_dags.similarity.redundancy import compute_redundancy, read_redundancy
+from compression_dags.passes.scored_rows import chosen_rows, stream_loss
+from compression_dags.similarity.redundancy import read_redundancy
+from compression_dags.similarity.redundancy_tables import compute_redundancy
 from compression_dags.sparsity.allocation import Allocation, SparsityEvidence, SparsityPlan
 from compression_dags.stage import Progress, silent
 
@@ -52,9 +56,6 @@ def fresh_evidence(
     Args:
         samples, seed: of the recipe's calibration: how many tokens' features are compared, and which.
     """
-    from compression_dags.calibration.activations import profile_activations
-    from compression_dags.calibration.streaming import DecoderStream
-
     if not (allocation.needs or allocation.reads_statistics):
         return SparsityEvidence(source.architecture)
     stream = DecoderStream(source, device=device, dtype=dtype)
@@ -101,9 +102,6 @@ class PruneProbe:
 
     def held_out_loss(self, plan: SparsityPlan) -> float:
         """Mean next-token loss (nats) of the model pruned by `plan`; rows at the end of the calibration set."""
-        from compression_dags.calibration.streaming import DecoderStream
-        from compression_dags.passes.scored_rows import chosen_rows, stream_loss
-
         if self.blocks is None:
             raise InputError("allocation: scoring a candidate needs calibration tokens")
         total = len(self.blocks.lengths)

@@ -40,8 +40,8 @@ class ExpertBlock:
         module: with `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I) and `act_fn`.
     """
 
-    def __init__(self, walk: PruningPass, index: int, module: Any):
-        self.walk, self.index, self.module = walk, index, module
+    def __init__(self, pruning: PruningPass, index: int, module: Any):
+        self.pruning, self.index, self.module = pruning, index, module
         #: (tokens, H) inputs and (tokens, k) expert numbers of every batch, without padding
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._replaced: set[str] = set()
@@ -69,7 +69,7 @@ class ExpertBlock:
         self._batches.clear()
 
     def _prune(self, expert: int, go_on: bool) -> None:
-        architecture, label = self.walk.source.architecture, f"layer {self.index} expert {expert}"
+        architecture, label = self.pruning.source.architecture, f"layer {self.index} expert {expert}"
         assert architecture.experts is not None
         prefix = architecture.layer_prefix(self.index)
         names = [prefix + local for local in architecture.experts.matrices(expert)]
@@ -78,11 +78,11 @@ class ExpertBlock:
         routed = stated.get("expert_tokens") == "routed"
         seen = self._sums(gate_up.shape[1], rows) if routed else self._of_all
         held = dict(zip(names[:2], gate_up.chunk(2), strict=True))
-        found = self.walk.prune_matrices(self.index, held, seen, f"{label} input", **stated)
+        found = self.pruning.prune_matrices(self.index, held, seen, f"{label} input", **stated)
         if go_on:
             gate_up = self._write("gate_up_proj", expert, torch.cat([p.weight for p in found]))
         inner = self._sums(down.shape[1], (self._inner(gate_up, x) for x in rows))
-        (last,) = self.walk.prune_matrices(self.index, {names[2]: down}, inner, f"{label} output", **stated)
+        (last,) = self.pruning.prune_matrices(self.index, {names[2]: down}, inner, f"{label} output", **stated)
         if go_on:
             self._write("down_proj", expert, last.weight)
 
@@ -93,7 +93,7 @@ class ExpertBlock:
         if not self._batches:
             return [], {}
         everything = [rows for rows, _ in self._batches]
-        if self.walk.stage.expert_tokens == "all":
+        if self.pruning.stage.expert_tokens == "all":
             return everything, {"expert_tokens": "all"}
         rows = [rows[(routed == expert).any(1)] for rows, routed in self._batches]
         if not any(map(len, rows)):
@@ -115,7 +115,7 @@ class ExpertBlock:
     def _sums(self, channels: int, rows: Iterable[Tensor]) -> InputSums | None:
         if not self._batches:
             return None
-        sums = InputSums(self.walk.stage.statistic, channels, self.walk.stream.device)
+        sums = InputSums(self.pruning.stage.statistic, channels, self.pruning.stream.device)
         for x in rows:
             sums.add(x, None)
         return sums

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from compression_dags.errors import IntegrityError
 from compression_dags.solvers.patterns import Pattern
+from compression_dags.solvers.sweep import group_ranks, smallest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +29,6 @@ BESIDE = "masks.safetensors"
 
 def mask_of_matrix(score: Tensor, pattern: Pattern) -> Tensor:
     """Keep the largest scores of a whole matrix (rows, columns); ties go by index. N:M: of every group."""
-    from compression_dags.solvers.sweep import smallest
-
     if pattern.m is not None:
         return mask_of_groups(score, pattern)
     return ~smallest(score.flatten(), int(pattern.sparsity * score.numel() + 0.5)).view_as(score)
@@ -34,8 +36,6 @@ def mask_of_matrix(score: Tensor, pattern: Pattern) -> Tensor:
 
 def mask_of_rows(score: Tensor, pattern: Pattern) -> Tensor:
     """Keep the largest scores of every row, the same number in each: floor(columns · sparsity) go, as in Wanda."""
-    import torch
-
     if pattern.m is not None:
         return mask_of_groups(score, pattern)
     count = int(score.shape[1] * pattern.sparsity + 1e-9)
@@ -49,8 +49,6 @@ def mask_of_rows(score: Tensor, pattern: Pattern) -> Tensor:
 
 def mask_of_groups(score: Tensor, pattern: Pattern) -> Tensor:
     """Keep all but `pattern.zeros` of every `pattern.m` consecutive inputs."""
-    from compression_dags.solvers.sweep import group_ranks
-
     assert pattern.m is not None and pattern.zeros is not None
     ranks = group_ranks(score.unflatten(1, (-1, pattern.m)))
     return (ranks >= pattern.zeros).flatten(1)
@@ -58,8 +56,6 @@ def mask_of_groups(score: Tensor, pattern: Pattern) -> Tensor:
 
 def pack_mask(mask: Tensor) -> Tensor:
     """(rows, columns) bool → (rows, ⌈columns / 8⌉) uint8 on the same device, the first input in the highest bit."""
-    import torch
-
     bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
     packed = bits[..., 0] << 7
     for place in range(1, 8):
@@ -81,8 +77,6 @@ def save_masks(packed: Mapping[str, np.ndarray], columns: Mapping[str, int], dir
 
     The metadata has one key, because safetensors writes several in an order that changes with every call.
     """
-    from safetensors.numpy import save_file
-
     file = directory / MASKS
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(sorted(packed.items())), file, metadata={"columns": json.dumps(dict(sorted(columns.items())))})
@@ -99,8 +93,6 @@ def settle_masks(directory: Path) -> bool:
 
 def load_masks(directory: Path) -> dict[str, np.ndarray]:
     """Module name → (rows, columns) bool."""
-    from safetensors import safe_open
-
     path = directory / MASKS
     with safe_open(path if path.is_file() else directory / BESIDE, framework="numpy") as file:
         noted = file.metadata()

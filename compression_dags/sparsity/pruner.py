@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from compression_dags.solvers.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -68,7 +70,5 @@ class Pruned:
 
 def masked(problem: Problem, masks: Sequence[Tensor], evidence: dict[str, Any] | None = None) -> list[Pruned]:
     """Zeros where the masks say so; kept weights are the stored ones, bit for bit."""
-    import torch
-
     pairs = zip(problem.weights, masks, strict=True)
     return [Pruned(torch.where(m, w, torch.zeros_like(w)), m, dict(evidence or {})) for w, m in pairs]

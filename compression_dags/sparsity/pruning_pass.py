@@ -1,4 +1,4 @@
-"""The pruning pass."""
+"""The pass of a pruner over a model, group of matrices by group of matrices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from compression_dags.provenance.resume import ResumePoint
 from compression_dags.sparsity.allocation import SparsityPlan
 from compression_dags.sparsity.experts import FUSED, ExpertBlock
 from compression_dags.sparsity.pruner import Problem, Pruned
-from compression_dags.sparsity.results import Results
-from compression_dags.sparsity.stage import Sparsified, SparsifyStage, all_matrices
-from compression_dags.stage import Progress
+from compression_dags.sparsity.results import Results, Sparsified
+from compression_dags.sparsity.stage import SparsifyStage, all_matrices
+from compression_dags.stage import Progress, silent
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks
@@ -79,3 +79,22 @@ class PruningPass(SequentialPass):
 
     def restore_results(self, state: dict[str, Tensor]) -> None:
         self.results.restore(state)
+
+
+def sparsify(
+    stage: SparsifyStage,
+    source: Checkpoint,
+    plan: SparsityPlan,
+    blocks: TokenBlocks | None,
+    directory: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    resume: ResumePoint | None = None,
+    progress: Progress = silent,
+) -> Sparsified:
+    """The checkpoint pruned by `plan`; see `SparsifyStage.sparsify`."""
+    stage.check(source.shape)
+    if stage.reads_tokens and blocks is None:
+        raise InputError(f"sparsify: {stage.method} needs calibration tokens; none were given")
+    return PruningPass(stage, source, plan, blocks, device, dtype).run(directory, resume, progress)

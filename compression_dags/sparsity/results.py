@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compression_dags.architectures import Architecture
+from compression_dags.calibration.streaming import fuse_experts
+from compression_dags.checkpoints.gate import PROBE_TOKENS, load_stock, probe_ids
+from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.passes.host_copies import HostCopies
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.resume import as_note, from_note
@@ -18,10 +23,41 @@ from compression_dags.sparsity.allocation import UNSTRUCTURED, SparsityPlan
 from compression_dags.sparsity.experts import SAW_NONE
 from compression_dags.sparsity.masks import check_pattern, mask_digest, pack_mask, save_masks
 from compression_dags.sparsity.pruner import Pruned
-from compression_dags.sparsity.stage import Sparsified, SparsifyStage
+from compression_dags.sparsity.stage import SparsifyStage
 
 if TYPE_CHECKING:
     from compression_dags.checkpoints.reader import Checkpoint
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """The pruned checkpoint, why, and what to report; `tensors` are those that changed, in the stored dtype."""
+
+    checkpoint: Checkpoint
+    decisions: list[Decision]
+    facts: dict[str, float | int | str]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def reference_logits(self, source: Checkpoint, *, device: str = "cpu", dtype: str = "float32") -> Any:
+        """Logits (2, T, vocabulary) float32 on the gate's probe of the source with these tensors in place."""
+        model = load_stock(source.path, device=device, dtype=dtype)
+        parameters = dict(model.named_parameters())
+        ids = probe_ids(source.config["vocab_size"], source.config.get("max_position_embeddings", PROBE_TOKENS))
+        with torch.inference_mode():
+            for name, tensor in self._in_memory(source.architecture):
+                parameters[name].data = tensor.to(device, parameters[name].dtype)
+            return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+
+    def _in_memory(self, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by the names of a loaded model's parameters, which fuses experts; one layer at a time."""
+        layers: dict[int | None, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            index, local = architecture.split_name(name)
+            layers.setdefault(index, {})[local] = tensor
+        for index, tensors in layers.items():
+            prefix = "" if index is None else architecture.layer_prefix(index)
+            found = fuse_experts(tensors, architecture.experts) if architecture.experts else tensors
+            yield from ((prefix + local, tensor) for local, tensor in found.items())
 
 
 class Results:
@@ -79,7 +115,6 @@ class Results:
 
     def write(self, directory: Path) -> Sparsified:
         """The checkpoint with its masks, see `masks.MASKS`."""
-        from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 
         def planned(name: str) -> PlannedTensor:
             if name not in self.tensors:

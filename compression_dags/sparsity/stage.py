@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,55 +25,17 @@ from compression_dags.sparsity.allocation import (
 from compression_dags.sparsity.allocators import AnyAllocation
 from compression_dags.sparsity.allocators.uniform import Uniform
 from compression_dags.sparsity.identity import plan_identity
-from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
+from compression_dags.stage import Progress, Stage, StatisticKind, Target, implementation, silent, worker
 from compression_dags.step import ANALYSIS, WEIGHTS, Chain, Kind, Step
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compression_dags.calibration.corpora import TokenBlocks
     from compression_dags.checkpoints.reader import Checkpoint
     from compression_dags.provenance.resume import ResumePoint
     from compression_dags.sparsity.pruner import Problem, Pruned
+    from compression_dags.sparsity.results import Sparsified
 
 PLAN_FIELDS = {"sparsity", "pattern", "allocation"}
-
-
-@dataclass(frozen=True)
-class Sparsified:
-    """The pruned checkpoint, why, and what to report; `tensors` are those that changed, in the stored dtype."""
-
-    checkpoint: Checkpoint
-    decisions: list[Decision]
-    facts: dict[str, float | int | str]
-    tensors: dict[str, Tensor] = field(repr=False)
-
-    def reference_logits(self, source: Checkpoint, *, device: str = "cpu", dtype: str = "float32") -> Any:
-        """Logits (2, T, vocabulary) float32 on the gate's probe of the source with these tensors in place."""
-        import torch
-
-        from compression_dags.checkpoints.gate import PROBE_TOKENS, load_stock, probe_ids
-
-        model = load_stock(source.path, device=device, dtype=dtype)
-        parameters = dict(model.named_parameters())
-        ids = probe_ids(source.config["vocab_size"], source.config.get("max_position_embeddings", PROBE_TOKENS))
-        with torch.inference_mode():
-            for name, tensor in self._in_memory(source.architecture):
-                parameters[name].data = tensor.to(device, parameters[name].dtype)
-            return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
-
-    def _in_memory(self, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-        """The tensors by the names of a loaded model's parameters, which fuses experts; one layer at a time."""
-        from compression_dags.calibration.streaming import fuse_experts
-
-        layers: dict[int | None, dict[str, Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            index, local = architecture.split_name(name)
-            layers.setdefault(index, {})[local] = tensor
-        for index, tensors in layers.items():
-            prefix = "" if index is None else architecture.layer_prefix(index)
-            found = fuse_experts(tensors, architecture.experts) if architecture.experts else tensors
-            yield from ((prefix + local, tensor) for local, tensor in found.items())
 
 
 class SparsifyStage(Stage):
@@ -186,18 +147,18 @@ class SparsifyStage(Stage):
         """Options that decide the weights, given the plan."""
         return {k: v for k, v in self.options().items() if k not in PLAN_FIELDS}
 
-    def check(self, facts: ModelShape) -> None:
+    def check(self, shape: ModelShape) -> None:
         self.allocation.check(self.asked.sparsity)
-        self.allocation.check_model(self.asked.sparsity, facts)
-        kinds = {facts.kind(index)[1] for index in range(facts.layers)}
-        widths = [(facts.hidden, "hidden size")]
-        widths += [(facts.intermediate, "intermediate size")] if "dense" in kinds else []
-        widths += [(facts.expert_intermediate, "experts' intermediate size")] if "experts" in kinds else []
+        self.allocation.check_model(self.asked.sparsity, shape)
+        kinds = {shape.kind(index)[1] for index in range(shape.layers)}
+        widths = [(shape.hidden, "hidden size")]
+        widths += [(shape.intermediate, "intermediate size")] if "dense" in kinds else []
+        widths += [(shape.expert_intermediate, "experts' intermediate size")] if "experts" in kinds else []
         for width, what in widths:
             if self.asked.m and width % self.asked.m:
                 raise InputError(f"sparsify: pattern {self.pattern} does not divide the {what} {width}")
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         if self.allocation.measures and sequences < 2:
             raise InputError(
                 f"sparsify: allocation {self.allocation.method} scores candidates on sequences kept apart and needs 2, "
@@ -231,8 +192,8 @@ class SparsifyStage(Stage):
         return found, rows
 
     def prune(self, problem: Problem) -> list[Pruned]:
-        """Prune the matrices that read one input."""
-        raise AssertionError(f"{type(self).__name__} must define prune")
+        """The matrices that read one input, pruned by the function that the method names."""
+        return implementation(self)(self, problem)
 
     def sparsify(
         self,
@@ -252,12 +213,8 @@ class SparsifyStage(Stage):
             InputError: no calibration tokens for a pruner that reads them, or a plan for other matrices.
             IntegrityError: activations or Hessians that cannot be used.
         """
-        from compression_dags.sparsity.pruning_pass import PruningPass
-
-        self.check(source.facts)
-        if self.reads_tokens and blocks is None:
-            raise InputError(f"sparsify: {self.method} needs calibration tokens; none were given")
-        return PruningPass(self, source, plan, blocks, device, dtype).run(directory, resume, progress)
+        run = worker("compression_dags.sparsity.pruning_pass:sparsify")
+        return run(self, source, plan, blocks, directory, device=device, dtype=dtype, resume=resume, progress=progress)
 
 
 def _share_said(pattern: Pattern, asked: float) -> str:

@@ -17,7 +17,7 @@ def plan(job: Job) -> dict[str, Any]:
     """Facts of the sparsity plan, which it writes with a decision row for every matrix."""
     stage, source = job.stage, job.checkpoint()
     assert isinstance(stage, SparsifyStage)
-    stage.check(source.facts)
+    stage.check(source.shape)
     if "calibration_tokens" in job.inputs:
         pass_options = job.step.options.get("evidence", {})
         with job.device() as on:
@@ -39,7 +39,7 @@ def prune(job: Job) -> dict[str, Any]:
     """Size of the pruned checkpoint, what the pass measured, and its reload gate."""
     stage, source, chosen = job.stage, job.checkpoint(), SparsityPlan.load(job.inputs["sparsity_plan"].path)
     assert isinstance(stage, SparsifyStage)
-    stage.check(source.facts)
+    stage.check(source.shape)
     blocks = job.tokens() if stage.reads_tokens else None
     progress: Progress = job.progress
     with job.device() as on:

@@ -94,7 +94,7 @@ def test_every_projection_and_norm_exists(family, tiny_model):
 def test_moe_cadence_becomes_an_explicit_list(tiny_model, tmp_path):
     source = tiny_model("qwen3_moe", mlp_only_layers=[], decoder_sparse_step=2)
     checkpoint = Checkpoint(source)
-    assert [checkpoint.facts.kind(i)[1] for i in range(4)] == ["dense", "experts", "dense", "experts"]
+    assert [checkpoint.shape.kind(i)[1] for i in range(4)] == ["dense", "experts", "dense", "experts"]
     dropped = drop_by_name(source, tmp_path / "dropped", [0, 1, 3])
     config = json.loads((dropped / "config.json").read_text())
     assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [0])

@@ -17,8 +17,9 @@ from compression_dags.evaluation.tasks import HarnessTask, PerplexityTask
 from compression_dags.planning.bounds import Measure, check_plan, limits_of
 from compression_dags.planning.budget_solver import solve
 from compression_dags.planning.candidate_table import measure_bank
-from compression_dags.planning.candidates import CandidateOptions, Shapes, candidates, empty_bank
+from compression_dags.planning.candidates import Shapes, candidates, empty_table
 from compression_dags.planning.mixed import plan_schemes
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.recipe_writer import quantize_stage
 from compression_dags.quantization.rtn import RTN
 from compression_dags.recipes import load_recipe
@@ -35,7 +36,7 @@ def costed(source, options):
 
     from compression_dags.planning.candidates import Candidate, removable
 
-    bank = empty_bank(source, candidates(source, options))
+    bank = empty_table(source, candidates(source, options))
     most = removable(options, bank.layers)
     found = [replace(a, cost=0.0 if a.is_dense else 1.0) for a in bank.alternatives]
     if most:
@@ -257,16 +258,16 @@ def test_recipes_that_cannot_work_on_a_model(stories, tmp_path, case):
     (tmp_path / "r.yaml").write_text(f"name: r\nstages:\n{stages}\n")
     recipe = load_recipe(tmp_path / "r.yaml")
     with pytest.raises(InputError, match=rf"recipe r: .*{says}"):
-        recipe.check(Checkpoint(stories).stated_facts)
+        recipe.check(Checkpoint(stories).stated_shape)
 
 
 def test_facts_after_depth_went(tiny_model):
-    facts = Checkpoint(tiny_model("llama", layers=4)).stated_facts
-    shorter = facts.shortened(3)
-    assert shorter.layers == 3 and len(shorter.tensors) < len(facts.tensors)
-    mixed = Checkpoint(tiny_model("qwen3", layers=4)).facts
+    shape = Checkpoint(tiny_model("llama", layers=4)).stated_shape
+    shorter = shape.shortened(3)
+    assert shorter.layers == 3 and len(shorter.tensors) < len(shape.tensors)
+    mixed = Checkpoint(tiny_model("qwen3", layers=4)).shape
     assert mixed.shortened(3) is mixed, "which kinds stay is not known"
-    assert ModelShape(facts.architecture, facts.config).tensors == {}
+    assert ModelShape(shape.architecture, shape.config).tensors == {}
 
 
 GIVEN = {"merge": {"ratio": 0.2}, "recover": {}, "sparsify": {"sparsity": 0.5}, "quantize": {"scheme": "W4A16"}}

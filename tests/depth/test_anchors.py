@@ -14,15 +14,19 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
-from compression_dags.depth.methods.laco import Group, LaCo, collapse
+from compression_dags.depth.methods.laco import LaCo
+from compression_dags.depth.methods.laco_search import Group, collapse
 from compression_dags.depth.methods.sleb import SLEB
-from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, ProbeContext, keep_only
+from compression_dags.depth.plan import MergePlan, PlannedLayer, keep_only
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.passes.scored_rows import chosen_rows, even_rows
 from compression_dags.passes.variant_scoring import Piece, VariantScorer
 from compression_dags.provenance.resume import ResumePoint
-from compression_dags.recovery import linear_patch
-from compression_dags.recovery.linear_patch import LinearPatch, divided, mean_norm
+from compression_dags.recovery import linear_patch_run
+from compression_dags.recovery.linear_patch import LinearPatch
+from compression_dags.recovery.linear_patch_run import divided, mean_norm
+from compression_dags.similarity.evidence import Evidence
 from models import edit_weights
 
 NO_EVIDENCE = Evidence(np.empty(0), np.empty(0), np.empty(0))
@@ -48,8 +52,8 @@ def story_blocks(stories):
 
 def planned(method, path, blocks, **probe):
     source = Checkpoint(path)
-    method.check(source.facts)
-    return method.plan(source.facts, NO_EVIDENCE, ProbeContext(source, blocks, **probe))
+    method.check(source.shape)
+    return method.plan(source.shape, NO_EVIDENCE, ProbeContext(source, blocks, **probe))
 
 
 # -- sleb ------------------------------------------------------------------------------------------
@@ -245,12 +249,12 @@ def test_laco_never_mixes_kinds(tiny_model):
         planned(LaCo(layers=1), tiny_model("gemma3_text"), random_blocks(2))
     types = [*["sliding_attention"] * 3, *["full_attention"] * 3, *["sliding_attention"] * 2]
     path = tiny_model("qwen3", layers=8, layer_types=types)
-    facts = Checkpoint(path).facts
+    shape = Checkpoint(path).shape
     with pytest.raises(InputError, match="collapse 4 of 8 layers, but the unprotected ones allow 3"):
-        LaCo(layers=4).check(facts)
+        LaCo(layers=4).check(shape)
     plan, _ = planned(LaCo(layers=3, rows=1), path, random_blocks(2))
     assert len(plan.layers) == 5
-    assert all(len({facts.kind(i) for i in layer.sources}) == 1 for layer in plan.layers)
+    assert all(len({shape.kind(i) for i in layer.sources}) == 1 for layer in plan.layers)
 
 
 # -- linear patch ----------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ def test_the_fold_is_a_scaled_residual_stream(tiny_model, tmp_path, family, alph
         prefix = source.architecture.layer_prefix(position)
         fitted |= {prefix + local: t for local, t in divided(source, position, factor).items()}
     assert len(fitted) == 3 * (4 if family == "opt" else 2)  # two writers a layer, and OPT's biases
-    folded = linear_patch.write_recovered(source, fitted, tmp_path / "folded")
+    folded = linear_patch_run.write_recovered(source, fitted, tmp_path / "folded")
     ids = torch.from_numpy(random_blocks(3).ids).long()
     with torch.inference_mode():
         ours = load_stock(folded.path)(ids).logits
@@ -367,7 +371,7 @@ def test_linear_patch_never_overflows_silently(novella, tmp_path, monkeypatch):
     """A scale that float16 cannot take is rejected with its reason, and nothing is written."""
     source, plan, student = cut(novella, [8], tmp_path / "cut")
     blocks = text_blocks(novella, 2, 16)
-    monkeypatch.setattr(linear_patch._Run, "exit_norms", lambda *_: {7: 1e-9})
+    monkeypatch.setattr(linear_patch_run._Run, "exit_norms", lambda *_: {7: 1e-9})
     found = LinearPatch().recover(source, student, plan, blocks, tmp_path / "out")
     (row,) = found.decisions
     assert row.action == "reject" and not found.fitted
@@ -376,15 +380,15 @@ def test_linear_patch_never_overflows_silently(novella, tmp_path, monkeypatch):
 
 
 def test_linear_patch_refusals(stories, tiny_model):
-    facts = Checkpoint(stories).facts
+    shape = Checkpoint(stories).shape
     for family in ("mixtral", "qwen3_moe"):
         with pytest.raises(InputError, match=f"does not fold into {family}"):
-            LinearPatch().check(Checkpoint(tiny_model(family)).facts)
-    LinearPatch().check(Checkpoint(tiny_model("gemma3_text")).facts)
+            LinearPatch().check(Checkpoint(tiny_model(family)).shape)
+    LinearPatch().check(Checkpoint(tiny_model("gemma3_text")).shape)
     with pytest.raises(InputError, match="needs 2 calibration sequences"):
-        LinearPatch().check_tokens(facts, 1, 128)
+        LinearPatch().check_tokens(shape, 1, 128)
     with pytest.raises(InputError, match="first 8 positions, but the calibration sequences have 8 tokens"):
-        LinearPatch(sink_positions=8).check_tokens(facts, 4, 8)
+        LinearPatch(sink_positions=8).check_tokens(shape, 4, 8)
     assert [LinearPatch().held_out(n) for n in (2, 3, 8, 128)] == [1, 1, 1, 16]
     assert LinearPatch(holdout=0.99).held_out(4) == 3
     batches = DecoderStream(Checkpoint(stories)).batches(TokenBlocks(np.full((2, 8), 5, np.int32), np.full(2, 4), 2))

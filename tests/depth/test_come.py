@@ -24,7 +24,7 @@ from compression_dags.depth.concat.sensitivity import (
     layer_sensitivity,
 )
 from compression_dags.depth.concat.student_pass import AllTokens, AsReleased, StudentPass
-from compression_dags.depth.plan import ProbeContext
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer, as_is
 from compression_dags.provenance.resume import ResumePoint
@@ -124,7 +124,7 @@ METHODS = {
 def test_every_method_gives_a_stock_model_and_says_why(llama, tmp_path, name):
     source, evidence, probe = llama
     method = METHODS[name]
-    plan, rows = method.plan(source.facts, evidence, probe)
+    plan, rows = method.plan(source.shape, evidence, probe)
     assert len(plan.layers) == 8 - method.layers
     written = apply_plan(source, plan, tmp_path / "out")
     check_reload(written.path, reference_logits(source, plan))
@@ -141,7 +141,7 @@ def test_every_method_gives_a_stock_model_and_says_why(llama, tmp_path, name):
             assert row.evidence["kv_groups"][str(index)] == len(kept[f"heads.{index}"])
             assert sum(row.evidence["channels"].values()) == 96 and sum(row.evidence["kv_groups"].values()) == 4
             assert len(row.evidence["kept_sha256"]) == 64 and row.value == row.evidence["merges"][-1]["distance"]
-    again, _ = method.plan(source.facts, evidence, probe)
+    again, _ = method.plan(source.shape, evidence, probe)
     assert again.layers == plan.layers and all(torch.equal(again.tensors[k], t) for k, t in plan.tensors.items())
     if not isinstance(method, ComeReleased):
         assert {rows[0].action, rows[7].action} == {"keep"}  # the ends are protected
@@ -151,7 +151,7 @@ def test_every_method_gives_a_stock_model_and_says_why(llama, tmp_path, name):
 def test_one_shot_runs_no_layer(llama, monkeypatch, name):
     source, evidence, probe = llama
     monkeypatch.setattr(DecoderStream, "__init__", lambda *a, **k: pytest.fail("the model was run"))
-    _, rows = METHODS[name].plan(source.facts, evidence, probe)
+    _, rows = METHODS[name].plan(source.shape, evidence, probe)
     assert {r.evidence["layer_forwards"] for r in rows} == {0}
 
 
@@ -166,7 +166,7 @@ def test_layer_forwards_are_as_stated(llama, monkeypatch, name):
         return apply(self, module, index, batch, hidden)
 
     monkeypatch.setattr(DecoderStream, "apply", counting)
-    _, rows = METHODS[name].plan(source.facts, evidence, probe)
+    _, rows = METHODS[name].plan(source.shape, evidence, probe)
     stated = rows[0].evidence["layer_forwards"]
     if name in ("come", "come-released"):  # every forward is over all rows
         assert sum(calls) == stated * len(probe.blocks.lengths)
@@ -180,11 +180,11 @@ def test_layer_forwards_are_as_stated(llama, monkeypatch, name):
 def test_come_measures_again_what_a_merge_changed(llama):
     """Step by step against searches written out with whole passes over the student as it then stands."""
     source, evidence, probe = llama
-    _, rows = Come(layers=3).plan(source.facts, evidence, probe)
+    _, rows = Come(layers=3).plan(source.shape, evidence, probe)
     steps = {s["step"]: s for r in rows if "merges" in r.evidence for s in r.evidence["merges"]}
     assert sorted(steps) == [0, 1, 2]
     for count in (1, 2):
-        shorter, _ = Come(layers=count).plan(source.facts, evidence, probe)
+        shorter, _ = Come(layers=count).plan(source.shape, evidence, probe)
         pieces = [Piece(x.slot, layer_tensors(source, shorter, p)) for p, x in enumerate(shorter.layers)]
         found = StudentPass(probe, "l1", AllTokens(), 1).measure(pieces, 0, [])
         inner = range(1, len(pieces) - 2)  # pairs of unprotected layers
@@ -199,20 +199,20 @@ def test_come_measures_again_what_a_merge_changed(llama):
 def test_merged_again_is_built_from_the_original_layers(llama):
     """Three layers in one after two merges: rows of each, in order, folded once."""
     source, _, _ = llama
-    facts = source.facts
+    shape = source.shape
     rng = np.random.default_rng(0)
     known = [Sensitivity(torch.from_numpy(rng.random(96)), torch.from_numpy(rng.random(4))) for _ in range(2)]
     from compression_dags.depth.concat.layers import chosen_by_shares
 
-    first = concatenated([whole(2, facts), whole(3, facts)], chosen_by_shares(known, (0.5, 0.5), facts), (0.5, 0.5))
-    chosen = chosen_by_shares(known, (0.75, 0.25), facts)
-    layer = concatenated([first, whole(4, facts)], chosen, (0.75, 0.25))
+    first = concatenated([whole(2, shape), whole(3, shape)], chosen_by_shares(known, (0.5, 0.5), shape), (0.5, 0.5))
+    chosen = chosen_by_shares(known, (0.75, 0.25), shape)
+    layer = concatenated([first, whole(4, shape)], chosen, (0.75, 0.25))
     assert layer.tree == [[2, 3], 4] and [p.share for p in layer.parts] == [0.375, 0.375, 0.25]
-    single = {i: whole(i, facts) for i in range(8)}
+    single = {i: whole(i, shape) for i in range(8)}
     student = [single[0], single[1], layer, single[5], single[6], single[7]]
-    nested = layer_tensors(source, plan_of("test", "concat", student, facts), 2)
+    nested = layer_tensors(source, plan_of("test", "concat", student, shape), 2)
     student = [single[0], single[1], first, *(single[i] for i in range(4, 8))]
-    inner = layer_tensors(source, plan_of("test", "concat", student, facts), 2)
+    inner = layer_tensors(source, plan_of("test", "concat", student, shape), 2)
     (last,) = members_of(source, 4)
     pairs = [(m, c["channels"].long()) for m, c in zip((inner, last), chosen, strict=True)]
     down, up, norm = "mlp.down_proj.weight", "mlp.up_proj.weight", "post_attention_layernorm.weight"
@@ -223,7 +223,7 @@ def test_merged_again_is_built_from_the_original_layers(llama):
 def test_come_p_contains_dropping(llama):
     """With G = 1 only the two drops are tried, and the better one's loss is that of the model without the layer."""
     source, evidence, probe = llama
-    plan, rows = ComeP(layers=1, granularity=1, rows=5).plan(source.facts, evidence, probe)
+    plan, rows = ComeP(layers=1, granularity=1, rows=5).plan(source.shape, evidence, probe)
     assert all(x.kept for x in plan.layers) and not plan.tensors
     (gone,) = plan.dropped
     (step,) = rows[gone].evidence["merges"]
@@ -235,7 +235,7 @@ def test_come_p_contains_dropping(llama):
 
 def test_come_p_trials_are_the_models_that_would_be_written(llama, tmp_path):
     source, evidence, probe = llama
-    plan, rows = ComeP(layers=1, granularity=4, rows=5).plan(source.facts, evidence, probe)
+    plan, rows = ComeP(layers=1, granularity=4, rows=5).plan(source.shape, evidence, probe)
     step = next(r for r in rows if "merges" in r.evidence).evidence["merges"][0]
     model = load_stock(apply_plan(source, plan, tmp_path / "out").path)
     ids = torch.from_numpy(probe.blocks.ids).long()
@@ -250,7 +250,7 @@ def test_concat_is_refitted_by_least_squares(tiny_model, tmp_path):
     """The start that `concat` is meant to be: every merged layer is a gap that the recovery refits."""
     source = checkpoint(tiny_model, "llama", layers=8, num_key_value_heads=4)
     blocks = random_blocks(60, 32)
-    plan, _ = Concat(layers=3).plan(source.facts, evidence_of(source, blocks), ProbeContext(source, blocks))
+    plan, _ = Concat(layers=3).plan(source.shape, evidence_of(source, blocks), ProbeContext(source, blocks))
     merged = apply_plan(source, plan, tmp_path / "merged")
     found = LeastSquares(accept="error").recover(source, merged, plan, blocks, tmp_path / "out")
     gaps = [p for p, x in enumerate(plan.layers) if len(x.sources) > 1]
@@ -261,7 +261,7 @@ def test_concat_is_refitted_by_least_squares(tiny_model, tmp_path):
 @pytest.mark.parametrize("method", [Come(layers=4), ComeReleased(layers=4), ComeP(layers=3, granularity=2, rows=2)])
 def test_resumes_with_the_same_plan(llama, tmp_path, monkeypatch, method):
     source, evidence, probe = llama
-    whole_plan, whole_rows = method.plan(source.facts, evidence, probe)
+    whole_plan, whole_rows = method.plan(source.shape, evidence, probe)
     accept, calls = search.Search._accept, []
 
     def dies(self, *args):
@@ -273,9 +273,9 @@ def test_resumes_with_the_same_plan(llama, tmp_path, monkeypatch, method):
     monkeypatch.setattr(search.Search, "_accept", dies)
     with pytest.raises(KeyboardInterrupt):
         resume = ResumePoint(tmp_path, {}, every_seconds=0)
-        method.plan(source.facts, evidence, replace(probe, resume=resume))
+        method.plan(source.shape, evidence, replace(probe, resume=resume))
     calls[:] = [0] * 5
-    plan, rows = method.plan(source.facts, evidence, replace(probe, resume=ResumePoint(tmp_path, {})))
+    plan, rows = method.plan(source.shape, evidence, replace(probe, resume=ResumePoint(tmp_path, {})))
     assert calls[5:] == list(range(2, method.layers))
     assert plan.layers == whole_plan.layers
     assert all(torch.equal(plan.tensors[k], t) for k, t in whole_plan.tensors.items())
@@ -294,35 +294,35 @@ def test_kinds_are_never_mixed(tiny_model, method, family):
     probe = ProbeContext(source, random_blocks(3))
     evidence = evidence_of(source, probe.blocks)
     options = {"protect_first": 0, "protect_last": 0}
-    plan, _ = method(layers=3, **options).plan(source.facts, evidence, probe)
+    plan, _ = method(layers=3, **options).plan(source.shape, evidence, probe)
     assert len(plan.layers) == 4
     assert all(len({kinds[i] for i in plan.covered(p)}) == 1 for p in range(4))
     with pytest.raises(InputError, match="remove 4 of 7 layers, but at most 3 can be merged away"):
-        method(layers=4, **options).check(source.facts)
+        method(layers=4, **options).check(source.shape)
     alternating = Checkpoint(tiny_model(family))
     with pytest.raises(InputError, match="at most 0 can be merged away"):
-        method(layers=1, **options).check(alternating.facts)
+        method(layers=1, **options).check(alternating.shape)
 
 
 @pytest.mark.parametrize("method", [Come, ComeP, Concat, ComeReleased])
 def test_refusals_before_compute(tiny_model, method):
     for family in ("qwen3_moe", "mixtral"):
         with pytest.raises(InputError, match=f"{method.model_fields['method'].default} needs dense layers: {family}"):
-            method(layers=1).check(Checkpoint(tiny_model(family)).facts)
+            method(layers=1).check(Checkpoint(tiny_model(family)).shape)
     single = checkpoint(tiny_model, "llama", layers=6, num_key_value_heads=1)
     with pytest.raises(InputError, match="has 1 KV head"):
-        method(layers=1).check(single.facts)
+        method(layers=1).check(single.shape)
 
 
 def test_groups_larger_than_kv_heads(tiny_model):
     source = checkpoint(tiny_model, "llama", layers=8)  # two KV heads
     with pytest.raises(InputError, match="one of up to 3 layers, but a layer has 2 KV head"):
-        Come(layers=2, largest_group=3).check(source.facts)
-    assert Come(layers=2).largest(source.facts) == 2
+        Come(layers=2, largest_group=3).check(source.shape)
+    assert Come(layers=2).largest(source.shape) == 2
     with pytest.raises(InputError, match="at most 3 can be merged away: groups of at most 2"):
-        Come(layers=4).check(source.facts)
+        Come(layers=4).check(source.shape)
     with pytest.raises(InputError, match="protect_first 3, protect_last 3"):
-        Concat(layers=2, protect_first=3, protect_last=3).check(source.facts)
+        Concat(layers=2, protect_first=3, protect_last=3).check(source.shape)
 
 
 def test_batch_size_does_not_change_a_plan(llama, monkeypatch):
@@ -330,7 +330,7 @@ def test_batch_size_does_not_change_a_plan(llama, monkeypatch):
     plans = []
     for tokens in (24, 96):
         monkeypatch.setitem(streaming.TOKENS_PER_BATCH, "cpu", tokens)
-        plans.append(Come(layers=3).plan(source.facts, evidence, probe)[0])
+        plans.append(Come(layers=3).plan(source.shape, evidence, probe)[0])
     assert [x.sources for x in plans[0].layers] == [x.sources for x in plans[1].layers]
     assert all(torch.equal(plans[1].tensors[k], t) for k, t in plans[0].tensors.items())
 

@@ -14,8 +14,10 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, layer_tensors, reference_logits
 from compression_dags.depth.concat.come_released import ComeReleased
 from compression_dags.depth.concat.merge import tiled_queries
-from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
+from compression_dags.depth.plan import MergePlan
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError
+from compression_dags.similarity.evidence import Evidence
 
 NOTHING = Evidence(np.empty(0), np.empty(0), np.empty(0))
 FULL: dict[str, Any] = {"use_sliding_window": False, "layer_types": ["full_attention"] * 7}
@@ -49,7 +51,7 @@ def stage(**options):
 
 def planned(path, **options):
     source = Checkpoint(path)
-    return source, *stage(**options).plan(source.facts, NOTHING, ProbeContext(source, tokens()))
+    return source, *stage(**options).plan(source.shape, NOTHING, ProbeContext(source, tokens()))
 
 
 def all_steps(rows):
@@ -232,11 +234,11 @@ def origins(source, plan, position):
 
     Found from the bytes alone: random heads are all different.
     """
-    facts, made = source.facts, layer_tensors(source, plan, position)
-    group = facts.heads // facts.kv_heads
+    shape, made = source.shape, layer_tensors(source, plan, position)
+    group = shape.heads // shape.kv_heads
 
     def heads(tensor):
-        return tensor.reshape(-1, facts.head_dim, facts.hidden)
+        return tensor.reshape(-1, shape.head_dim, shape.hidden)
 
     def home(block, projection):
         found = [
@@ -250,7 +252,7 @@ def origins(source, plan, position):
 
     reads = [home(block, "k_proj") for block in heads(made["self_attn.k_proj.weight"])]
     queries = [home(block, "q_proj") for block in heads(made["self_attn.q_proj.weight"])]
-    return [(s, q // group) for s, q in queries], [reads[at // group] for at in range(facts.heads)]
+    return [(s, q // group) for s, q in queries], [reads[at // group] for at in range(shape.heads)]
 
 
 def share_equal(pairs):
@@ -281,12 +283,12 @@ def test_the_damage_is_recorded_for_layers_merged_again(tiny_model):
 @pytest.mark.parametrize(("heads", "kv_heads", "figure"), [(32, 8, 0.36), (28, 4, 0.46), (64, 8, 0.33)])
 def test_the_published_shapes_lose_what_the_specification_counts(heads, kv_heads, figure):
     """Share of query heads on their own KV head, random kept sets of equal size: Llama-3-8B, Qwen2.5-7B, Llama-70B."""
-    facts = ModelShape(KNOWN["llama"], {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
+    shape = ModelShape(KNOWN["llama"], {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
     group, rng, found = heads // kv_heads, np.random.default_rng(0), []
     for _ in range(400):
         kept = [torch.from_numpy(np.sort(rng.choice(kv_heads, kv_heads // 2, replace=False))) for _ in range(2)]
         reads = [(side, int(h)) for side in (0, 1) for h in kept[side]]
-        wanted = [(side, int(q) // group) for side in (0, 1) for q in tiled_queries(kept[side], facts)]
+        wanted = [(side, int(q) // group) for side in (0, 1) for q in tiled_queries(kept[side], shape)]
         found.append(np.mean([pair == reads[at // group] for at, pair in enumerate(wanted)]))
     assert np.mean(found) == pytest.approx(figure, abs=0.03)
 
@@ -339,16 +341,16 @@ def test_nothing_is_protected_unless_asked(tiny_model):
     _, plan, _ = planned(path, layers=2, protect_first=2, protect_last=2)
     assert [x.sources for x in plan.layers] == [(0,), (1,), (2, 3, 4), (5,), (6,)]
     with pytest.raises(InputError, match=r"remove 2 of 7 layers.*each merged once"):
-        stage(layers=2, protect_first=2, protect_last=2, repeat=False).check(Checkpoint(path).facts)
+        stage(layers=2, protect_first=2, protect_last=2, repeat=False).check(Checkpoint(path).shape)
 
 
 def test_refusals(tiny_model):
     with pytest.raises(InputError, match="come-released needs dense layers: mixtral"):
-        stage(layers=1).check(Checkpoint(tiny_model("mixtral")).facts)
+        stage(layers=1).check(Checkpoint(tiny_model("mixtral")).shape)
     with pytest.raises(InputError, match="at most 0 can be merged away: adjacent unprotected layers of one kind"):
-        stage(layers=1).check(Checkpoint(tiny_model("qwen3")).facts)  # sliding and full in turn
+        stage(layers=1).check(Checkpoint(tiny_model("qwen3")).shape)  # sliding and full in turn
     with pytest.raises(InputError, match="1 KV head"):
-        stage(layers=1).check(Checkpoint(tiny_model("llama", num_key_value_heads=1)).facts)
+        stage(layers=1).check(Checkpoint(tiny_model("llama", num_key_value_heads=1)).shape)
     for bad in ({"min_max": 1.0}, {"min_max": -0.1}, {"power": -1}, {"ratio": 0.2}, {"wrong": 1}):
         with pytest.raises(ValueError):
             stage(**{"layers": 1, **bad})

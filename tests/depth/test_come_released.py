@@ -9,10 +9,12 @@ from compression_dags.checkpoints.gate import load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import layer_tensors
 from compression_dags.depth.concat import search as concat_search
-from compression_dags.depth.concat.come_released import ComeReleased, released_shares
+from compression_dags.depth.concat.come_released import ComeReleased
+from compression_dags.depth.concat.come_released_search import released_shares
 from compression_dags.depth.concat.student_pass import AsReleased
-from compression_dags.depth.plan import Evidence, ProbeContext
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError
+from compression_dags.similarity.evidence import Evidence
 from models import tiny
 
 
@@ -90,7 +92,7 @@ def test_released_equals_an_independent_loop(tmp_path, seed):
     trees, layers = reference_come(path, blocks, 5)
     assert any(isinstance(x, list) and any(isinstance(y, list) for y in x) for x in trees)
     nothing = Evidence(np.empty(0), np.empty(0), np.empty(0))
-    plan, rows = ComeReleased(layers=5).plan(source.facts, nothing, ProbeContext(source, blocks))
+    plan, rows = ComeReleased(layers=5).plan(source.shape, nothing, ProbeContext(source, blocks))
     found = []
     for row in rows:
         tree = row.evidence.get("tree", int(row.target.split()[1]))
@@ -119,7 +121,7 @@ def test_released_plans_equal_nested_merging(tiny_model, family):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(concat_search, "Search", Spy)
-        plan, rows = ComeReleased(layers=5).plan(source.facts, nothing, probe)
+        plan, rows = ComeReleased(layers=5).plan(source.shape, nothing, probe)
     assert any(len(x.sources) > 2 for x in plan.layers) and any("queries" in k for k in plan.tensors)
     # merge step by step, whole layers at a time, with the selections that the ledger's steps imply
     steps = {s["step"]: s for r in rows if "merges" in r.evidence for s in r.evidence["merges"]}
@@ -166,8 +168,8 @@ def test_half_precision_cosines_have_few_levels():
 def test_released_half_and_no_repeat(tiny_model):
     source = checkpoint(tiny_model, "llama", layers=8, dtype="bfloat16")
     probe, nothing = ProbeContext(source, random_blocks()), Evidence(np.empty(0), np.empty(0), np.empty(0))
-    plan, rows = ComeReleased(layers=4, repeat=False, half=True).plan(source.facts, nothing, probe)
+    plan, rows = ComeReleased(layers=4, repeat=False, half=True).plan(source.shape, nothing, probe)
     assert all(len(x.sources) == 2 for x in plan.layers) and rows[0].evidence["cosines"] == "bfloat16"
     assert not any(k.split(".")[1] == "mixed" for k in plan.tensors)
     with pytest.raises(InputError, match=r"at most 4 can be merged away.*each merged once"):
-        ComeReleased(layers=5, repeat=False).check(source.facts)
+        ComeReleased(layers=5, repeat=False).check(source.shape)

@@ -45,7 +45,7 @@ def merge_plan(layers, a, kept, shares, form="concat"):
 
 
 def some_channels(source, share=0.4, seed=0):
-    total = source.facts.intermediate
+    total = source.shape.intermediate
     rng = np.random.default_rng(seed)
     first = round(share * total)
     return [np.sort(rng.choice(total, n, replace=False)).tolist() for n in (first, total - first)]
@@ -75,8 +75,8 @@ def run_layer(path, index, layer, hidden):
 @pytest.mark.parametrize("share", [(1.0, 0.0), (0.0, 1.0)], ids=["first", "second"])
 def test_share_one_is_dropping_bit_for_bit(tiny_model, family, share):
     source = checkpoint(tiny_model, family, dtype="float16")
-    facts = source.facts
-    all_of_it, nothing = (every(facts.intermediate).tolist(), every(facts.kv_heads).tolist()), ([], [])
+    shape = source.shape
+    all_of_it, nothing = (every(shape.intermediate).tolist(), every(shape.kv_heads).tolist()), ([], [])
     plan = merge_plan(6, 2, [all_of_it if s else nothing for s in share], share)
     made = layer_tensors(source, plan, 2)
     (expected,) = members_of(source, 2 if share[0] else 3)
@@ -88,7 +88,7 @@ def test_share_one_is_dropping_bit_for_bit(tiny_model, family, share):
 def test_a_search_turns_share_one_into_a_plain_drop(tiny_model, family):
     """What gives nothing is not in the plan at all, so the layer's bytes are the file's."""
     source = checkpoint(tiny_model, family)
-    members = [whole(i, source.facts) for i in (2, 3)]
+    members = [whole(i, source.shape) for i in (2, 3)]
     empty, full = ({k: f(len(t)) for k, t in members[0].parts[0].kept.items()} for f in (lambda n: every(0), every))
     first = concatenated(members, [full, empty], (1.0, 0.0)).planned("concat")
     second = concatenated(members, [empty, full], (0.0, 1.0)).planned("concat")
@@ -99,21 +99,21 @@ def test_a_search_turns_share_one_into_a_plain_drop(tiny_model, family):
 def test_no_drop_at_doubled_width_is_the_parallel_sum(tiny_model, family):
     """x + f_a(x) + f_b(x), each branch with its own norm: folding loses nothing."""
     source = checkpoint(tiny_model, family)
-    facts = source.facts
-    both = [every(facts.intermediate)] * 2, [every(facts.kv_heads)] * 2
-    doubled = concatenate_members(members_of(source, 2, 3), *both, (0.3, 0.7), facts)
+    shape = source.shape
+    both = [every(shape.intermediate)] * 2, [every(shape.kv_heads)] * 2
+    doubled = concatenate_members(members_of(source, 2, 3), *both, (0.3, 0.7), shape)
     projection = f"{source.architecture.group('mlp_output')[0]}.weight"
-    assert doubled[projection].shape[1] == 2 * facts.intermediate
+    assert doubled[projection].shape[1] == 2 * shape.intermediate
     # attention alone and MLP alone, so that each branch's input is x
     attention = {f"{n}.{k}" for n in source.architecture.group("attention_output") for k in ("weight", "bias")}
     mlp = {f"{n}.{k}" for n in source.architecture.group("mlp_output") for k in ("weight", "bias")}
-    hidden = torch.randn(3, 12, facts.hidden, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(3, 12, shape.hidden, generator=torch.Generator().manual_seed(1))
     for silent in (attention, mlp):
         outputs = []
         for tensors in (*members_of(source, 2, 3), doubled):
             quiet = {k: torch.zeros_like(t) if k in silent else t for k, t in tensors.items()}
             wide = tensors is doubled
-            changed = {"num_heads": 2 * facts.heads, "embed_dim": 2 * facts.hidden} if wide and family == "opt" else {}
+            changed = {"num_heads": 2 * shape.heads, "embed_dim": 2 * shape.hidden} if wide and family == "opt" else {}
             layer = layer_module(source.path, 2, quiet, **changed)
             outputs.append(run_layer(source.path, 2, layer, hidden).double() - hidden.double())
         a, b, parallel = outputs
@@ -124,12 +124,12 @@ def test_no_drop_at_doubled_width_is_the_parallel_sum(tiny_model, family):
 def test_folding_is_exact_where_averaging_is_not(tiny_model):
     """Relative error of the normed projections, over random inputs: γ folded, and γ averaged as released."""
     source = checkpoint(tiny_model, "llama")
-    facts = source.facts
+    shape = source.shape
     channels = [torch.tensor(c, dtype=torch.int32) for c in some_channels(source)]
     heads = [torch.tensor([j], dtype=torch.int32) for j in (1, 0)]
     members = members_of(source, 2, 3)
-    made = concatenate_members(members, channels, heads, (0.4, 0.6), facts)
-    x = torch.randn(50, facts.hidden, generator=torch.Generator().manual_seed(0)).double()
+    made = concatenate_members(members, channels, heads, (0.4, 0.6), shape)
+    x = torch.randn(50, shape.hidden, generator=torch.Generator().manual_seed(0)).double()
     x = x / x.square().mean(-1, keepdim=True).sqrt()
 
     def through(tensors, norm):
@@ -150,8 +150,8 @@ def test_opposite_and_vanishing_gammas_do_not_blow_up(tiny_model, tmp_path):
     members[0][name][:4] = torch.tensor([0.5, -1.0, -1.0, 0.0])
     members[1][name][:4] = torch.tensor([-2.5, 1.0, -1.0, -2.0])  # 1.5 and −1.5, 0 and 2, 0 and 0, 1 and −1
     heads = [torch.tensor([0], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)]
-    both = [every(source.facts.intermediate), every(0)], heads
-    made = concatenate_members(members, *both, (0.5, 0.5), source.facts)
+    both = [every(source.shape.intermediate), every(0)], heads
+    made = concatenate_members(members, *both, (0.5, 0.5), source.shape)
     assert (1 + made[name][:4]).tolist() == [1.5, 1.0, 0.0, 1.0]
     rows = made["self_attn.k_proj.weight"] * (1 + made[name])
     for place, (member, head) in enumerate(((0, 0), (1, 1))):
@@ -165,7 +165,7 @@ def test_query_heads_stay_with_their_kv_head(tiny_model, heads, kv_heads):
     shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8}
     shape["hidden_size"] = 56 if heads == 14 else 64
     source = checkpoint(tiny_model, "llama", layers=4, **shape)
-    facts, group = source.facts, heads // kv_heads
+    shape, group = source.shape, heads // kv_heads
     members = members_of(source, 1, 2)
     for member, tensors in enumerate(members):  # every block carries its origin: layer, head
         for name, blocks in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads), ("o_proj", heads)):
@@ -176,8 +176,8 @@ def test_query_heads_stay_with_their_kv_head(tiny_model, heads, kv_heads):
             ).float() + torch.zeros_like(weight)
         tensors["input_layernorm.weight"] = torch.ones_like(tensors["input_layernorm.weight"])
     kept = [torch.tensor(k, dtype=torch.int32) for k in ([kv_heads - 1], list(range(kv_heads - 1)))]
-    half = [every(facts.intermediate), every(0)]
-    made = concatenate_members(members, half, kept, (0.5, 0.5), facts)
+    half = [every(shape.intermediate), every(0)]
+    made = concatenate_members(members, half, kept, (0.5, 0.5), shape)
 
     def origins(tensors):
         query = tensors["self_attn.q_proj.weight"][::8, 0].int()
@@ -188,7 +188,7 @@ def test_query_heads_stay_with_their_kv_head(tiny_model, heads, kv_heads):
         return of_query, key.repeat_interleave(group)
 
     assert all(map(torch.equal, *zip(origins(made), strict=True)))
-    released = [tiled_queries(k, facts) for k in kept]
+    released = [tiled_queries(k, shape) for k in kept]
     query = torch.cat([100 * m + q // group for m, q in enumerate(released)])
     key = torch.cat([100 * m + k for m, k in enumerate(kept)]).repeat_interleave(group)
     assert len(query) == heads and torch.equal(query, key) == (group == 1)
@@ -214,7 +214,7 @@ def test_biases_are_added_and_lossy_norms_are_weighted(tiny_model):
 @pytest.mark.parametrize("form", ["concat", "concat-released"])
 def test_the_written_checkpoint_is_stock(tiny_model, tmp_path, family, form):
     source = checkpoint(tiny_model, family)
-    heads = ([0], list(range(1, source.facts.kv_heads)))
+    heads = ([0], list(range(1, source.shape.kv_heads)))
     plan = merge_plan(6, 2, list(zip(some_channels(source), heads, strict=True)), (0.4, 0.6), form)
     written = apply_plan(source, plan, tmp_path / "out")
     assert check_reload(written.path, reference_logits(source, plan))["relative_logit_error"] == 0.0
@@ -242,7 +242,7 @@ def test_forms_refuse(tiny_model):
     members = [{k: t for k, t in m.items() if k != "fc1.bias"} for m in members_of(opt, 2, 3)]
     both = [every(4)] * 2, [every(2)] * 2
     with pytest.raises(InputError, match="final_layer_norm has a bias that cannot fold into fc1"):
-        concatenate_members(members, *both, (0.5, 0.5), opt.facts)
+        concatenate_members(members, *both, (0.5, 0.5), opt.shape)
 
 
 # -- scores and windows ------------------------------------------------------------------------------------------------
@@ -285,16 +285,16 @@ def test_scores_from_the_cached_pass(tiny_model):
 
 def test_greedy_windows_never_strand(tiny_model):
     """Four mergeable layers, two merges in pairs: the closest pair is the middle one, which would leave no second."""
-    facts = checkpoint(tiny_model, "llama", layers=6).facts
-    may_join = joinable(facts, range(1, 5))
+    shape = checkpoint(tiny_model, "llama", layers=6).shape
+    may_join = joinable(shape, range(1, 5))
     assert may_join == [False, True, True, True, False]
     angular = np.full((7, 7), 0.5)
     angular[2, 4] = 0.1
     assert greedy_groups(6, 4, 2, may_join, angular) == [range(0, 1), range(1, 3), range(3, 5), range(5, 6)]
     assert greedy_groups(6, 5, 2, may_join, angular)[2] == range(2, 4)
     assert greedy_groups(6, 3, 2, may_join, angular) is None
-    assert most_removed(facts, range(1, 5), 2) == 2 and most_removed(facts, range(1, 5), 3) == 2
-    assert most_removed(facts, range(1, 5), 4) == 3
+    assert most_removed(shape, range(1, 5), 2) == 2 and most_removed(shape, range(1, 5), 3) == 2
+    assert most_removed(shape, range(1, 5), 4) == 3
     assert fewest_groups([range(0, 1), range(1, 3), range(3, 5), range(5, 6)], may_join, 3) == 4
     assert cheapest_groups(6, 3, 2, lambda g: 0.0 if len(g) == 1 else 1.0) == [range(0, 2), range(2, 4), range(4, 6)]
     assert cheapest_groups(6, 2, 2, lambda g: 0.0) is None

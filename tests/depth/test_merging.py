@@ -13,8 +13,9 @@ from compression_dags.depth.methods.angular import Angular
 from compression_dags.depth.methods.reverse import Reverse
 from compression_dags.depth.methods.shortgpt import ShortGPT
 from compression_dags.depth.methods.weighted_sum import WeightedSum
-from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, keep_only
+from compression_dags.depth.plan import MergePlan, PlannedLayer, keep_only
 from compression_dags.errors import InputError, IntegrityError
+from compression_dags.similarity.evidence import Evidence
 from models import FAMILIES
 
 
@@ -31,18 +32,18 @@ def llama(tiny_model):
 
 
 def test_reverse_drops_the_tail(llama):
-    plan, rows = Reverse(layers=2).plan(llama.facts, evidence(4))
+    plan, rows = Reverse(layers=2).plan(llama.shape, evidence(4))
     assert plan.dropped == [2, 3] and [r.action for r in rows] == ["keep", "keep", "drop", "drop"]
-    plan, _ = Reverse(layers=2, protect_last=1).plan(llama.facts, evidence(4))
+    plan, _ = Reverse(layers=2, protect_last=1).plan(llama.shape, evidence(4))
     assert plan.dropped == [1, 2]
 
 
 def test_shortgpt_drops_the_least_influential_unprotected(llama):
     given = Evidence(np.array([0.01, 0.3, 0.2, 0.02]), np.empty(0), np.empty(0))
-    plan, rows = ShortGPT(layers=1).plan(llama.facts, given)
+    plan, rows = ShortGPT(layers=1).plan(llama.shape, given)
     assert plan.dropped == [2]
     assert rows[2].value == pytest.approx(0.2) and rows[2].evidence["rank"] == 2
-    plan, _ = ShortGPT(layers=2, protect_first=0, protect_last=0).plan(llama.facts, given)
+    plan, _ = ShortGPT(layers=2, protect_first=0, protect_last=0).plan(llama.shape, given)
     assert plan.dropped == [0, 3]
 
 
@@ -52,21 +53,21 @@ def test_angular_drops_the_closest_window(llama):
     last = np.full((5, 5), 0.5)
     last[2, 4] = 0.05  # forbidden: reaches the protected last layer
     given = Evidence(np.empty(0), distance, last)
-    assert Angular(layers=2).plan(llama.facts, given)[0].dropped == [1, 2]
+    assert Angular(layers=2).plan(llama.shape, given)[0].dropped == [1, 2]
     open_ended = Angular(layers=2, tokens="last", protect_last=0)
-    assert open_ended.plan(llama.facts, given)[0].dropped == [2, 3]
+    assert open_ended.plan(llama.shape, given)[0].dropped == [2, 3]
 
 
 def test_weighted_sum_groups_are_optimal(tiny_model):
     """The dynamic programme finds the best of all partitions, compared with brute force."""
     import itertools
 
-    facts = Checkpoint(tiny_model("llama")).facts
-    facts = type(facts)(facts.architecture, {**facts.config, "num_hidden_layers": 9})
+    shape = Checkpoint(tiny_model("llama")).shape
+    shape = type(shape)(shape.architecture, {**shape.config, "num_hidden_layers": 9})
     for seed in range(3):
         given = evidence(9, seed)
         given.angular[:] = np.random.default_rng(seed).uniform(size=given.angular.shape)
-        plan, _ = WeightedSum(layers=4).plan(facts, given)
+        plan, _ = WeightedSum(layers=4).plan(shape, given)
         cost = sum(given.angular[x.sources[0], x.sources[-1] + 1] for x in plan.layers if len(x.sources) > 1)
         best = np.inf
         for cuts in itertools.combinations(range(1, 9), 4):
@@ -79,15 +80,15 @@ def test_weighted_sum_groups_are_optimal(tiny_model):
 
 
 def test_weighted_sum_never_mixes_kinds(tiny_model):
-    facts = Checkpoint(tiny_model("qwen3_moe")).facts
-    kinds = {facts.kind(i) for i in range(facts.layers)}
+    shape = Checkpoint(tiny_model("qwen3_moe")).shape
+    kinds = {shape.kind(i) for i in range(shape.layers)}
     assert len(kinds) > 1
     try:
-        plan, _ = WeightedSum(layers=1, protect_first=0, protect_last=0).plan(facts, evidence(facts.layers))
+        plan, _ = WeightedSum(layers=1, protect_first=0, protect_last=0).plan(shape, evidence(shape.layers))
     except InputError as error:
         assert "of one kind" in str(error)
         return
-    assert all(len({facts.kind(i) for i in x.sources}) == 1 for x in plan.layers)
+    assert all(len({shape.kind(i) for i in x.sources}) == 1 for x in plan.layers)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_weighted_sum_never_mixes_kinds(tiny_model):
 )
 def test_impossible_ratios(llama, options, says):
     with pytest.raises(InputError, match=says):
-        ShortGPT(**options).check(llama.facts)
+        ShortGPT(**options).check(llama.shape)
 
 
 @pytest.mark.parametrize("options", [{}, {"ratio": 0.2, "layers": 1}, {"ratio": 0}, {"ratio": 1.0}, {"ratio": -1}])

@@ -13,9 +13,10 @@ from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.methods.reverse import Reverse
 from compression_dags.depth.mka.paper import MKAPaper
 from compression_dags.depth.mka.released import MKACodeFixedWrite, MKAReleased, chained_shares, released_lambdas
-from compression_dags.depth.plan import Evidence, keep_only
+from compression_dags.depth.plan import keep_only
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import read_decisions, write_decisions
+from compression_dags.similarity.evidence import Evidence
 
 EMPTY = np.empty(0)
 
@@ -46,8 +47,8 @@ def llama(tiny_model):
     return Checkpoint(tiny_model("llama", layers=6))
 
 
-def longer(facts, layers):
-    return type(facts)(facts.architecture, {**facts.config, "num_hidden_layers": layers})
+def longer(shape, layers):
+    return type(shape)(shape.architecture, {**shape.config, "num_hidden_layers": layers})
 
 
 # -- what the public code computes ----------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def test_released_is_reverse_byte_for_byte(llama, tmp_path, options):
 
     digests = set()
     for stage, name in ((MKAReleased(**options), "mka"), (Reverse(**options), "reverse")):
-        plan, _ = stage.plan(llama.facts, evidence(6))
+        plan, _ = stage.plan(llama.shape, evidence(6))
         (tmp_path / name).mkdir()
         plan.save(tmp_path / name)
         apply_plan(llama, plan, tmp_path / name / "checkpoint")
@@ -95,16 +96,16 @@ def test_released_is_reverse_byte_for_byte(llama, tmp_path, options):
 
 def test_released_ledger_holds_what_was_computed_for_nothing(llama):
     given = evidence(6)
-    plan, rows = MKAReleased(layers=2).plan(llama.facts, given)
+    plan, rows = MKAReleased(layers=2).plan(llama.shape, given)
     table = given.similarity["npib_released"]
     assert plan.dropped == [4, 5] and [r.action for r in rows] == ["keep"] * 4 + ["drop"] * 2
     assert [rows[5].value, rows[4].value] == released_lambdas(table, 5, 2) and rows[0].value is None
     note = rows[4].evidence
     assert note["pair"] == [3, 4] and note["S"] == table[3, 4] and note["written"] is False
     assert note["row_means"] == pytest.approx([table[3].mean(), table[4].mean()]) and note["sigma"] == 8
-    _, rows = MKAReleased(layers=2).plan(llama.facts, evidence(6, npib_released=None))
+    _, rows = MKAReleased(layers=2).plan(llama.shape, evidence(6, npib_released=None))
     assert all(r.value is None for r in rows)  # nothing is decided by it
-    plan, rows = MKAReleased(layers=5, protect_first=0, protect_last=1).plan(llama.facts, given)
+    plan, rows = MKAReleased(layers=5, protect_first=0, protect_last=1).plan(llama.shape, given)
     assert plan.dropped == [0, 1, 2, 3, 4] and rows[0].value is None and rows[1].value is not None
 
 
@@ -116,7 +117,7 @@ def test_fixed_write_is_written(tiny_model, tmp_path, family):
     """Projections differ from every parent and so from either drop, by the closed form; the rest is the survivor's."""
     source = Checkpoint(tiny_model(family, layers=5))
     given = evidence(5)
-    plan, _ = MKACodeFixedWrite(layers=2).plan(source.facts, given)
+    plan, _ = MKACodeFixedWrite(layers=2).plan(source.shape, given)
     assert [x.sources for x in plan.layers] == [(0,), (1,), (2, 3, 4)] and plan.layers[2].form == "projections"
     first, second = released_lambdas(given.similarity["npib_released"], 4, 2)
     shares = [second, (1 - second) * first, (1 - second) * (1 - first)]
@@ -138,12 +139,12 @@ def test_fixed_write_is_written(tiny_model, tmp_path, family):
 def test_fixed_write_takes_the_last_pair_whatever_the_similarity(llama):
     table = np.full((6, 6), 0.1) + np.eye(6)
     table[1, 2] = table[2, 1] = 1.0  # by far the most similar
-    plan, rows = MKACodeFixedWrite(layers=1).plan(llama.facts, evidence(6, npib_released=table))
+    plan, rows = MKACodeFixedWrite(layers=1).plan(llama.shape, evidence(6, npib_released=table))
     assert [x.sources for x in plan.layers][-1] == (4, 5)
     assert rows[5].evidence["pair"] == [4, 5] and rows[5].evidence["merge"] == 1 and rows[5].action == "merge"
     assert "self_attn.q_proj.weight" in rows[5].evidence["tensors"]["merged"]
     assert "input_layernorm" in rows[5].evidence["tensors"]["kept"]
-    plan, _ = MKACodeFixedWrite(layers=1, protect_last=2).plan(llama.facts, evidence(6, npib_released=table))
+    plan, _ = MKACodeFixedWrite(layers=1, protect_last=2).plan(llama.shape, evidence(6, npib_released=table))
     assert [x.sources for x in plan.layers] == [(0,), (1,), (2, 3), (4,), (5,)]
 
 
@@ -157,7 +158,7 @@ def test_fixed_write_takes_the_last_pair_whatever_the_similarity(llama):
 )
 def test_fixed_write_refuses(llama, options, given, says):
     with pytest.raises(InputError, match=says):
-        MKACodeFixedWrite(**options).plan(llama.facts, evidence(6, **given))
+        MKACodeFixedWrite(**options).plan(llama.shape, evidence(6, **given))
 
 
 # -- mka-paper ------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def chain(*neighbours):
 
 def test_paper_merges_the_most_similar_pair_behind_the_barrier(llama):
     table = chain(0.99, 0.98, 0.6, 0.7, 0.97)
-    plan, rows = MKAPaper(layers=1).plan(llama.facts, evidence(6, npib=table))
+    plan, rows = MKAPaper(layers=1).plan(llama.shape, evidence(6, npib=table))
     # 0-1 is before the barrier (⌈0.25 · 6⌉ = 2), 1-2 reaches over it, 4-5 is protected
     assert [x.sources for x in plan.layers] == [(0,), (1,), (2,), (3, 4), (5,)]
     assert plan.layers[3].shares == pytest.approx((0.7, 0.3)) and plan.layers[3].form == "sum"
@@ -182,7 +183,7 @@ def test_paper_merges_the_most_similar_pair_behind_the_barrier(llama):
     assert note["merge"] == 1 and note["pair"] == [[3], [4]] and note["S"] == note["lambda"] == pytest.approx(0.7)
     assert (note["estimator"], note["tokens"], note["bins"], note["sigma"]) == ("binned", 512, 4, pytest.approx(1.8))
     assert "merge" not in rows[3].evidence and rows[3].evidence["share"] == pytest.approx(0.7)
-    open_ended, _ = MKAPaper(layers=1, barrier=0, protect_first=0).plan(llama.facts, evidence(6, npib=table))
+    open_ended, _ = MKAPaper(layers=1, barrier=0, protect_first=0).plan(llama.shape, evidence(6, npib=table))
     assert open_ended.layers[0].sources == (0, 1)
 
 
@@ -190,7 +191,7 @@ def test_paper_goes_on_with_merged_groups(llama):
     """Mean linkage, and nested shares: (α₂ α₁, α₂ (1 − α₁), 1 − α₂)."""
     table = chain(0.1, 0.2, 0.8, 0.5, 0.1)
     table[2, 4] = table[4, 2] = 0.3
-    plan, rows = MKAPaper(layers=2).plan(llama.facts, evidence(6, npib=table))
+    plan, rows = MKAPaper(layers=2).plan(llama.shape, evidence(6, npib=table))
     assert plan.layers[2].sources == (2, 3, 4)
     assert plan.layers[2].shares == pytest.approx((0.4 * 0.8, 0.4 * 0.2, 0.6))
     assert rows[4].evidence["S"] == pytest.approx(0.4) and rows[4].evidence["pair"] == [[2, 3], [4]]
@@ -198,32 +199,32 @@ def test_paper_goes_on_with_merged_groups(llama):
 
 
 def test_paper_of_equal_pairs_takes_the_rear(llama):
-    plan, _ = MKAPaper(layers=1).plan(llama.facts, evidence(6, npib=chain(0.5, 0.5, 0.5, 0.5, 0.5)))
+    plan, _ = MKAPaper(layers=1).plan(llama.shape, evidence(6, npib=chain(0.5, 0.5, 0.5, 0.5, 0.5)))
     assert plan.layers[3].sources == (3, 4)
 
 
 def test_paper_counts_the_pairs_it_cannot_tell_apart(llama):
     table = chain(0.2, 0.2, 0.60, 0.61, 0.1)
     wide = {"npib": table, "npib_low": table - 0.05, "npib_high": table + 0.05}
-    _, rows = MKAPaper(layers=1).plan(llama.facts, evidence(6, **wide))
+    _, rows = MKAPaper(layers=1).plan(llama.shape, evidence(6, **wide))
     assert rows[4].evidence["overlaps"] == 1
     sharp = {"npib": table, "npib_low": table - 0.001, "npib_high": table + 0.001}
-    _, rows = MKAPaper(layers=1).plan(llama.facts, evidence(6, **sharp))
+    _, rows = MKAPaper(layers=1).plan(llama.shape, evidence(6, **sharp))
     assert rows[4].evidence["overlaps"] == 0 and rows[4].evidence["low"] == pytest.approx(0.609)
 
 
 def test_paper_clips_what_is_no_share(llama):
     """The released estimator is unbounded; α = S would then extrapolate."""
     given = evidence(6, npib_ksg=chain(0.1, 0.1, 0.1, 1.7, 0.1))
-    plan, rows = MKAPaper(layers=1, estimator="ksg").plan(llama.facts, given)
+    plan, rows = MKAPaper(layers=1, estimator="ksg").plan(llama.shape, given)
     assert plan.layers[3].shares == (1.0, 0.0) and rows[4].evidence["lambda"] == 1.0
     assert "overlaps" not in rows[4].evidence and rows[4].evidence["estimator"] == "ksg"
     with pytest.raises(InputError, match="holds no npib_gaussian_copula"):
-        MKAPaper(layers=1, estimator="gaussian-copula").plan(llama.facts, evidence(6))
+        MKAPaper(layers=1, estimator="gaussian-copula").plan(llama.shape, evidence(6))
 
 
 def test_paper_is_written_norms_too(llama, tmp_path):
-    plan, rows = MKAPaper(layers=2).plan(llama.facts, evidence(6))
+    plan, rows = MKAPaper(layers=2).plan(llama.shape, evidence(6))
     written = apply_plan(llama, plan, tmp_path / "out")
     check_reload(written.path, reference_logits(llama, plan))
     (position,) = (p for p, x in enumerate(plan.layers) if len(x.sources) == max(len(y.sources) for y in plan.layers))
@@ -238,20 +239,20 @@ def test_paper_is_written_norms_too(llama, tmp_path):
 
 
 def test_paper_refuses_what_the_barrier_leaves_no_room_for(llama):
-    facts = longer(llama.facts, 12)
-    assert MKAPaper(layers=7).check(facts) is None  # layers 3 … 10 are free: seven pairs
+    shape = longer(llama.shape, 12)
+    assert MKAPaper(layers=7).check(shape) is None  # layers 3 … 10 are free: seven pairs
     with pytest.raises(InputError, match=r"8 of 12 layers away: 8 are unprotected .*\(0.25\), 7 pairs"):
-        MKAPaper(layers=8).check(facts)
-    assert MKAPaper(layers=8, barrier=0).check(facts) is None
+        MKAPaper(layers=8).check(shape)
+    assert MKAPaper(layers=8, barrier=0).check(shape) is None
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
 def test_paper_reaches_any_ratio_its_check_allows(llama, ratio):
     for layers in (16, 30, 32):
-        facts = longer(llama.facts, layers)
+        shape = longer(llama.shape, layers)
         stage = MKAPaper(ratio=ratio)
-        stage.check(facts)
-        plan, _ = stage.plan(facts, evidence(layers, seed=layers))
+        stage.check(shape)
+        plan, _ = stage.plan(shape, evidence(layers, seed=layers))
         assert len(plan.layers) == layers - stage.removed(layers)
         assert all(math.isclose(sum(x.shares), 1, abs_tol=1e-12) for x in plan.layers)
 
@@ -263,11 +264,11 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
 def test_layers_of_different_kinds_are_not_merged(tiny_model, family):
-    facts = Checkpoint(tiny_model(family)).facts  # alternating
+    shape = Checkpoint(tiny_model(family)).shape  # alternating
     for stage in (MKACodeFixedWrite(layers=1), MKAPaper(layers=1, barrier=0, protect_first=0, protect_last=0)):
         with pytest.raises(InputError, match="kind"):
-            stage.check(facts)
-    MKAReleased(layers=1).check(facts)  # a drop mixes nothing
+            stage.check(shape)
+    MKAReleased(layers=1).check(shape)  # a drop mixes nothing
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
@@ -282,13 +283,13 @@ def test_layer_types_follow_the_survivor(tiny_model, tmp_path, family):
         (MKAPaper(layers=1, barrier=0, protect_last=0), [FULL, SLIDING, FULL, FULL]),  # 2-3 is closest, but mixed
     )
     for stage, expected in cases:
-        stage.check(source.facts)
-        plan, _ = stage.plan(source.facts, given)
+        stage.check(source.shape)
+        plan, _ = stage.plan(source.shape, given)
         written = apply_plan(source, plan, tmp_path / stage.method)
         assert written.config["layer_types"] == expected, stage.method
         check_reload(written.path, reference_logits(source, plan))
     with pytest.raises(InputError, match="layers 2 to 4, of different kinds: 2 is sliding_attention/dense"):
-        MKACodeFixedWrite(layers=2).check(source.facts)
+        MKACodeFixedWrite(layers=2).check(source.shape)
 
 
 # -- from tokens to a checkpoint ------------------------------------------------------------------------------------
@@ -299,7 +300,8 @@ def test_all_variants_from_one_calibration_pass(stories, tmp_path):
 
     from compression_dags.calibration.activations import profile_activations
     from compression_dags.calibration.streaming import DecoderStream
-    from compression_dags.similarity.evidence import read_evidence, write_similarity
+    from compression_dags.similarity.evidence import read_evidence
+    from compression_dags.similarity.tables import write_similarity
 
     source = Checkpoint(stories)
     request = Calibration(sequences=8, length=96, samples=256)
@@ -311,8 +313,8 @@ def test_all_variants_from_one_calibration_pass(stories, tmp_path):
     given = read_evidence({"npib": tmp_path / "npib"})
     logits = {}
     for stage in (MKAReleased(ratio=0.2), MKACodeFixedWrite(ratio=0.2), MKAPaper(ratio=0.2)):
-        stage.check(source.facts)
-        plan, rows = stage.plan(source.facts, given)
+        stage.check(source.shape)
+        plan, rows = stage.plan(source.shape, given)
         assert len(rows) == 5 and len(plan.layers) == 4
         written = apply_plan(source, plan, tmp_path / stage.method)
         logits[stage.method] = reference_logits(source, plan)

@@ -15,7 +15,7 @@ from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.mka.options import MKA
-from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
+from compression_dags.depth.plan import MergePlan
 from compression_dags.depth.regression_mean import (
     Member,
     matching_channels,
@@ -23,8 +23,10 @@ from compression_dags.depth.regression_mean import (
     permuted,
     regression_mean,
 )
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.resume import ResumePoint
+from compression_dags.similarity.evidence import Evidence
 
 
 def blocks_of(path, sequences=24, length=64):
@@ -40,7 +42,7 @@ def evidence_of(source, blocks):
 def planned(source, blocks, evidence=None, **options):
     options = {"layers": 1, "fit_tokens": 1024, "score_tokens": 256, **options}
     evidence = evidence or evidence_of(source, blocks)
-    return MKA(**options).plan(source.facts, evidence, ProbeContext(source, blocks))
+    return MKA(**options).plan(source.shape, evidence, ProbeContext(source, blocks))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def story(stories):
 @pytest.mark.parametrize("form", ["concat", "mean"])
 def test_merged_weights_differ_from_both_parents_and_either_drop(tiny_model, tmp_path, family, form):
     source = Checkpoint(tiny_model(family, layers=5))
-    kinds = [source.facts.kind(i) for i in range(5)]
+    kinds = [source.shape.kind(i) for i in range(5)]
     if not any(a == b for a, b in itertools.pairwise(kinds[1:4])):
         source = Checkpoint(tiny_model(family, layers=5, layer_types=["full_attention"] * 5))
     blocks = blocks_of(source.path)
@@ -107,7 +109,7 @@ def test_similarity_short_lists(story):
 def test_same_inputs_same_bytes_and_resume(story, tmp_path):
     source, blocks, evidence = story
     options = MKA(layers=2, fit_tokens=1024, score_tokens=256)
-    whole, rows = options.plan(source.facts, evidence, ProbeContext(source, blocks))
+    whole, rows = options.plan(source.shape, evidence, ProbeContext(source, blocks))
     resume = ResumePoint(tmp_path / "p", {"x": 1}, every_seconds=0)
 
     class Stop(Exception):
@@ -120,8 +122,8 @@ def test_same_inputs_same_bytes_and_resume(story, tmp_path):
             yield item
 
     with pytest.raises(Stop):
-        options.plan(source.facts, evidence, ProbeContext(source, blocks, resume=resume, progress=stop_in_second_round))
-    again, rows_again = options.plan(source.facts, evidence, ProbeContext(source, blocks, resume=resume))
+        options.plan(source.shape, evidence, ProbeContext(source, blocks, resume=resume, progress=stop_in_second_round))
+    again, rows_again = options.plan(source.shape, evidence, ProbeContext(source, blocks, resume=resume))
     for name, plan in (("whole", whole), ("again", again)):
         (tmp_path / name).mkdir()
         plan.save(tmp_path / name)
@@ -168,11 +170,11 @@ def member(source, layer, seed):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "opt"])
 def test_a_joint_permutation_changes_nothing_and_is_found_again(tiny_model, family):
     source = Checkpoint(tiny_model(family))
-    facts = source.facts
+    shape = source.shape
     a = member(source, 1, 0)
-    channels = torch.randperm(facts.intermediate, generator=torch.Generator().manual_seed(1))
-    groups = torch.randperm(facts.kv_heads, generator=torch.Generator().manual_seed(2))
-    b = permuted(a, channels, groups, facts)
+    channels = torch.randperm(shape.intermediate, generator=torch.Generator().manual_seed(1))
+    groups = torch.randperm(shape.kv_heads, generator=torch.Generator().manual_seed(2))
+    b = permuted(a, channels, groups, shape)
     stream = DecoderStream(source)
     (batch,) = stream.batches(blocks_of(source.path, sequences=2, length=16))
     with stream.layer(1) as module, torch.inference_mode():
@@ -181,17 +183,17 @@ def test_a_joint_permutation_changes_nothing_and_is_found_again(tiny_model, fami
         assert torch.allclose(stream.apply(module, 1, batch), before, atol=1e-5)
     # matching b's channels to a's undoes the permutation
     cross = a.grams["mlp_output"][:, channels]
-    assert torch.equal(channels[matching_channels(a, b, cross)], torch.arange(facts.intermediate))
-    width = facts.heads // facts.kv_heads * facts.head_dim
+    assert torch.equal(channels[matching_channels(a, b, cross)], torch.arange(shape.intermediate))
+    width = shape.heads // shape.kv_heads * shape.head_dim
     order = (groups[:, None] * width + torch.arange(width)).reshape(-1)
-    found = matching_groups(a, b, a.grams["attention_output"][:, order], facts)
-    assert torch.equal(groups[found], torch.arange(facts.kv_heads))
+    found = matching_groups(a, b, a.grams["attention_output"][:, order], shape)
+    assert torch.equal(groups[found], torch.arange(shape.kv_heads))
 
 
 def test_mean_of_a_layer_with_itself_is_itself(tiny_model):
     source = Checkpoint(tiny_model("qwen2"))
     a, b = member(source, 1, 0), member(source, 1, 5)
-    mean = regression_mean(a, b, 0.3, source.facts)
+    mean = regression_mean(a, b, 0.3, source.shape)
     for name, tensor in a.tensors.items():
         assert torch.allclose(mean[name], tensor, atol=1e-4), name
 
@@ -201,7 +203,7 @@ def test_mean_minimises_the_weighted_output_error(tiny_model):
     source = Checkpoint(tiny_model("llama"))
     a, b = member(source, 1, 0), member(source, 2, 1)
     name = "mlp.down_proj.weight"
-    merged = regression_mean(a, b, 0.25, source.facts)[name].double()
+    merged = regression_mean(a, b, 0.25, source.shape)[name].double()
 
     def error(w):
         parts = [(s, m.tensors[name].double(), m.grams["mlp_output"].double()) for s, m in ((0.25, a), (0.75, b))]
@@ -221,7 +223,7 @@ def test_mean_minimises_the_weighted_output_error(tiny_model):
 def test_refusals(tiny_model, story):
     source, blocks, evidence = story
     with pytest.raises(InputError, match="cannot merge experts"):
-        MKA(layers=1).check(Checkpoint(tiny_model("mixtral")).facts)
+        MKA(layers=1).check(Checkpoint(tiny_model("mixtral")).shape)
     with pytest.raises(InputError, match="fitting tokens and needs 640"):
         planned(source, TokenBlocks(blocks.ids[:4], blocks.lengths[:4], 1), evidence)
     with pytest.raises(InputError, match="at least 2 calibration sequences"):

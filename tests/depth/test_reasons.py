@@ -10,7 +10,8 @@ from concat_cases import checkpoint, evidence_of, one_thread, random_blocks  # n
 
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import ProbeContext, keep_only
+from compression_dags.depth.plan import keep_only
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.planning.candidate_table import bank_decisions
 from compression_dags.planning.candidates import Candidate, CandidateTable
 from compression_dags.planning.mixed import plan_schemes
@@ -95,7 +96,7 @@ def cut(case, tmp_path_factory):
 def test_depth_methods(case, name):
     source, blocks, evidence = case
     stage = METHODS["merge"][name].model_validate({"method": name, "layers": 3, **MERGE.get(name, {})})
-    _, rows = stage.plan(source.facts, evidence, ProbeContext(source, blocks))
+    _, rows = stage.plan(source.shape, evidence, ProbeContext(source, blocks))
     sound(rows)
     free = stage.free_layers(LAYERS)
     for row in rows:
@@ -116,7 +117,7 @@ def test_a_protected_layer_of_least_influence_says_that_it_is_protected(case):
     source, _, evidence = case
     influence = np.array([0.5, 0.4, 0.3, 0.2, 0.25, 0.02, 0.01])
     stage = METHODS["merge"]["shortgpt"].model_validate({"method": "shortgpt", "layers": 2, "protect_last": 2})
-    _, rows = stage.plan(source.facts, replace(evidence, block_influence=influence))
+    _, rows = stage.plan(source.shape, replace(evidence, block_influence=influence))
     assert rows[6].action == "keep" and rows[6].evidence["rank"] == 0
     assert rows[6].reason == (
         "protected: one of the last 2 layers (protect_last 2); its block influence 0.01 was not compared"
@@ -124,14 +125,14 @@ def test_a_protected_layer_of_least_influence_says_that_it_is_protected(case):
     assert "0.2 is the lowest of the 4 unprotected layers" in rows[3].reason and rows[3].action == "drop"
     assert rows[2].reason.startswith("kept: block influence 0.3 is the 3rd lowest of the 4") and rows[2].value == 0.3
     even = replace(evidence, block_influence=np.full(LAYERS, 0.1))
-    _, rows = stage.plan(source.facts, even)
+    _, rows = stage.plan(source.shape, even)
     assert [r.action for r in rows[1:4]] == ["drop", "drop", "keep"] and "of equal ones the earlier" in rows[3].reason
 
 
 def test_a_window_says_which_one_was_closer(case):
     source, _, evidence = case
     stage = METHODS["merge"]["angular"].model_validate({"method": "angular", "layers": 2})
-    plan, rows = stage.plan(source.facts, evidence)
+    plan, rows = stage.plan(source.shape, evidence)
     first = plan.dropped[0]
     beside = rows[first - 1]
     near, gone = (float(x) for x in re.findall(r"0\.\d+", beside.reason))
@@ -146,7 +147,7 @@ def test_a_window_says_which_one_was_closer(case):
 def test_laco_says_which_threshold_failed(case):
     source, blocks, evidence = case
     stage = METHODS["merge"]["laco"].model_validate({"method": "laco", "layers": 2})
-    _, rows = stage.plan(source.facts, evidence, ProbeContext(source, blocks))
+    _, rows = stage.plan(source.shape, evidence, ProbeContext(source, blocks))
     refused = [r for r in rows if r.action == "keep" and "refused" in r.evidence and "not above" in r.reason]
     assert refused
     for row in refused:

@@ -22,9 +22,9 @@ from compression_dags.recovery.distillation.options import DistillMP
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.memory import peak_memory
 from compression_dags.solvers.factor import inverse_factor
+from compression_dags.solvers.grids import Grid
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.round_sweep import round_sweep
-from compression_dags.solvers.rounding import Grid
 from compression_dags.solvers.sweep import Rows, prune_sweep
 from models import FAMILIES
 

@@ -21,9 +21,10 @@ from compression_dags.passes.scored_rows import chosen_rows
 from compression_dags.passes.variant_scoring import VariantScorer
 from compression_dags.planning.budget_solver import mixture_sizes, solve
 from compression_dags.planning.candidate_table import measure_bank, survivors
-from compression_dags.planning.candidates import Candidate, CandidateOptions, CandidateTable, label_of
+from compression_dags.planning.candidates import Candidate, CandidateTable, label_of
 from compression_dags.planning.joint_costs import counts_of, cut_sets
 from compression_dags.planning.mixed import plan_schemes
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.recipe_writer import quantize_stage, recipe_of, recipe_text
 from compression_dags.quantization.formats import Choice
 from compression_dags.quantization.gptq import GPTQ
@@ -282,12 +283,12 @@ def test_the_recipe_makes_what_was_promised(source, bank, tmp_path):
         path = tmp_path / f"plan-{number}.yaml"
         path.write_text(recipe_text(recipe, solution, bank))
         read = load_recipe(path)
-        read.check(source.facts)
+        read.check(source.shape)
         current = source
         if read.merge:
             from compression_dags.depth.apply import apply_plan
 
-            plan, rows = read.merge.plan(source.facts, None)  # pyright: ignore[reportArgumentType]
+            plan, rows = read.merge.plan(source.shape, None)  # pyright: ignore[reportArgumentType]
             assert (
                 sum(r.action == "drop" for r in rows) + sum(r.action == "merge" for r in rows) / 2 == solution.removed
             )
@@ -372,8 +373,8 @@ def test_refused_options():
 
 def test_planned_depth(source):
     stage = Planned.model_validate({"drop": [1], "fuse": [[2, 3]]})
-    stage.check(source.facts)
-    plan, rows = stage.plan(source.facts, None)  # pyright: ignore[reportArgumentType]
+    stage.check(source.shape)
+    plan, rows = stage.plan(source.shape, None)  # pyright: ignore[reportArgumentType]
     assert [layer.sources for layer in plan.layers] == [(0,), (2, 3)]
     assert [r.action for r in rows] == ["keep", "drop", "merge", "merge"]
     for bad, says in (
@@ -385,7 +386,7 @@ def test_planned_depth(source):
         with pytest.raises(ValidationError, match=says):
             Planned.model_validate(bad)
     with pytest.raises(InputError, match="layer 9 is not among the unprotected layers 0 to 3"):
-        Planned.model_validate({"drop": [9]}).check(source.facts)
+        Planned.model_validate({"drop": [9]}).check(source.shape)
 
 
 def test_the_command(model, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_every_request_of_the_graph_is_guarded():
         assert all(f"{path.stem}.{f.name}" in found for f in inside)
 
 
-def test_the_closure_follows_imports_inside_functions_but_not_the_type_checker_s():
+def test_the_closure_follows_named_workers_and_imports_inside_functions_but_not_the_type_checker_s():
     gptq = closure("compression_dags.quantization.gptq")
     assert {"compression_dags.kernels.round", "compression_dags.calibration.streaming"} <= gptq
     assert "compression_dags.quantization.awq" not in closure("compression_dags.depth.methods.shortgpt")

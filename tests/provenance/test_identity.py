@@ -8,15 +8,16 @@ from concat_cases import random_blocks
 
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.planning import identity
-from compression_dags.planning.candidates import CandidateOptions
-from compression_dags.planning.identity import bank_identity, bank_versions, mixed_identity
+from compression_dags.planning.identity import bank_identity, mixed_identity, table_versions
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.quantization.awq import AWQ
 from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
 from compression_dags.recipes import load_recipe
 from compression_dags.recovery.least_squares import LeastSquares
 from compression_dags.sparsity.allocation import Allocation
-from compression_dags.sparsity.evidence import fresh_evidence, plan_identity
+from compression_dags.sparsity.evidence import fresh_evidence
+from compression_dags.sparsity.identity import plan_identity
 from compression_dags.sparsity.pruners.sparsegpt import SparseGPT
 from compression_dags.sparsity.pruners.wanda import Wanda
 
@@ -30,12 +31,12 @@ def test_the_identity_is_json_and_names_every_method():
     assert json.loads(json.dumps(found)) == found
     assert found["stages"]["together"]["damping"] == GPTQ.model_fields["damping"].default
     assert found["stages"]["single groups"]["target"] == "own"
-    assert bank_versions(options(sparsities=[0.5])).keys() == {
+    assert table_versions(options(sparsities=[0.5])).keys() == {
         "alternatives", "quantize: gptq", "recover: least-squares", "sparsify: wanda", "allocation: uniform",
     }  # fmt: skip
     plain = options(quantizer={"method": "rtn"}, depth=False)
-    assert bank_versions(plain).keys() == {"alternatives", "quantize: rtn"}
-    assert "quantize: gptq" in bank_versions(options(quantizer={"method": "awq"})), "single groups are rounded by GPTQ"
+    assert table_versions(plain).keys() == {"alternatives", "quantize: rtn"}
+    assert "quantize: gptq" in table_versions(options(quantizer={"method": "awq"})), "single groups are rounded by GPTQ"
 
 
 @pytest.mark.parametrize(
@@ -101,18 +102,18 @@ def test_sparsity_plans_hang_on_what_measures_them(monkeypatch):
     monkeypatch.setattr(SparseGPT, "version", "another")
     after = [plan_identity(stage, r, 2048, 0) for stage, r in reads]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, True, True]
-    monkeypatch.setattr("compression_dags.similarity.redundancy.VERSION", "another")
+    monkeypatch.setattr("compression_dags.sparsity.identity.REDUNDANCY", "another")
     again = [plan_identity(stage, r, 2048, 0) for stage, r in reads]
     assert [a == b for a, b in zip(after, again, strict=True)] == [True, True, False, True]
 
 
 def test_a_pass_of_the_plan_s_own_samples_as_the_recipe_says(tiny_model, monkeypatch, tmp_path):
     """After a merge the stored statistics do not describe the weights; the recipe's samples and seed still count."""
-    from compression_dags.calibration import activations
+    from compression_dags.sparsity import evidence
 
-    asked, real = [], activations.profile_activations
+    asked, real = [], evidence.profile_activations
     monkeypatch.setattr(
-        activations, "profile_activations", lambda *a, **k: asked.append((k["samples"], k["seed"])) or real(*a, **k)
+        evidence, "profile_activations", lambda *a, **k: asked.append((k["samples"], k["seed"])) or real(*a, **k)
     )
     (tmp_path / "r.yaml").write_text(
         "name: r\ncalibration: {samples: 64, seed: 5}\nstages:\n  - merge: {method: reverse, layers: 1}\n"

@@ -16,8 +16,9 @@ from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
 from compression_dags.registry import METHODS
 from compression_dags.solvers.factor import inverse_factor
+from compression_dags.solvers.grids import Grid
 from compression_dags.solvers.round_sweep import round_sweep
-from compression_dags.solvers.rounding import Grid, find_scales, round_to_nearest, snap
+from compression_dags.solvers.rounding import find_scales, round_to_nearest, snap
 
 
 def problem(rows=20, d=256, tokens=600, seed=0):

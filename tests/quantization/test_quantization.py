@@ -18,7 +18,8 @@ from compression_dags.errors import InputError, IntegrityError
 from compression_dags.quantization.packing import linear_modules, pack
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import rebuilds_while_loading
-from compression_dags.solvers.rounding import FP4_GRID, Grid, find_scales, round_codes, round_to_nearest
+from compression_dags.solvers.grids import Grid
+from compression_dags.solvers.rounding import FP4_GRID, find_scales, round_codes, round_to_nearest
 
 STAGES = {
     "W8A16": RTN(scheme="W8A16"),
@@ -177,7 +178,7 @@ def test_reload_in_bfloat16(name: str, sources, tmp_path):
 
 
 def test_nvfp4_needs_a_loader_for_its_dtype(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("compression_dags.quantization.schemes.rebuilds_while_loading", lambda: False)
+    monkeypatch.setattr("compression_dags.quantization.quantizing.rebuilds_while_loading", lambda: False)
     with pytest.raises(InputError, match=r"NVFP4A16 in float32 needs transformers >= 5\.23"):
         RTN(scheme="NVFP4A16").quantize(sources["float32"], tmp_path)
 
@@ -274,7 +275,7 @@ def test_impossible_options(options, message):
         RTN(**options)
 
 
-def facts(**changes) -> ModelShape:
+def shape(**changes) -> ModelShape:
     config = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     config = {**config, "intermediate_size": 172, **changes}
     return ModelShape(architecture_of(config), config)
@@ -309,14 +310,14 @@ def facts(**changes) -> ModelShape:
 )
 def test_refused_before_compute(stage, changes, message):
     with pytest.raises(InputError, match=message):
-        stage.check(facts(**changes))
+        stage.check(shape(**changes))
 
 
 def test_accepted():
-    RTN(scheme="W8A16").check(facts())
-    RTN(scheme="W4A16", group_size=4).check(facts())
+    RTN(scheme="W8A16").check(shape())
+    RTN(scheme="W4A16", group_size=4).check(shape())
     opt = {"model_type": "opt", "ffn_dim": 128, "intermediate_size": None}
-    RTN(scheme="W4A16", group_size=64).check(facts(**opt))
+    RTN(scheme="W4A16", group_size=64).check(shape(**opt))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
-from compression_dags.planning.candidates import CandidateOptions
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.quantization.formats import Choice, Scheme
 from compression_dags.quantization.rtn import RTN
 from compression_dags.quantization.schemes import rebuilds_while_loading
@@ -62,7 +62,7 @@ def model(tmp_path_factory):
 
 
 def reload(stage: RTN, source: Checkpoint, directory: Path):
-    stage.check(source.facts)
+    stage.check(source.shape)
     made = stage.quantize(source, directory)
     gate = check_reload(directory, stage.reference_logits(source, rounding=made.rounding))
     assert gate["relative_logit_error"] == 0.0
@@ -75,12 +75,12 @@ def pair(first: str, second: str) -> RTN:
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=map(" + ".join, PAIRS))
 def test_a_pair_is_refused_by_name_if_one_must_be_alone(first: str, second: str, model):
-    facts = model(128).facts
+    shape = model(128).shape
     if not {first, second} & ALONE:
-        pair(first, second).check(facts)
+        pair(first, second).check(shape)
         return
     with pytest.raises(InputError, match="must be rebuilt while loading") as refused:
-        pair(first, second).check(facts)
+        pair(first, second).check(shape)
     assert {"model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"} <= set(
         re.split("[: ]", str(refused.value))
     )
@@ -110,7 +110,7 @@ def test_a_form_and_its_fallback_reload(form: str, width: int, model, tmp_path):
     assert down.evidence["asked"].endswith("which does not divide")
     assert (down.action == "keep") == (form in ALONE)
     with pytest.raises(InputError, match=f"down_proj: group size .* does not divide its {width} inputs"):
-        rtn(form, fallback="refuse", ignore=("lm_head", "re:.*(attn|gate|up)")).check(model(width).facts)
+        rtn(form, fallback="refuse", ignore=("lm_head", "re:.*(attn|gate|up)")).check(model(width).shape)
 
 
 def test_zero_points_get_one_group_size_for_all_matrices(model, tmp_path):
@@ -133,11 +133,11 @@ def test_part_of_a_group_may_be_ignored(model, tmp_path):
 
 
 def test_a_scheme_that_fits_nothing(model):
-    facts = model(172).facts
+    shape = model(172).shape
     with pytest.raises(InputError, match=r"FP4A16 fits no matrix of the model, whose inputs are: .*mlp_output 172"):
-        rtn("NVFP4A16", ignore=("lm_head", "re:.*(attn|gate|up)")).check(facts)
+        rtn("NVFP4A16", ignore=("lm_head", "re:.*(attn|gate|up)")).check(shape)
     with pytest.raises(InputError, match="the head is never quantized"):
-        rtn("W8A16", overrides={"lm_head": {"scheme": "W4A16"}}).check(facts)
+        rtn("W8A16", overrides={"lm_head": {"scheme": "W4A16"}}).check(shape)
 
 
 @pytest.mark.parametrize(("first", "second"), SCHEME_PAIRS, ids=map(" + ".join, SCHEME_PAIRS))

@@ -13,11 +13,12 @@ from compression_dags.errors import InputError, IntegrityError
 from compression_dags.passes.input_sums import InputSums
 from compression_dags.quantization.awq import AWQ
 from compression_dags.quantization.formats import Choice
+from compression_dags.quantization.migration import migration
 from compression_dags.quantization.rounding_pass import RoundingPass
 from compression_dags.quantization.rtn import RTN
-from compression_dags.quantization.schemes import QuantizeStage
 from compression_dags.quantization.smoothing import fold_of
-from compression_dags.quantization.smoothquant import SmoothQuant, migration
+from compression_dags.quantization.smoothquant import SmoothQuant
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.registry import METHODS
 from compression_dags.solvers.hessian import energy
 from models import edit_weights

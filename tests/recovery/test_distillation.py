@@ -209,7 +209,7 @@ def test_corpora_that_are_not_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "PROJECT", tmp_path)
     monkeypatch.delenv("COMPRESSION_DAGS_DATA", raising=False)
     with pytest.raises(InputError, match=r"novels.*not shipped.*COMPRESSION_DAGS_DATA"):
-        DistillSP(corpora=("novels",)).check(Checkpoint("models/stories260k").facts)
+        DistillSP(corpora=("novels",)).check(Checkpoint("models/stories260k").shape)
     (tmp_path / "there/novels").mkdir(parents=True)
     with lzma.open(tmp_path / "there/novels/novels.jsonl.xz", "wt", encoding="utf-8") as f:
         f.write('{"title": "a", "text": "once upon a time"}\n')
@@ -222,11 +222,11 @@ def test_refusals(cut, tmp_path, tiny_model):
     with pytest.raises(ValueError, match="less than one step"):
         DistillSP(tokens=10, batch_tokens=1024)
     with pytest.raises(InputError, match="does not train experts"):
-        DistillMP().check(Checkpoint(tiny_model("mixtral")).facts)
+        DistillMP().check(Checkpoint(tiny_model("mixtral")).shape)
     with pytest.raises(InputError, match="less than one window"):
-        DistillSP(tokens=64, batch_tokens=64, length=128).check(source.facts)
+        DistillSP(tokens=64, batch_tokens=64, length=128).check(source.shape)
     with pytest.raises(InputError, match="unknown"):
-        DistillSP(corpora=("nowhere.txt",)).check(source.facts)
+        DistillSP(corpora=("nowhere.txt",)).check(source.shape)
     short = tmp_path / "short.txt"
     short.write_text("too short")
     with pytest.raises(InputError, match=r"has 9 bytes and cannot give .* lower `held_windows`"):

@@ -109,9 +109,9 @@ def test_resumes_with_the_same_result(cut, story_blocks, tmp_path, monkeypatch):
     source, plan, merged = cut
     options = LeastSquares(scope="sweep")
     whole = options.recover(source, merged, plan, story_blocks, tmp_path / "whole")
-    from compression_dags.recovery import least_squares
+    from compression_dags.recovery import least_squares_run
 
-    fit, calls = least_squares._Run._fit, []
+    fit, calls = least_squares_run._Run._fit, []
 
     def dies(self, position, *args):
         calls.append(position)
@@ -119,7 +119,7 @@ def test_resumes_with_the_same_result(cut, story_blocks, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return fit(self, position, *args)
 
-    monkeypatch.setattr(least_squares._Run, "_fit", dies)
+    monkeypatch.setattr(least_squares_run._Run, "_fit", dies)
     with pytest.raises(KeyboardInterrupt):
         resume = ResumePoint(tmp_path / "scratch", {}, every_seconds=0)
         options.recover(source, merged, plan, story_blocks, tmp_path / "out", resume=resume)
@@ -135,8 +135,8 @@ def test_resumes_with_the_same_result(cut, story_blocks, tmp_path, monkeypatch):
 def test_refusals_before_compute(cut, tiny_model):
     source, _, _ = cut
     with pytest.raises(InputError, match="fitting tokens and needs"):
-        LeastSquares().check_tokens(source.facts, 4, 32)
+        LeastSquares().check_tokens(source.shape, 4, 32)
     with pytest.raises(InputError, match="gemma3_text"):
-        LeastSquares().check(Checkpoint(tiny_model("gemma3_text")).facts)
+        LeastSquares().check(Checkpoint(tiny_model("gemma3_text")).shape)
     with pytest.raises(InputError, match="qwen3_moe"):
-        LeastSquares().check(Checkpoint(tiny_model("qwen3_moe")).facts)
+        LeastSquares().check(Checkpoint(tiny_model("qwen3_moe")).shape)

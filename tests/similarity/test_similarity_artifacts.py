@@ -17,7 +17,9 @@ from compression_dags.paths import PROJECT
 from compression_dags.provenance.plots import merge_tree_png
 from compression_dags.provenance.resume import ResumePoint
 from compression_dags.similarity import cka, npib
-from compression_dags.similarity.evidence import merge_tree, read_evidence, write_similarity
+from compression_dags.similarity.evidence import read_evidence
+from compression_dags.similarity.merge_tree import merge_tree
+from compression_dags.similarity.tables import write_similarity
 
 
 @pytest.fixture(autouse=True, scope="module")

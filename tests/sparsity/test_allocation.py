@@ -15,7 +15,8 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.registry import METHODS
-from compression_dags.similarity.redundancy import read_redundancy, write_redundancy
+from compression_dags.similarity.redundancy import read_redundancy
+from compression_dags.similarity.redundancy_tables import write_redundancy
 from compression_dags.sparsity.allocation import SparsityPlan, make_plan, mean_sparsity
 from compression_dags.sparsity.allocators import ALLOCATORS
 from compression_dags.sparsity.allocators.als import ALS, suffix_mean

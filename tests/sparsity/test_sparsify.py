@@ -206,9 +206,9 @@ def test_refusals(tiny_model, tmp_path):
     with pytest.raises(ValidationError, match="keeps every weight"):
         stage("wanda", pattern="4:4")
     with pytest.raises(InputError, match="pattern 3:7 does not divide the hidden size"):
-        stage("wanda", pattern="3:7").check(source.facts)
+        stage("wanda", pattern="3:7").check(source.shape)
     with pytest.raises(InputError, match="block 6 is not a multiple of the 4"):
-        stage("sparsegpt", pattern="2:4", block=6).check(source.facts)
+        stage("sparsegpt", pattern="2:4", block=6).check(source.shape)
     with pytest.raises(InputError, match="needs calibration tokens"):
         sparsify(stage("wanda", sparsity=0.5), source, tmp_path / "x")
     other = planned(stage("magnitude", sparsity=0.5), Checkpoint(tiny_model("qwen3")))

@@ -11,7 +11,7 @@ from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.provenance.resume import ResumePoint
-from compression_dags.similarity.redundancy import write_redundancy
+from compression_dags.similarity.redundancy_tables import write_redundancy
 from compression_dags.solvers.factor import inverse_factor
 from compression_dags.solvers.patterns import Pattern
 from compression_dags.solvers.sweep import Rows, prune_sweep
@@ -202,16 +202,16 @@ def test_a_killed_walk_goes_on_to_the_same_bytes(tiny_model, tmp_path, monkeypat
 
 def test_patterns_must_divide_the_widths_that_exist(tiny_model):
     check = {f: stage("wanda", pattern="16:32").check for f in FAMILIES}
-    check["mixtral"](Checkpoint(tiny_model("mixtral")).facts)
+    check["mixtral"](Checkpoint(tiny_model("mixtral")).shape)
     narrow = Checkpoint(tiny_model("qwen3_moe", layers=1, moe_intermediate_size=24, mlp_only_layers=[]))
     with pytest.raises(InputError, match="16:32 does not divide the experts' intermediate size 24"):
-        check["qwen3_moe"](narrow.facts)
+        check["qwen3_moe"](narrow.shape)
     dense_odd = {"intermediate_size": 100, "layers": 2}
     with pytest.raises(InputError, match="does not divide the intermediate size 100"):
-        check["qwen3_moe"](Checkpoint(tiny_model("qwen3_moe", **dense_odd)).facts)
-    check["qwen3_moe"](Checkpoint(tiny_model("qwen3_moe", **dense_odd, mlp_only_layers=[])).facts)
+        check["qwen3_moe"](Checkpoint(tiny_model("qwen3_moe", **dense_odd)).shape)
+    check["qwen3_moe"](Checkpoint(tiny_model("qwen3_moe", **dense_odd, mlp_only_layers=[])).shape)
     with pytest.raises(InputError, match="experts' intermediate size 100"):
-        check["mixtral"](Checkpoint(tiny_model("mixtral", layers=1, intermediate_size=100)).facts)
+        check["mixtral"](Checkpoint(tiny_model("mixtral", layers=1, intermediate_size=100)).shape)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,7 +8,7 @@ from compression_dags.calibration.activations import profile_activations
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.depth.plan import Evidence
+from compression_dags.similarity.evidence import Evidence
 
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "opt"]
 

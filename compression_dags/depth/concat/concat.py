@@ -6,11 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import ModelShape
 from compression_dags.depth.concat.come import ConcatStage
-from compression_dags.depth.plan import Evidence, MergePlan, ProbeContext
-from compression_dags.depth.windows import cheapest_groups, window_distance
-from compression_dags.provenance.decisions import Decision
 
 
 class Concat(ConcatStage):
@@ -24,6 +20,7 @@ class Concat(ConcatStage):
     """
 
     version: ClassVar[str] = "1"
+    implementation: ClassVar[str] = "compression_dags.depth.concat.planning:plan_windows"
     method: Literal["concat"] = "concat"
     score: Literal["l1", "l2"] = Field(
         "l2", description="sensitivity of a unit: root mean square · L2 norm of its column, or mean |a| · L1 (CoMe)"
@@ -32,14 +29,3 @@ class Concat(ConcatStage):
         "free", description="free: one ranking of all members' units; bi: by block influence; equal"
     )
     power: float = Field(1.0, ge=0, description="exponent p of block influence in the shares")
-
-    def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
-    ) -> tuple[MergePlan, list[Decision]]:
-        assert probe is not None  # `measures`: the scores need the weights
-        self.check(facts)
-        goal = facts.layers - self.removed(facts.layers)
-        distance = window_distance(facts, self.free_layers(facts.layers), evidence.angular)
-        groups = cheapest_groups(facts.layers, goal, self.largest(facts), distance)
-        assert groups is not None  # `check` refused the impossible
-        return self._one_shot(facts, evidence, probe, groups, self.shares, self.power)

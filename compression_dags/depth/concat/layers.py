@@ -67,9 +67,9 @@ class StudentLayer:
         return PlannedLayer(tuple(p.source for p in parts), _to_one([p.share for p in parts]), form), held
 
 
-def whole(index: int, facts: ModelShape, *, queries: bool = False) -> StudentLayer:
+def whole(index: int, shape: ModelShape, *, queries: bool = False) -> StudentLayer:
     """An original layer as it is; `queries` where query heads may part from their KV heads."""
-    sizes = {"channels": facts.intermediate, "heads": facts.kv_heads} | ({"queries": facts.heads} if queries else {})
+    sizes = {"channels": shape.intermediate, "heads": shape.kv_heads} | ({"queries": shape.heads} if queries else {})
     kept = {kind: torch.arange(size, dtype=torch.int32) for kind, size in sizes.items()}
     return StudentLayer(range(index, index + 1), (Part(index, 1.0, kept),), index)
 
@@ -91,28 +91,28 @@ def concatenated(members: Sequence[StudentLayer], chosen: Chosen, shares: Sequen
     return StudentLayer(span, tuple(parts), [m.tree for m in members])
 
 
-def by_contribution(layer: StudentLayer, facts: ModelShape) -> StudentLayer:
+def by_contribution(layer: StudentLayer, shape: ModelShape) -> StudentLayer:
     """The layer with shares that say what each part really gives: the mean of its shares of channels and heads."""
 
     def share(part: Part) -> float:
-        return 0.5 * (len(part.kept["channels"]) / facts.intermediate + len(part.kept["heads"]) / facts.kv_heads)
+        return 0.5 * (len(part.kept["channels"]) / shape.intermediate + len(part.kept["heads"]) / shape.kv_heads)
 
     return replace(layer, parts=tuple(replace(p, share=share(p)) for p in layer.parts))
 
 
-def chosen_by_shares(members: Sequence[Sensitivity], shares: Sequence[float], facts: ModelShape) -> Chosen:
+def chosen_by_shares(members: Sequence[Sensitivity], shares: Sequence[float], shape: ModelShape) -> Chosen:
     """The most sensitive units of every member, as many as its share of a stock layer."""
-    channels, heads = (counts(shares, total) for total in (facts.intermediate, facts.kv_heads))
+    channels, heads = (counts(shares, total) for total in (shape.intermediate, shape.kv_heads))
     return [
         {"channels": strongest(m.channels, c), "heads": strongest(m.heads, h)}
         for m, c, h in zip(members, channels, heads, strict=True)
     ]
 
 
-def chosen_freely(members: Sequence[Sensitivity], facts: ModelShape) -> Chosen:
+def chosen_freely(members: Sequence[Sensitivity], shape: ModelShape) -> Chosen:
     """The most sensitive units of all members together."""
-    channels = strongest_of_all([m.channels for m in members], facts.intermediate)
-    heads = strongest_of_all([m.heads for m in members], facts.kv_heads)
+    channels = strongest_of_all([m.channels for m in members], shape.intermediate)
+    heads = strongest_of_all([m.heads for m in members], shape.kv_heads)
     return [{"channels": c, "heads": h} for c, h in zip(channels, heads, strict=True)]
 
 
@@ -122,11 +122,11 @@ def _to_one(shares: Sequence[float]) -> tuple[float, ...]:
     return (*weights[:-1], 1.0 - sum(weights[:-1]))
 
 
-def plan_of(method: str, form: str, layers: Sequence[StudentLayer], facts: ModelShape) -> MergePlan:
+def plan_of(method: str, form: str, layers: Sequence[StudentLayer], shape: ModelShape) -> MergePlan:
     """The plan of a student."""
     planned = [layer.planned(form) for layer in layers]
     tensors = {f"{p}.{name}": t for p, (_, held) in enumerate(planned) for name, t in held.items()}
-    return MergePlan(method, facts.layers, tuple(p for p, _ in planned), tensors)
+    return MergePlan(method, shape.layers, tuple(p for p, _ in planned), tensors)
 
 
 def ledger(

@@ -18,7 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from compression_dags.architectures import ModelShape
+from compression_dags.depth.stage import refuse_experts
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,15 +32,6 @@ if TYPE_CHECKING:
 
 #: A mean γ_m smaller than this share of its largest member's γ would blow rows up; that member's γ is taken instead.
 SMALLEST_GAMMA = 0.1
-
-
-def refuse_experts(facts: ModelShape, what: str = "concatenation of layers") -> None:
-    """Raise InputError for mixtures of experts: their channels belong to experts, not to the layer."""
-    if facts.architecture.experts is not None:
-        raise InputError(
-            f"{what} needs dense layers: {facts.architecture.model_type} is a mixture of experts; "
-            "drop layers instead (shortgpt, sleb)"
-        )
 
 
 def concatenate(
@@ -53,10 +47,10 @@ def concatenate(
     Raises:
         InputError: indices of a member are missing, or the model is a mixture of experts.
     """
-    refuse_experts(source.facts)
+    refuse_experts(source.shape)
     channels, heads = (_held(layer, held, kind) for kind in ("channels", "heads"))
     members = _members(source, layer, device)
-    return concatenate_members(members, channels, heads, layer.shares, source.facts)
+    return concatenate_members(members, channels, heads, layer.shares, source.shape)
 
 
 def concatenate_members(
@@ -64,7 +58,7 @@ def concatenate_members(
     channels: Sequence[Tensor],
     heads: Sequence[Tensor],
     shares: Sequence[float],
-    facts: ModelShape,
+    shape: ModelShape,
 ) -> dict[str, Tensor]:
     """Tensors of one layer made of kept channels and KV groups of several, in the members' order.
 
@@ -82,10 +76,10 @@ def concatenate_members(
     Raises:
         InputError: a LayerNorm's β must fold into a projection that has no bias.
     """
-    architecture = facts.architecture
-    group = facts.heads // facts.kv_heads
-    query = [_rows(h, group * facts.head_dim) for h in heads]
-    pairs = [_rows(h, facts.head_dim) for h in heads]
+    architecture = shape.architecture
+    group = shape.heads // shape.kv_heads
+    query = [_rows(h, group * shape.head_dim) for h in heads]
+    pairs = [_rows(h, shape.head_dim) for h in heads]
     q, *kv = architecture.group("attention_input")
     norms = dict(architecture.input_norms)
     folder = _Folder(members, shares, architecture.norm_offset)
@@ -111,8 +105,6 @@ def _members(source: Checkpoint, layer: PlannedLayer, device: str) -> list[dict[
 
 def _rows(blocks: Tensor, width: int) -> Tensor:
     """Rows of blocks of `width`: [2, 5] and 3 → 6 7 8 15 16 17."""
-    import torch
-
     return (blocks.long()[:, None] * width + torch.arange(width, device=blocks.device)).flatten()
 
 
@@ -130,8 +122,6 @@ class _Folder:
         self, norm: str, reads: Mapping[str, Sequence[Tensor]], writes: Sequence[str], columns: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         """One branch: its pre-norm, the projections that read it (rows), the one that writes (columns)."""
-        import torch
-
         who = self._givers(columns)
         made = self._norm(norm, who)
         for projection, rows in reads.items():
@@ -168,8 +158,6 @@ class _Folder:
 
     def _norm(self, norm: str, who: Sequence[int]) -> dict[str, Tensor]:
         """γ_m (and β_m) of the merged pre-norm, rounded as they will be stored: rows are scaled to what is stored."""
-        import torch
-
         made = {}
         for kind in ("weight", "bias"):
             name = f"{norm}.{kind}"
@@ -189,8 +177,6 @@ class _Folder:
     ) -> dict[str, Tensor]:
         """Weight and bias rows of one member, such that after the merged norm they give what they gave after its own:
         W γ_s/γ_m, and b + Wβ_s − (W γ_s/γ_m)β_m."""
-        import torch
-
         own = self.members[member]
         weight, bias = f"{projection}.weight", f"{projection}.bias"
         w = _taken(own[weight], rows)
@@ -216,17 +202,15 @@ class _Folder:
 # -- as released ------------------------------------------------------------------------------------------------------
 
 
-def tiled_queries(heads: Tensor, facts: ModelShape) -> Tensor:
+def tiled_queries(heads: Tensor, shape: ModelShape) -> Tensor:
     """Query heads that the released code keeps with the KV heads `heads`: (g · kept,) int32, ascending.
 
     It repeats the mask over KV heads g times, so that query head h follows KV head h mod n_kv; but query head h reads
     KV head ⌊h / g⌋ (specs: defect B1).
     """
-    import torch
-
-    kept = torch.zeros(facts.kv_heads, dtype=torch.bool, device=heads.device)
+    kept = torch.zeros(shape.kv_heads, dtype=torch.bool, device=heads.device)
     kept[heads.long()] = True
-    return kept.repeat(facts.heads // facts.kv_heads).nonzero().flatten().int()
+    return kept.repeat(shape.heads // shape.kv_heads).nonzero().flatten().int()
 
 
 def concatenate_released(
@@ -246,14 +230,12 @@ def concatenate_released(
     Raises:
         InputError: indices of a member are missing, or the model is a mixture of experts.
     """
-    import torch
-
-    facts = source.facts
-    refuse_experts(facts)
-    architecture = facts.architecture
+    shape = source.shape
+    refuse_experts(shape)
+    architecture = shape.architecture
     channels, heads = (_held(layer, held, kind) for kind in ("channels", "heads"))
-    tiled = [held.get(f"queries.{s}", tiled_queries(h, facts)) for s, h in zip(layer.sources, heads, strict=True)]
-    query, pairs = ([_rows(h, facts.head_dim) for h in kind] for kind in (tiled, heads))
+    tiled = [held.get(f"queries.{s}", tiled_queries(h, shape)) for s, h in zip(layer.sources, heads, strict=True)]
+    query, pairs = ([_rows(h, shape.head_dim) for h in kind] for kind in (tiled, heads))
     q, *kv = architecture.group("attention_input")
     reads = {q: query, **dict.fromkeys(kv, pairs), **dict.fromkeys(architecture.group("mlp_input"), channels)}
     writes = {

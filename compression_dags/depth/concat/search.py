@@ -28,12 +28,14 @@ from compression_dags.depth.concat.merge import (
 )
 from compression_dags.depth.concat.sensitivity import Score, Sensitivity, layer_sensitivity
 from compression_dags.depth.concat.student_pass import AllTokens, StudentPass
-from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, ProbeContext
+from compression_dags.depth.plan import MergePlan, PlannedLayer
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.depth.windows import joinable, next_pair
 from compression_dags.errors import InputError
 from compression_dags.passes.variant_scoring import Piece
 from compression_dags.provenance.resume import as_note, from_note
 from compression_dags.provenance.wording import apart, counted, layers_said
+from compression_dags.similarity.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Search:
 
     def __init__(
         self,
-        facts: ModelShape,
+        shape: ModelShape,
         probe: ProbeContext,
         limits: Limits,
         *,
@@ -65,15 +67,15 @@ class Search:
         rule: AllTokens,
         evidence: Evidence | None = None,
     ):
-        self.facts, self.probe, self.limits = facts, probe, limits
+        self.shape, self.probe, self.limits = shape, probe, limits
         self.form = form
         self.score: Score = score
-        self.walk = StudentPass(probe, score, rule)
-        self.layers = [whole(i, facts, queries=form == "concat-released") for i in range(facts.layers)]
-        self.pieces = [Piece(i) for i in range(facts.layers)]
-        self.influence = [float("nan")] * facts.layers
-        self.distances = [float("nan")] * (facts.layers - 1)
-        self._sensitivity: list[Sensitivity | None] = [None] * facts.layers
+        self.student = StudentPass(probe, score, rule)
+        self.layers = [whole(i, shape, queries=form == "concat-released") for i in range(shape.layers)]
+        self.pieces = [Piece(i) for i in range(shape.layers)]
+        self.influence = [float("nan")] * shape.layers
+        self.distances = [float("nan")] * (shape.layers - 1)
+        self._sensitivity: list[Sensitivity | None] = [None] * shape.layers
         self.evidence = evidence
         self.steps: list[dict[str, Any]] = []
         self.last_pairs: list[list[Any]] | None = None
@@ -99,12 +101,12 @@ class Search:
             self._measure(0)
             return
         self.influence = [float(x) for x in self.evidence.block_influence]
-        self.distances = [float(self.evidence.angular[i, i + 2]) for i in range(self.facts.layers - 1)]
+        self.distances = [float(self.evidence.angular[i, i + 2]) for i in range(self.shape.layers - 1)]
 
     def _measure(self, start: int) -> None:
         order = sorted(range(len(self.distances)), key=lambda p: (isnan(self.distances[p]), self.distances[p], p))
         likely = list(dict.fromkeys(max(0, p - 1) for p in order))
-        for position, found in self.walk.measure(self.pieces, start, likely).items():
+        for position, found in self.student.measure(self.pieces, start, likely).items():
             self.influence[position] = found.influence
             self._sensitivity[position] = found.sensitivity
             if found.distance is not None:
@@ -118,8 +120,8 @@ class Search:
         Raises:
             InputError: no pair is left that may be merged.
         """
-        may_join = joinable(self.facts, self.limits.free)
-        rounds = self.facts.layers - self.limits.goal
+        may_join = joinable(self.shape, self.limits.free)
+        rounds = self.shape.layers - self.limits.goal
         done = self._restore()
         if not done:
             self._begin()
@@ -136,14 +138,14 @@ class Search:
                 self._measure(max(0, position - 1))
             if self.probe.resume:
                 self.probe.resume.save_if_due(step + 1, self._state)
-        self.walk.stream.close()
+        self.student.stream.close()
 
     def merged(self, position: int, chosen: Chosen, shares: tuple[float, ...]) -> StudentLayer:
         """The layers at `position` and the next as one that keeps the chosen units."""
         members = self.layers[position : position + 2]
         if self.form == "concat":
             return concatenated(members, chosen, shares)
-        queries = [tiled_queries(c["heads"], self.facts) for c in chosen]
+        queries = [tiled_queries(c["heads"], self.shape) for c in chosen]
         chosen = [{**c, "queries": q} for c, q in zip(chosen, queries, strict=True)]
         layer = concatenated(members, chosen, shares)
         return replace(layer, mixed=self._mixed(position, shares)) if any(m.merged for m in members) else layer
@@ -160,7 +162,7 @@ class Search:
         return {name: mixed([now(p, name) for p in pair], share) for name, share in weights.items()}
 
     def piece(self, layer: StudentLayer, device: str | None = None) -> Piece:
-        """The layer as the student runs it; computed on the bench's device, held on `device` or there."""
+        """The layer as the student runs it; computed on the probe's device, held on `device` or there."""
         planned, held = layer.planned(self.form)
         if planned.kept:
             return Piece(planned.slot)
@@ -187,11 +189,11 @@ class Search:
         self.influence[position : position + 2] = [float("nan")]
         self._sensitivity[position : position + 2] = [None]
         del self.distances[position]  # its neighbours are stale now, and still the best guess of what comes next
-        self.walk.changed(position, self.pieces)
+        self.student.changed(position, self.pieces)
 
     def _pairs(self) -> list[list[Any]]:
         """Neighbours that may be joined, as in `last_pairs`."""
-        may_join = joinable(self.facts, self.limits.free)
+        may_join = joinable(self.shape, self.limits.free)
         spans = [layer.span for layer in self.layers]
         return [
             [a.start, b.start, b.stop, distance]
@@ -218,7 +220,7 @@ class Search:
             )
         return (
             f"kept: joining {pair}, {mine} apart in angle, would have left too few pairs to remove "
-            f"{counted(self.facts.layers - self.limits.goal, 'layer')}; the chosen one is {chosen}"
+            f"{counted(self.shape.layers - self.limits.goal, 'layer')}; the chosen one is {chosen}"
         )
 
     def _others(self, position: int) -> dict[str, float]:
@@ -230,16 +232,16 @@ class Search:
     @property
     def layer_forwards(self) -> int:
         """Forwards of one layer over the calibration tokens (of a method's own measurements: over its rows)."""
-        return self.walk.layer_forwards + self.extra_forwards
+        return self.student.layer_forwards + self.extra_forwards
 
     def plan(self, method: str) -> MergePlan:
-        return plan_of(method, self.form, self.layers, self.facts)
+        return plan_of(method, self.form, self.layers, self.shape)
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Tensor]:
         layers, tensors = as_tensors(self.layers)
-        note = {"layers": layers, "steps": self.steps, "forwards": [self.walk.layer_forwards, self.extra_forwards]}
+        note = {"layers": layers, "steps": self.steps, "forwards": [self.student.layer_forwards, self.extra_forwards]}
         return {"note": as_note(note | {"last_pairs": self.last_pairs}), **tensors}
 
     def _restore(self) -> int:
@@ -255,7 +257,7 @@ class Search:
         self.influence = [float("nan")] * len(self.layers)
         self.distances = [float("nan")] * (len(self.layers) - 1)
         self._sensitivity = [None] * len(self.layers)
-        if done < self.facts.layers - self.limits.goal:
+        if done < self.shape.layers - self.limits.goal:
             self._measure(0)
-        self.walk.layer_forwards, self.extra_forwards = note["forwards"]
+        self.student.layer_forwards, self.extra_forwards = note["forwards"]
         return done

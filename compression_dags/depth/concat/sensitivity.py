@@ -51,7 +51,7 @@ def column_scores(weight: Tensor, statistic: Tensor, score: Score) -> Tensor:
 
 
 def sensitivity(
-    weights: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor], score: Score, facts: ModelShape
+    weights: tuple[Tensor, Tensor], statistics: tuple[Tensor, Tensor], score: Score, shape: ModelShape
 ) -> Sensitivity:
     """Scores of one layer.
 
@@ -62,7 +62,7 @@ def sensitivity(
         IntegrityError: a score is not finite.
     """
     heads, channels = (column_scores(w, x, score) for w, x in zip(weights, statistics, strict=True))
-    found = Sensitivity(channels.cpu(), heads.reshape(facts.kv_heads, -1).mean(1).cpu())
+    found = Sensitivity(channels.cpu(), heads.reshape(shape.kv_heads, -1).mean(1).cpu())
     if not (torch.isfinite(found.channels).all() and torch.isfinite(found.heads).all()):
         raise IntegrityError("a channel's sensitivity is not finite: the model's activations or weights are not")
     return found
@@ -85,7 +85,7 @@ def layer_sensitivity(
         weight = source.tensor(names[f"{projection}.weight"]).to(device)
         found.append((weight, torch.from_numpy(np.asarray(statistics[key])).double()))
     (attention, heads), (mlp, channels) = found
-    return sensitivity((attention, mlp), (heads, channels), score, source.facts)
+    return sensitivity((attention, mlp), (heads, channels), score, source.shape)
 
 
 def counts(shares: Sequence[float], total: int) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compression_dags.calibration.streaming import Batch, DecoderStream
 from compression_dags.depth.concat.sensitivity import Score, Sensitivity, sensitivity
-from compression_dags.depth.plan import ProbeContext
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import IntegrityError
 from compression_dags.passes.variant_scoring import Piece, placed
 
@@ -101,7 +101,7 @@ class AsReleased(AllTokens):
 
 
 class StudentPass:
-    """Passes over all calibration tokens of a bench.
+    """Passes over all calibration tokens of a probe.
 
     Args:
         score: which statistic of the channels is summed.
@@ -208,12 +208,12 @@ class _Sums:
 
     GROUPS = ("attention_output", "mlp_output")
 
-    def __init__(self, walk: StudentPass, module: nn.Module):
-        self.walk = walk
-        architecture = walk.source.architecture
+    def __init__(self, student: StudentPass, module: nn.Module):
+        self.student = student
+        architecture = student.source.architecture
         self.projections = [module.get_submodule(architecture.group(name)[0]) for name in self.GROUPS]
         self.sums: list[Tensor | None] = [None, None]
-        self.order = 1 if walk.score == "l1" else 2
+        self.order = 1 if student.score == "l1" else 2
         self.handles = [p.register_forward_pre_hook(self._hook(i)) for i, p in enumerate(self.projections)]
 
     def enter(self, batch: Batch, mask: Tensor) -> None:
@@ -233,10 +233,10 @@ class _Sums:
         return add
 
     def sensitivity(self, module: nn.Module) -> Sensitivity:
-        tokens = self.walk.probe.blocks.tokens
+        tokens = self.student.probe.blocks.tokens
         attention, mlp = (s / tokens for s in self.sums if s is not None)
         weights = [p.get_parameter("weight") for p in self.projections]
-        return sensitivity((weights[0], weights[1]), (attention, mlp), self.walk.score, self.walk.source.facts)
+        return sensitivity((weights[0], weights[1]), (attention, mlp), self.student.score, self.student.source.shape)
 
     def close(self) -> None:
         for handle in self.handles:

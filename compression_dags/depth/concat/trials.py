@@ -24,7 +24,7 @@ UNITS = {"loss": "next-token loss (nats)", "window": "relative error of the exit
 def ratio_trials(search: Search, options: ComeP) -> Choose:
     """A `Choose` that merges a pair at every ratio and keeps the one that measures best (ties: the lowest ratio)."""
     blocks = search.probe.blocks
-    probe = VariantScorer(search.walk.stream, chosen_rows(blocks, even_rows(blocks, options.rows)))
+    probe = VariantScorer(search.student.stream, chosen_rows(blocks, even_rows(blocks, options.rows)))
     grid = [k / options.granularity for k in range(options.granularity + 1)]
 
     def best(position: int) -> tuple[StudentLayer, dict[str, Any]]:
@@ -32,7 +32,7 @@ def ratio_trials(search: Search, options: ComeP) -> Choose:
         layers = []
         for ratio in grid:
             shares = (ratio, 1.0 - ratio)
-            layers.append(search.merged(position, chosen_by_shares(known, shares, search.facts), shares))
+            layers.append(search.merged(position, chosen_by_shares(known, shares, search.shape), shares))
         before = probe.layer_forwards
         edits = [Edit(position, position + 2, (search.piece(layer, device="cpu"),)) for layer in layers]
         measure = _losses if options.by == "loss" else _window_errors

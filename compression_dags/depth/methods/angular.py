@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
+from compression_dags.depth.plan import MergePlan, depth_decisions, keep_only
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, counted, layers_said, number
+from compression_dags.similarity.evidence import Evidence
 
 
 class Angular(MergeStage):
@@ -26,19 +28,19 @@ class Angular(MergeStage):
     tokens: Literal["sampled", "last"] = Field("sampled", description="tokens that the angle is averaged over")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         distance = evidence.angular_last if self.tokens == "last" else evidence.angular
-        count, free = self.removed(facts.layers), self.free_layers(facts.layers)
+        count, free = self.removed(shape.layers), self.free_layers(shape.layers)
         starts = range(free.start, free.stop - count + 1)
         windows = {s: float(distance[s, s + count]) for s in starts}
         best = min(windows, key=lambda s: (windows[s], s))
-        kept = [i for i in range(facts.layers) if not best <= i < best + count]
-        plan = keep_only(self.method, facts.layers, kept)
-        scores = [windows.get(i) for i in range(facts.layers)]
+        kept = [i for i in range(shape.layers) if not best <= i < best + count]
+        plan = keep_only(self.method, shape.layers, kept)
+        scores = [windows.get(i) for i in range(shape.layers)]
         note = {"window": count, "chosen_start": best, "chosen_distance": windows[best], "tokens": self.tokens}
         unit = f"angular distance of the {count}-layer window that starts here"
-        reasons = [self._reason(i, facts.layers, count, windows, best) for i in range(facts.layers)]
+        reasons = [self._reason(i, shape.layers, count, windows, best) for i in range(shape.layers)]
         return plan, depth_decisions(plan, scores, unit, note, reasons)
 
     def _reason(self, index: int, total: int, count: int, windows: dict[int, float], best: int) -> str:

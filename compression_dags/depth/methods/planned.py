@@ -7,10 +7,12 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import layers_said, number
+from compression_dags.similarity.evidence import Evidence
 
 
 class Planned(MergeStage):
@@ -40,33 +42,33 @@ class Planned(MergeStage):
     def removed(self, total: int) -> int:
         return len(self.drop) + len(self.fuse)
 
-    def check(self, facts: ModelShape) -> None:
-        free = self.free_layers(facts.layers)
+    def check(self, shape: ModelShape) -> None:
+        free = self.free_layers(shape.layers)
         for layer in (*self.drop, *(i for pair in self.fuse for i in pair)):
             if layer not in free:
                 raise InputError(
                     f"planned: layer {layer} is not among the unprotected layers {free.start} to {free[-1]}"
                 )
         for first, second in self.fuse:
-            if facts.kind(first) != facts.kind(second):
+            if shape.kind(first) != shape.kind(second):
                 raise InputError(f"planned: layers {first} and {second} are of different kinds and cannot be fused")
-        if self.removed(facts.layers) >= facts.layers:
-            raise InputError(f"planned: removes {self.removed(facts.layers)} of {facts.layers} layers")
+        if self.removed(shape.layers) >= shape.layers:
+            raise InputError(f"planned: removes {self.removed(shape.layers)} of {shape.layers} layers")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         second = {pair[1] for pair in self.fuse}
         pairs = dict(self.fuse)
         layers = tuple(
             PlannedLayer((i, pairs[i]), (0.5, 0.5)) if i in pairs else PlannedLayer((i,))
-            for i in range(facts.layers)
+            for i in range(shape.layers)
             if i not in self.drop and i not in second
         )
-        plan = MergePlan(self.method, facts.layers, layers)
+        plan = MergePlan(self.method, shape.layers, layers)
         firsts = {i: pair[0] for pair in self.fuse for i in pair}
-        scores = [self.costs.get(firsts.get(i, i)) for i in range(facts.layers)]
-        reasons = [self._reason(i, facts.layers, scores[i]) for i in range(facts.layers)]
+        scores = [self.costs.get(firsts.get(i, i)) for i in range(shape.layers)]
+        reasons = [self._reason(i, shape.layers, scores[i]) for i in range(shape.layers)]
         return plan, depth_decisions(plan, scores, "predicted KL without it (nats a token)", {}, reasons)
 
     def _reason(self, index: int, total: int, cost: float | None) -> str:

@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
+from compression_dags.depth.plan import MergePlan, depth_decisions, keep_only
 from compression_dags.depth.reasons import from_the_end
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.provenance.decisions import Decision
+from compression_dags.similarity.evidence import Evidence
 
 
 class Reverse(MergeStage):
@@ -24,11 +26,11 @@ class Reverse(MergeStage):
     protect_last: int = Field(0, ge=0, description="last layers never touched")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        free = self.free_layers(facts.layers)
-        gone = free[len(free) - self.removed(facts.layers) :]
-        plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
-        depth = [float(facts.layers - 1 - i) for i in range(facts.layers)]
-        reasons = from_the_end(self, facts.layers, gone, "reverse order")
+        free = self.free_layers(shape.layers)
+        gone = free[len(free) - self.removed(shape.layers) :]
+        plan = keep_only(self.method, shape.layers, [i for i in range(shape.layers) if i not in gone])
+        depth = [float(shape.layers - 1 - i) for i in range(shape.layers)]
+        reasons = from_the_end(self, shape.layers, gone, "reverse order")
         return plan, depth_decisions(plan, depth, "layers from the output", {}, reasons)

@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, depth_decisions, keep_only
+from compression_dags.depth.plan import MergePlan, depth_decisions, keep_only
 from compression_dags.depth.reasons import by_score
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.provenance.decisions import Decision
+from compression_dags.similarity.evidence import Evidence
 
 
 class ShortGPT(MergeStage):
@@ -24,12 +26,12 @@ class ShortGPT(MergeStage):
     method: Literal["shortgpt"] = "shortgpt"
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
         scores = evidence.block_influence
-        free = np.asarray(self.free_layers(facts.layers))
+        free = np.asarray(self.free_layers(shape.layers))
         # stable: of equal scores the earlier layer goes first
-        gone = set(free[np.argsort(scores[free], kind="stable")[: self.removed(facts.layers)]].tolist())
-        plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
-        reasons = by_score(self, facts.layers, gone, scores, "block influence")
+        gone = set(free[np.argsort(scores[free], kind="stable")[: self.removed(shape.layers)]].tolist())
+        plan = keep_only(self.method, shape.layers, [i for i in range(shape.layers) if i not in gone])
+        reasons = by_score(self, shape.layers, gone, scores, "block influence")
         return plan, depth_decisions(plan, scores, "block influence", {}, reasons)

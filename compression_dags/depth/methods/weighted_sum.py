@@ -8,8 +8,9 @@ import numpy as np
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions
 from compression_dags.depth.reasons import by_grouping
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.depth.windows import (
     cheapest_groups,
     influence_shares,
@@ -20,6 +21,7 @@ from compression_dags.depth.windows import (
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import number
+from compression_dags.similarity.evidence import Evidence
 
 
 class WeightedSum(MergeStage):
@@ -39,24 +41,24 @@ class WeightedSum(MergeStage):
     )
     largest_group: int = Field(4, ge=2, description="most layers merged into one")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
-        refuse_more(self, facts, self.largest_group)
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        refuse_more(self, shape, self.largest_group)
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        groups = self._groups(facts, evidence.angular)
+        groups = self._groups(shape, evidence.angular)
         planned = tuple(PlannedLayer(tuple(g), self._shares(g, evidence.block_influence)) for g in groups)
-        plan = MergePlan(self.method, facts.layers, planned)
+        plan = MergePlan(self.method, shape.layers, planned)
         distance = {i: float(evidence.angular[g[0], g[-1] + 1]) for g in groups for i in g if len(g) > 1}
-        scores = [distance.get(i) for i in range(facts.layers)]
+        scores = [distance.get(i) for i in range(shape.layers)]
         share = {i: s for layer in planned for i, s in zip(layer.sources, layer.shares, strict=True)}
 
         def merged(index: int, group: range) -> str:
             return f"merged into layer {group.start} at share {number(share[index])}"
 
-        may_join = joinable(facts, self.free_layers(facts.layers))
+        may_join = joinable(shape, self.free_layers(shape.layers))
         reasons = by_grouping(self, groups, evidence.angular, may_join, merged)
         total = sum(distance[g.start] for g in groups if len(g) > 1)
         note = {"power": self.power, "total_distance": total}
@@ -65,9 +67,9 @@ class WeightedSum(MergeStage):
     def _shares(self, group: range, influence: np.ndarray) -> tuple[float, ...]:
         return influence_shares(influence[group.start : group.stop], self.power)
 
-    def _groups(self, facts: ModelShape, angular: np.ndarray) -> list[range]:
-        total, goal = facts.layers, facts.layers - self.removed(facts.layers)
-        distance = window_distance(facts, self.free_layers(total), angular)
+    def _groups(self, shape: ModelShape, angular: np.ndarray) -> list[range]:
+        total, goal = shape.layers, shape.layers - self.removed(shape.layers)
+        distance = window_distance(shape, self.free_layers(total), angular)
         groups = cheapest_groups(total, goal, self.largest_group, distance)
         if groups is None:
             raise InputError(

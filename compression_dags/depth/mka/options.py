@@ -7,12 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext
+from compression_dags.depth.stage import MergeStage
 from compression_dags.depth.windows import refuse_more
 from compression_dags.errors import InputError
-from compression_dags.options import Ridge
-from compression_dags.provenance.decisions import Decision
-from compression_dags.recovery.stage import TOKENS_PER_UNKNOWN
+from compression_dags.options import TOKENS_PER_UNKNOWN, Ridge
 
 Form = Literal["first", "second", "concat", "mean"]
 
@@ -35,6 +33,7 @@ class MKA(MergeStage):
     version: ClassVar[str] = "1"
     needs: ClassVar[tuple[str, ...]] = ("block_influence", "angular", "npib", "cka")
     measures: ClassVar[bool] = True
+    implementation: ClassVar[str] = "compression_dags.depth.mka.search:plan"
     method: Literal["mka"] = "mka"
     forms: tuple[Form, ...] = Field(("first", "second", "concat"), min_length=1, description="ways to merge")
     shortlist: int = Field(6, ge=1, description="pairs measured in a round")
@@ -48,41 +47,29 @@ class MKA(MergeStage):
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, where attention sinks sit")
     sink_weight: float = Field(32.0, ge=0, description="weight of a sink position against another token's")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
-        if facts.architecture.experts is not None:
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        if shape.architecture.experts is not None:
             raise InputError(
-                f"merge: mka cannot merge experts ({facts.architecture.model_type}); use sleb, shortgpt or angular"
+                f"merge: mka cannot merge experts ({shape.architecture.model_type}); use sleb, shortgpt or angular"
             )
 
-        refuse_more(self, facts, facts.layers)
+        refuse_more(self, shape, shape.layers)
 
-    def check_tokens(self, facts: ModelShape, sequences: int, length: int) -> None:
+    def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse closed forms with fewer than 10 tokens an unknown.
 
         Raises:
             InputError: with the count, the need and the remedy.
         """
         fit, _ = self.rows(sequences, length)
-        need, tokens = TOKENS_PER_UNKNOWN * facts.hidden, len(fit) * length
-        if tokens < need and facts.architecture.residual_writer is not None:
+        need, tokens = TOKENS_PER_UNKNOWN * shape.hidden, len(fit) * length
+        if tokens < need and shape.architecture.residual_writer is not None:
             raise InputError(
                 f"merge: mka has {tokens:,} fitting tokens and needs {need:,} ({TOKENS_PER_UNKNOWN} for each of the "
-                f"{facts.hidden} hidden channels): raise calibration.sequences (now {sequences}) or fit_tokens (now "
+                f"{shape.hidden} hidden channels): raise calibration.sequences (now {sequences}) or fit_tokens (now "
                 f"{self.fit_tokens})"
             )
-
-    def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
-    ) -> tuple[MergePlan, list[Decision]]:
-        from compression_dags.depth.mka.search import PairSearch
-
-        assert probe is not None  # `measures`
-        self.check(facts)
-        sequences, length = map(int, probe.blocks.ids.shape)
-        self.check_tokens(facts, sequences, length)
-        fit, held = self.rows(sequences, length)
-        return PairSearch(self, facts, evidence, probe, fit, held).run()
 
     def rows(self, sequences: int, length: int) -> tuple[list[int], list[int]]:
         """Calibration sequences for fitting and for scoring; the last ones score, at most a quarter of all."""

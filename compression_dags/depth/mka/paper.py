@@ -11,11 +11,13 @@ from pydantic import Field
 
 from compression_dags.architectures import ModelShape
 from compression_dags.depth.mka.released import similarity_table
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, PlannedLayer, ProbeContext, depth_decisions
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import apart, layers_said, number
-from compression_dags.similarity.evidence import Merge, merge_tree
+from compression_dags.similarity.evidence import Evidence
+from compression_dags.similarity.merge_tree import Merge, merge_tree
 
 TABLES = {"binned": "npib", "ksg": "npib_ksg", "gaussian-copula": "npib_gaussian_copula"}
 
@@ -42,42 +44,42 @@ class MKAPaper(MergeStage):
         free = self.free_layers(total)
         return range(max(free.start, math.ceil(self.barrier * total - 1e-9)), free.stop)
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
-        count, region = self.removed(facts.layers), self.region(facts.layers)
-        pairs = [i for i in region[:-1] if facts.kind(i) == facts.kind(i + 1)]
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        count, region = self.removed(shape.layers), self.region(shape.layers)
+        pairs = [i for i in region[:-1] if shape.kind(i) == shape.kind(i + 1)]
         if count > len(pairs):
             raise InputError(
-                f"{self.method} cannot merge {count} of {facts.layers} layers away: {len(region)} are unprotected and "
+                f"{self.method} cannot merge {count} of {shape.layers} layers away: {len(region)} are unprotected and "
                 f"behind the barrier ({self.barrier:g}), {len(pairs)} pairs of one kind; lower the ratio or barrier"
             )
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        self.check(facts)
+        self.check(shape)
         table = TABLES[self.estimator]
-        similarity = similarity_table(evidence, table, facts.layers)
+        similarity = similarity_table(evidence, table, shape.layers)
         bounds = [evidence.similarity.get(f"{table}_{side}") for side in ("low", "high")]
-        region = self.region(facts.layers)
+        region = self.region(shape.layers)
 
         def allowed(first: range, second: range) -> bool:
             inside = first.start in region and second[-1] in region
-            return inside and facts.kind(first.start) == facts.kind(second.start)
+            return inside and shape.kind(first.start) == shape.kind(second.start)
 
-        merges = merge_tree(similarity, *bounds, allowed=allowed, count=self.removed(facts.layers))
+        merges = merge_tree(similarity, *bounds, allowed=allowed, count=self.removed(shape.layers))
         # by the first layer of a group
-        shares: dict[int, tuple[float, ...]] = dict.fromkeys(range(facts.layers), (1.0,))
+        shares: dict[int, tuple[float, ...]] = dict.fromkeys(range(shape.layers), (1.0,))
         for merge in merges:
             alpha, first, second = share_of(merge), shares[merge.first.start], shares.pop(merge.second.start)
             shares[merge.first.start] = (*(alpha * s for s in first), *((1 - alpha) * s for s in second))
         planned = (PlannedLayer(tuple(range(i, i + len(s))), s) for i, s in sorted(shares.items()))
-        plan = MergePlan(self.method, facts.layers, tuple(planned))
-        return plan, self._decisions(facts, plan, merges, similarity, evidence, bounds[0] is not None)
+        plan = MergePlan(self.method, shape.layers, tuple(planned))
+        return plan, self._decisions(shape, plan, merges, similarity, evidence, bounds[0] is not None)
 
     def _decisions(
         self,
-        facts: ModelShape,
+        shape: ModelShape,
         plan: MergePlan,
         merges: list[Merge],
         similarity: np.ndarray,
@@ -102,7 +104,7 @@ class MKAPaper(MergeStage):
             if found := _merge_of(merges, i):
                 scores[i] = found[1].value
         unit = "S of the merge that joined it to the layer before, or to the next; if kept, with the next layer"
-        reasons = [self._reason(i, facts, plan, merges, similarity) for i in range(plan.base_layers)]
+        reasons = [self._reason(i, shape, plan, merges, similarity) for i in range(plan.base_layers)]
         rows = depth_decisions(plan, scores, unit, note, reasons)
         sigma = evidence.similarity.get("npib_sigma")
         for i, row in enumerate(rows):
@@ -113,14 +115,14 @@ class MKAPaper(MergeStage):
         return rows
 
     def _reason(
-        self, index: int, facts: ModelShape, plan: MergePlan, merges: list[Merge], similarity: np.ndarray
+        self, index: int, shape: ModelShape, plan: MergePlan, merges: list[Merge], similarity: np.ndarray
     ) -> str:
-        region = self.region(facts.layers)
-        if why := self.protection(index, facts.layers):
+        region = self.region(shape.layers)
+        if why := self.protection(index, shape.layers):
             return why
         if index not in region:
             return (
-                f"protected: before the barrier, layer {region.start} ({number(self.barrier)} of {facts.layers} layers)"
+                f"protected: before the barrier, layer {region.start} ({number(self.barrier)} of {shape.layers} layers)"
             )
         if found := _merge_of(merges, index):
             order, merge = found
@@ -135,7 +137,7 @@ class MKAPaper(MergeStage):
         last = merges[-1]
         beside = [g for g in _groups_before(last, plan) if g.stop == index or g.start == index + 1]
         allowed = [g for g in beside if g.start in region and g[-1] in region]
-        pairs = [(float(similarity[index, g.start : g.stop].mean()), g) for g in allowed if _alike(facts, index, g)]
+        pairs = [(float(similarity[index, g.start : g.stop].mean()), g) for g in allowed if _alike(shape, index, g)]
         if not pairs:
             return "kept: no neighbour of its kind is free to be merged with it"
         value, group = max(pairs, key=lambda pair: pair[0])
@@ -160,8 +162,8 @@ def _groups_before(merge: Merge, plan: MergePlan) -> list[range]:
     return [part for g in after for part in ((merge.first, merge.second) if merge.first.start == g.start else (g,))]
 
 
-def _alike(facts: ModelShape, layer: int, group: range) -> bool:
-    return facts.kind(layer) == facts.kind(group.start)
+def _alike(shape: ModelShape, layer: int, group: range) -> bool:
+    return shape.kind(layer) == shape.kind(group.start)
 
 
 def share_of(merge: Merge) -> float:

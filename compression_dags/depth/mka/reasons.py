@@ -32,9 +32,9 @@ def why_won(form: str, pair: tuple[range, range], loss: float, evidence: Mapping
     return f"{how}: the held-out {score} is {after} nats, the least of {tried} ({before} before)"
 
 
-def why_kept(layer: int, facts: ModelShape, options: MKA, rounds: Sequence[Decision]) -> tuple[str, dict[str, Any]]:
+def why_kept(layer: int, shape: ModelShape, options: MKA, rounds: Sequence[Decision]) -> tuple[str, dict[str, Any]]:
     """Why a layer is in no merge, and what to note of it: how it did in the last round that measured a pair with it."""
-    if why := options.protection(layer, facts.layers):
+    if why := options.protection(layer, shape.layers):
         return why, {}
     for row in reversed(rounds):
         losses: dict[str, float] = row.evidence["candidates"]
@@ -49,8 +49,8 @@ def why_kept(layer: int, facts: ModelShape, options: MKA, rounds: Sequence[Decis
                 f"nats, and {row.target} won with {won}"
             )
             return reason, note
-    beside = [j for j in (layer - 1, layer + 1) if j in options.free_layers(facts.layers)]
-    if not any(facts.kind(j) == facts.kind(layer) for j in beside):
+    beside = [j for j in (layer - 1, layer + 1) if j in options.free_layers(shape.layers)]
+    if not any(shape.kind(j) == shape.kind(layer) for j in beside):
         return "kept: no unprotected neighbour of its kind is there to merge it with", {}
     measured = counted(options.shortlist, "pair")
     return f"kept: no pair with it was among the {measured} most alike by {options.similarity} in any round", {}

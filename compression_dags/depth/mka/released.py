@@ -16,19 +16,13 @@ import numpy as np
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
-from compression_dags.depth.plan import (
-    Evidence,
-    MergePlan,
-    MergeStage,
-    PlannedLayer,
-    ProbeContext,
-    depth_decisions,
-    keep_only,
-)
+from compression_dags.depth.plan import MergePlan, PlannedLayer, depth_decisions, keep_only
 from compression_dags.depth.reasons import from_the_end
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.wording import layers_said, number
+from compression_dags.similarity.evidence import Evidence
 
 KERNEL = {"estimator": "ksg", "sigma": 8.0, "tokens": "first 57 of sequence 0", "states": "layer inputs"}
 
@@ -72,20 +66,20 @@ class MKAReleased(MergeStage):
     protect_last: int = Field(0, ge=0, description="last layers never touched (the released code protects none)")
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        free = self.free_layers(facts.layers)
-        gone = free[len(free) - self.removed(facts.layers) :]
-        plan = keep_only(self.method, facts.layers, [i for i in range(facts.layers) if i not in gone])
-        scores: list[float | None] = [None] * facts.layers
+        free = self.free_layers(shape.layers)
+        gone = free[len(free) - self.removed(shape.layers) :]
+        plan = keep_only(self.method, shape.layers, [i for i in range(shape.layers) if i not in gone])
+        scores: list[float | None] = [None] * shape.layers
         notes: dict[int, dict[str, Any]] = {}
         if "npib_released" in evidence.similarity:  # it decides nothing, so the method does without
-            table = similarity_table(evidence, "npib_released", facts.layers)
+            table = similarity_table(evidence, "npib_released", shape.layers)
             steps = len(gone) - (gone.start == 0)  # the first layer of all has none before it
             for step, value in enumerate(released_lambdas(table, gone[-1], steps)):
                 scores[gone[-1] - step] = value
                 notes[gone[-1] - step] = _pair(table, gone[-1] - step - 1, gone[-1] - step)
-        reasons = from_the_end(self, facts.layers, gone, "the released code")
+        reasons = from_the_end(self, shape.layers, gone, "the released code")
         said = ["" if s is None else f"; λ {number(s)} before it is computed and not written" for s in scores]
         reasons = [reason + more for reason, more in zip(reasons, said, strict=True)]
         unit = "λ of the layer before, computed and not written"
@@ -109,16 +103,16 @@ class MKACodeFixedWrite(MergeStage):
     method: Literal["mka-code-fixed-write"] = "mka-code-fixed-write"
     protect_last: int = Field(0, ge=0, description="last layers never touched (the released code protects none)")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
-        count, free = self.removed(facts.layers), self.free_layers(facts.layers)
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
+        count, free = self.removed(shape.layers), self.free_layers(shape.layers)
         if count >= len(free):
             raise InputError(
-                f"{self.method} merges {count + 1} layers into one, but only {len(free)} of {facts.layers} are free "
+                f"{self.method} merges {count + 1} layers into one, but only {len(free)} of {shape.layers} are free "
                 f"(protect_first {self.protect_first}, protect_last {self.protect_last}); lower the ratio"
             )
-        group = self._group(facts.layers)
-        kinds = {i: "/".join(facts.kind(i)) for i in group}
+        group = self._group(shape.layers)
+        kinds = {i: "/".join(shape.kind(i)) for i in group}
         if odd := [i for i in group if kinds[i] != kinds[group[-1]]]:
             raise InputError(
                 f"{self.method} would merge layers {group[0]} to {group[-1]}, of different kinds: {odd[-1]} is "
@@ -130,25 +124,25 @@ class MKACodeFixedWrite(MergeStage):
         return free[len(free) - self.removed(total) - 1 :]
 
     def plan(
-        self, facts: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
+        self, shape: ModelShape, evidence: Evidence, probe: ProbeContext | None = None
     ) -> tuple[MergePlan, list[Decision]]:
-        self.check(facts)
-        similarity, group = similarity_table(evidence, "npib_released", facts.layers), self._group(facts.layers)
+        self.check(shape)
+        similarity, group = similarity_table(evidence, "npib_released", shape.layers), self._group(shape.layers)
         lambdas = released_lambdas(similarity, group[-1], len(group) - 1)
         merged = PlannedLayer(tuple(group), chained_shares(lambdas), "projections")
-        layers = [merged if i == group.start else PlannedLayer((i,)) for i in range(facts.layers) if i not in group[1:]]
-        plan = MergePlan(self.method, facts.layers, tuple(layers))
-        scores: list[float | None] = [None] * facts.layers
+        layers = [merged if i == group.start else PlannedLayer((i,)) for i in range(shape.layers) if i not in group[1:]]
+        plan = MergePlan(self.method, shape.layers, tuple(layers))
+        scores: list[float | None] = [None] * shape.layers
         notes: dict[int, dict[str, Any]] = {}
         for step, value in enumerate(lambdas):
             j = group[-1] - step
             scores[j] = value
             notes[j] = {"merge": step + 1, **_pair(similarity, j - 1, j)}
         weights = {
-            "merged": [f"{p}.weight" for p in facts.architecture.projections()],
-            "kept": [*facts.architecture.norms, "biases", *(["experts"] if facts.architecture.experts else [])],
+            "merged": [f"{p}.weight" for p in shape.architecture.projections()],
+            "kept": [*shape.architecture.norms, "biases", *(["experts"] if shape.architecture.experts else [])],
         }
-        reasons = [self._reason(i, facts.layers, merged, scores[i]) for i in range(facts.layers)]
+        reasons = [self._reason(i, shape.layers, merged, scores[i]) for i in range(shape.layers)]
         rows = depth_decisions(plan, scores, "λ of the layer before", {}, reasons)
         for i in group:
             notes[i] = {**notes.get(i, {}), "tensors": weights}

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compression_dags.architectures import ModelShape
 from compression_dags.calibration.streaming import DecoderStream
-from compression_dags.depth.concat.merge import concatenate_members
-from compression_dags.depth.concat.sensitivity import sensitivity, strongest_of_all
+from compression_dags.depth.mka.groups import Group, MergeCandidate
 from compression_dags.depth.mka.options import MKA
+from compression_dags.depth.mka.pair_sums import PairSums
 from compression_dags.depth.mka.reasons import DROPS, why_kept, why_won
-from compression_dags.depth.plan import Evidence, MergePlan, PlannedLayer, ProbeContext
-from compression_dags.depth.regression_mean import (
-    Member,
-    matching_channels,
-    matching_groups,
-    permuted,
-    regression_mean,
-)
+from compression_dags.depth.plan import MergePlan, PlannedLayer
+from compression_dags.depth.stage import ProbeContext
 from compression_dags.errors import InputError
+from compression_dags.passes.ridge_sums import add_batch, token_weights
 from compression_dags.passes.scored_rows import chosen_rows
-from compression_dags.passes.variant_scoring import Edit, Piece, VariantScorer, as_is, placed
+from compression_dags.passes.variant_scoring import Edit, VariantScorer, as_is, placed
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.resume import as_note, from_note
-from compression_dags.recovery.least_squares import add_batch, token_weights
+from compression_dags.similarity.evidence import Evidence
 from compression_dags.solvers.ridge import Sums, best_fit
 
 UNITS = {
@@ -37,38 +31,13 @@ UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    """Adjacent original layers [start, stop) that one layer of the student stands for.
-
-    Attributes:
-        shares: of every original layer in [start, stop).
-        form: how the last merge was done; None for a layer as it is.
-        tensors: what differs from layer `start`, by local name, in the stored dtype.
-    """
-
-    start: int
-    stop: int
-    shares: tuple[float, ...] = (1.0,)
-    form: str | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    @property
-    def piece(self) -> Piece:
-        return Piece(self.start, self.tensors)
-
-
-@dataclass(frozen=True)
-class MergeCandidate:
-    """One layer in the place of groups p and p+1, and what is known of it before it is scored."""
-
-    position: int
-    group: Group
-    note: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.group.start}-{self.group.stop - 1} {self.group.form}"
+def plan(options: MKA, shape: ModelShape, evidence: Evidence, probe: ProbeContext) -> tuple[MergePlan, list[Decision]]:
+    """The plan of `mka`, a row for every merge, and one for every layer that is in none."""
+    options.check(shape)
+    sequences, length = map(int, probe.blocks.ids.shape)
+    options.check_tokens(shape, sequences, length)
+    fit, held = options.rows(sequences, length)
+    return PairSearch(options, shape, evidence, probe, fit, held).run()
 
 
 class PairSearch:
@@ -79,16 +48,16 @@ class PairSearch:
     """
 
     def __init__(
-        self, options: MKA, facts: ModelShape, evidence: Evidence, probe: ProbeContext, fit: list[int], held: list[int]
+        self, options: MKA, shape: ModelShape, evidence: Evidence, probe: ProbeContext, fit: list[int], held: list[int]
     ):
-        self.options, self.facts, self.evidence, self.probe = options, facts, evidence, probe
+        self.options, self.shape, self.evidence, self.probe = options, shape, evidence, probe
         self.source, self.unit = probe.source, UNITS[options.score]
         self.stream = DecoderStream(probe.source, device=probe.device, dtype=probe.dtype)
         self.batches = self.stream.batches(chosen_rows(probe.blocks, [*fit, *held]))
         self.first_held = len(fit)
         self.scorer = VariantScorer(self.stream, chosen_rows(probe.blocks, held))
         self.goal: list[Tensor] | None = None
-        self.groups = [Group(i, i + 1) for i in range(facts.layers)]
+        self.groups = [Group(i, i + 1) for i in range(shape.layers)]
         self.parked = self._where_states_fit()
         self.states = [[b.hidden.to(self.parked) for b in self.batches]]
         self._advance(0)
@@ -101,7 +70,7 @@ class PairSearch:
         if device.type == "cpu":
             return device
         each = sum(b.hidden.numel() * b.hidden.element_size() for b in self.batches)
-        fits = 2 * (self.facts.layers + 1) * each < torch.cuda.mem_get_info(device)[0] / 2
+        fits = 2 * (self.shape.layers + 1) * each < torch.cuda.mem_get_info(device)[0] / 2
         return device if fits else torch.device("cpu")
 
     def entry(self, position: int) -> list[Tensor]:
@@ -111,7 +80,7 @@ class PairSearch:
     # -- the rounds --------------------------------------------------------------------------------------------------
 
     def run(self) -> tuple[MergePlan, list[Decision]]:
-        count = self.options.removed(self.facts.layers)
+        count = self.options.removed(self.shape.layers)
         rows, loss = self._restore()
         for step in self.probe.progress(range(len(rows), count), "merge rounds"):
             candidates = self._candidates()
@@ -140,13 +109,13 @@ class PairSearch:
 
     def _shortlist(self) -> list[int]:
         """Positions p whose groups p, p+1 may become one: the most similar first, at most `shortlist`."""
-        free = self.options.free_layers(self.facts.layers)
+        free = self.options.free_layers(self.shape.layers)
         allowed = [
             p
             for p, (a, b) in enumerate(zip(self.groups, self.groups[1:], strict=False))
             if a.start >= free.start
             and b.stop <= free.stop
-            and len({self.facts.kind(i) for i in range(a.start, b.stop)}) == 1
+            and len({self.shape.kind(i) for i in range(a.start, b.stop)}) == 1
         ]
         return sorted(allowed, key=lambda p: (self._distance(p), p))[: self.options.shortlist]
 
@@ -165,7 +134,7 @@ class PairSearch:
         if self.options.score == "loss":
             return self.scorer.losses(pieces, edits)
         if self.goal is None:
-            self.goal = self.scorer.states(as_is(self.facts.layers))
+            self.goal = self.scorer.states(as_is(self.shape.layers))
         return self.scorer.measured(pieces, edits, lambda states: divergence(self.scorer, self.goal or [], states))
 
     def _merge(self, chosen: MergeCandidate) -> None:
@@ -188,7 +157,7 @@ class PairSearch:
     # -- candidates --------------------------------------------------------------------------------------------------
 
     def _build(self, position: int) -> list[MergeCandidate]:
-        pair = _PairSums(self, position)
+        pair = PairSums(self, position)
         return [
             MergeCandidate(position, *self._compensated(position, form, *pair.tensors(form)))
             for form in self.options.forms
@@ -201,7 +170,7 @@ class PairSearch:
         a, b = self.groups[position], self.groups[position + 1]
         weights = (*(shares[0] * s for s in a.shares), *(shares[1] * s for s in b.shares))
         group = Group(a.start, b.stop, weights, form, self._changed(a.start, tensors))
-        writer = self.facts.architecture.residual_writer
+        writer = self.shape.architecture.residual_writer
         note: dict[str, Any] = {"shares": list(shares)}
         if writer is None:
             return group, note
@@ -292,7 +261,7 @@ class PairSearch:
 
     def _norm_ratio(self, group: Group) -> float:
         """‖projections of the new layer‖ / ‖those of the first of its layers‖, Frobenius."""
-        names = [f"{p}.weight" for p in self.facts.architecture.projections()]
+        names = [f"{p}.weight" for p in self.shape.architecture.projections()]
         old = {n: self.source.tensor(self.source.layer(group.start)[n]).float() for n in names}
         new = {n: group.tensors.get(n, old[n]).float() for n in names}
         squares = [sum(float(t.square().sum()) for t in x.values()) for x in (new, old)]
@@ -301,7 +270,7 @@ class PairSearch:
     def _kept(self, rounds: list[Decision]) -> list[Decision]:
         rows, step = [], len(rounds)
         for i in (g.start for g in self.groups if g.form is None):
-            reason, evidence = why_kept(i, self.facts, self.options, rounds)
+            reason, evidence = why_kept(i, self.shape, self.options, rounds)
             target = f"layer {i}"
             rows.append(
                 Decision("merge", self.options.method, step, target, "keep", [i], None, self.unit, reason, evidence)
@@ -314,13 +283,11 @@ class PairSearch:
             for g in self.groups
         )
         tensors = {f"{p}.{name}": t for p, g in enumerate(self.groups) for name, t in g.tensors.items()}
-        return MergePlan(self.options.method, self.facts.layers, layers, tensors)
+        return MergePlan(self.options.method, self.shape.layers, layers, tensors)
 
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def _state(self, rows: list[Decision], loss: float | None) -> dict[str, Tensor]:
-        from dataclasses import asdict
-
         note = {
             "rows": [asdict(r) for r in rows],
             "loss": loss,
@@ -335,7 +302,7 @@ class PairSearch:
             return [], None
         _, tensors = saved
         note = from_note(tensors.pop("note"))
-        held = MergePlan("held", self.facts.layers, (PlannedLayer((0,)),), tensors)
+        held = MergePlan("held", self.shape.layers, (PlannedLayer((0,)),), tensors)
         self.groups = [
             Group(start, stop, tuple(shares), form, held.of_layer(p))
             for p, (start, stop, shares, form) in enumerate(note["groups"])
@@ -357,100 +324,3 @@ def divergence(scorer: VariantScorer, goal: list[Tensor], states: list[Tensor]) 
             count += int(mask.sum())
     value = float(total) / count
     return value if value == value else float("inf")
-
-
-class _PairSums:
-    """Inputs of every projection of two adjacent groups on the fitting tokens, and the tensors of each form."""
-
-    def __init__(self, search: PairSearch, position: int):
-        self.search, self.facts = search, search.facts
-        self.position = position
-        self.a, self.b = search.groups[position], search.groups[position + 1]
-        self._members: tuple[Member, Member] | None = None
-        self.cross: dict[str, Tensor] = {}
-        self.squares: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-
-    def tensors(self, form: str) -> tuple[dict[str, Tensor], tuple[float, float]]:
-        """All tensors of the merged layer before compensation, and the shares of the two groups."""
-        if form in DROPS:
-            group = self.a if form == "first" else self.b
-            return self.search.full(group), ((1.0, 0.0) if form == "first" else (0.0, 1.0))
-        a, b = self.members()
-        if form == "concat":
-            return self._concatenated(a, b)
-        share = self._share()
-        channels = matching_channels(a, b, self.cross["mlp_output"])
-        groups = matching_groups(a, b, self.cross["attention_output"], self.facts)
-        return regression_mean(a, permuted(b, channels, groups, self.facts), share, self.facts), (share, 1.0 - share)
-
-    def _share(self) -> float:
-        """λ of the first group: its part of the block influence of both (CoMe's prior)."""
-        influence = self.search.evidence.block_influence
-        first = float(np.maximum(influence[self.a.start : self.a.stop].sum(), 1e-12))
-        second = float(np.maximum(influence[self.b.start : self.b.stop].sum(), 1e-12))
-        return first / (first + second)
-
-    def members(self) -> tuple[Member, Member]:
-        if self._members is None:
-            self._members = self._measure()
-        return self._members
-
-    def _measure(self) -> tuple[Member, Member]:
-        search = self.search
-        grams: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        with torch.inference_mode():
-            for index, batch in enumerate(search.batches):
-                count = max(0, min(len(batch.rows), search.first_held - batch.rows.start))
-                if not count:
-                    continue
-                mask = batch.mask[:count].to(search.stream.device)
-                inputs = []
-                for side, group in enumerate((self.a, self.b)):
-                    entry = search.states[self.position + side][index].to(search.stream.device)
-                    seen = self._inputs(group, batch, entry)
-                    inputs.append({k: x[:count][mask].float() for k, x in seen.items()})
-                    for name, x in inputs[-1].items():
-                        self.squares[side][name] = self.squares[side].get(name, 0) + x.square().sum(0)
-                        if "mean" in search.options.forms:
-                            grams[side][name] = grams[side].get(name, 0) + x.T @ x
-                for name in ("attention_output", "mlp_output") if "mean" in search.options.forms else ():
-                    self.cross[name] = self.cross.get(name, 0) + inputs[0][name].T @ inputs[1][name]
-        device = search.stream.device
-        first, second = (
-            Member({k: t.to(device).float() for k, t in search.full(group).items()}, sums)
-            for group, sums in zip((self.a, self.b), grams, strict=True)
-        )
-        return first, second
-
-    def _inputs(self, group: Group, batch: Any, entry: Tensor) -> dict[str, Tensor]:
-        """Projection group → its input (b, T, channels) when the group's layer runs on `entry`."""
-        seen: dict[str, Tensor] = {}
-        with placed(self.search.stream, group.piece) as module:
-            hooks = []
-            for projections in self.facts.architecture.groups:
-
-                def keep(_: Any, args: tuple[Tensor, ...], name: str = projections.name) -> None:
-                    seen[name] = args[0].reshape(*entry.shape[:2], -1)
-
-                hooks.append(module.get_submodule(projections.projections[0]).register_forward_pre_hook(keep))
-            self.search.stream.apply(module, group.start, batch, entry)
-            for hook in hooks:
-                hook.remove()
-        return seen
-
-    def _concatenated(self, a: Member, b: Member) -> tuple[dict[str, Tensor], tuple[float, float]]:
-        """The most sensitive channels and key-value groups of both, ranked together."""
-        facts, architecture = self.facts, self.facts.architecture
-        (o,), (down,) = architecture.group("attention_output"), architecture.group("mlp_output")
-        known = []
-        for m, sums in zip((a, b), self.squares, strict=True):  # over the same tokens, so sums rank as means do
-            weights = (m.tensors[f"{o}.weight"], m.tensors[f"{down}.weight"])
-            known.append(sensitivity(weights, (sums["attention_output"], sums["mlp_output"]), "l2", facts))
-        channels = [
-            c.to(a.tensors[f"{down}.weight"].device)
-            for c in strongest_of_all([k.channels for k in known], facts.intermediate)
-        ]
-        heads = [h.to(channels[0].device) for h in strongest_of_all([k.heads for k in known], facts.kv_heads)]
-        share = len(channels[0]) / facts.intermediate
-        made = concatenate_members([a.tensors, b.tensors], channels, heads, (share, 1.0 - share), facts)
-        return made, (share, 1.0 - share)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -10,14 +9,10 @@ from pydantic import Field, model_validator
 from compression_dags.architectures import ModelShape
 from compression_dags.calibration.corpora import check_size, corpus_digest
 from compression_dags.errors import InputError
-from compression_dags.recovery.stage import RecoverStage, Recovery
-from compression_dags.stage import Progress, silent
+from compression_dags.recovery.stage import RecoverStage
 
 if TYPE_CHECKING:
-    from compression_dags.calibration.corpora import TokenBlocks
-    from compression_dags.checkpoints.reader import Checkpoint
-    from compression_dags.depth.plan import MergePlan
-    from compression_dags.provenance.resume import ResumePoint
+    pass
 
 
 class Distillation(RecoverStage):
@@ -32,6 +27,7 @@ class Distillation(RecoverStage):
     """
 
     version: ClassVar[str] = "2"
+    implementation: ClassVar[str] = "compression_dags.recovery.distillation.run:recover"
     inputs: ClassVar[Literal["teacher", "student"]]
 
     corpora: tuple[str, ...] = Field(("c4-sample",), min_length=1, description="texts to train on, in equal shares")
@@ -62,15 +58,15 @@ class Distillation(RecoverStage):
             raise ValueError(f"tokens {self.tokens} is less than one step (batch_tokens {self.batch_tokens})")
         return self
 
-    def check(self, facts: ModelShape) -> None:
-        if facts.architecture.experts is not None:
+    def check(self, shape: ModelShape) -> None:
+        if shape.architecture.experts is not None:
             raise InputError(
-                f"recover: {self.method} does not train experts ({facts.architecture.model_type}); "
+                f"recover: {self.method} does not train experts ({shape.architecture.model_type}); "
                 "leave the stage out for this model"
             )
         for corpus in self.corpora:
-            check_size(corpus, max(1, self.held_windows // len(self.corpora)) + 1, self._window(facts), "held_windows")
-        if self.batch_tokens < self._window(facts):
+            check_size(corpus, max(1, self.held_windows // len(self.corpora)) + 1, self._window(shape), "held_windows")
+        if self.batch_tokens < self._window(shape):
             raise InputError(f"recover: {self.method} has batch_tokens {self.batch_tokens}, less than one window")
 
     def data_digests(self) -> dict[str, str]:
@@ -79,27 +75,8 @@ class Distillation(RecoverStage):
     def computing_options(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"corpora"})
 
-    def _window(self, facts: ModelShape) -> int:
-        return min(self.length, int(facts.config.get("max_position_embeddings") or self.length))
-
-    def recover(
-        self,
-        teacher: Checkpoint,
-        student: Checkpoint,
-        plan: MergePlan,
-        blocks: TokenBlocks,
-        directory: Path,
-        *,
-        device: str = "cpu",
-        dtype: str = "float32",
-        resume: ResumePoint | None = None,
-        progress: Progress = silent,
-    ) -> Recovery:
-        """See `RecoverStage.recover`; `blocks` is not read. Teacher and student are in memory whole."""
-        from compression_dags.recovery.distillation.run import DistillRun
-
-        self.check(teacher.facts)
-        return DistillRun(self, teacher, student, plan, device, dtype, resume, progress).run(directory)
+    def _window(self, shape: ModelShape) -> int:
+        return min(self.length, int(shape.config.get("max_position_embeddings") or self.length))
 
 
 class DistillSP(Distillation):

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from compression_dags.calibration.corpora import TrainingWindows, training_windows
+from compression_dags.calibration.corpora import TokenBlocks, TrainingWindows, training_windows
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.plan import MergePlan
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.provenance.resume import ResumePoint, as_note, from_note
-from compression_dags.provenance.wording import apart, counted
 from compression_dags.recovery.distillation.model import (
     Student,
     WholeModel,
@@ -28,7 +28,9 @@ from compression_dags.recovery.distillation.model import (
     next_token_loss,
 )
 from compression_dags.recovery.distillation.options import Distillation
-from compression_dags.recovery.stage import Recovery, write_recovered
+from compression_dags.recovery.distillation.processes import in_processes
+from compression_dags.recovery.distillation.watch import Watch, share_of_peak, why
+from compression_dags.recovery.results import Recovery, write_recovered
 from compression_dags.stage import Progress, silent
 
 UNIT = "held-out next-token loss after / before"
@@ -87,8 +89,6 @@ class DistillRun:
         return Recovery(checkpoint, fitted, self.decisions, facts)
 
     def _prepare(self) -> None:
-        from transformers import AutoTokenizer
-
         options = self.options
         torch.manual_seed(options.seed)
         tokenizer = AutoTokenizer.from_pretrained(self.teacher_checkpoint.path, local_files_only=True)
@@ -148,7 +148,7 @@ class DistillRun:
         """distill-mp: all merged layers on the base model's states; then accepted one by one, from the bottom."""
         before = self.student.tensors(groups)
         if self.options.workers > 1:
-            after = _in_processes(self, groups, order)
+            after = in_processes(self, groups, order, _child)
             self._count(order, groups)
         else:
             self.train_independent(groups, order)
@@ -205,7 +205,7 @@ class DistillRun:
             "learning_rate": options.hidden_lr if target != "logits" else options.logit_lr,
         }
         action, step = "recover" if after < before else "reject", len(self.decisions)
-        reason = _reason(evidence, target)
+        reason = why(evidence, target)
         row = Decision("recover", options.method, step, target, action, sources, after / before, UNIT, reason, evidence)
         self.decisions.append(row)
 
@@ -230,7 +230,7 @@ class DistillRun:
         total = len(order) // self.rows
         fused = torch.device(self.device).type == "cuda"
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, total, self.options.warmup))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: share_of_peak(s, total, self.options.warmup))
         for parameter in parameters:
             parameter.requires_grad_(True)
         marks = {round(total * (i + 1) / self.options.checks) for i in range(self.options.checks)}
@@ -363,108 +363,6 @@ class DistillRun:
         return done
 
 
-def _reason(evidence: dict[str, Any], target: str) -> str:
-    """Why what was trained was accepted or rejected, by the numbers of its row."""
-    before, after = apart(evidence["held_out_loss_before"], evidence["held_out_loss_after"])
-    goal = "the base model's logits" if target == "logits" else "the base model's hidden states"
-    trained = f"{counted(evidence['steps'], 'training step')} towards {goal}"
-    if evidence["held_out_loss_after"] < evidence["held_out_loss_before"]:
-        return f"recovered: {trained} lowered the held-out loss from {before} to {after} nats"
-    return f"rejected: {trained} did not lower the held-out loss, {before} nats before and {after} at best after"
-
-
-class Watch:
-    """Scores a part under way, keeps its best state, stops it in time, and lets it resume where it was killed."""
-
-    def __init__(self, run: DistillRun, positions: list[int]):
-        self.run, self.positions = run, positions
-        self.best, self.loss = run.student.tensors(positions), run.loss
-        self.loss_before, self.waited = run.loss, 0
-
-    def check(self, taken: int, optimizer: torch.optim.Optimizer) -> bool:
-        """Score the weights as they would be stored; False when nothing got better for `patience` checks."""
-        run = self.run
-        masters = run.student.tensors(self.positions)
-        run.student.round(self.positions)
-        loss = run._held_out_loss()
-        if loss < self.loss:
-            self.best, self.loss, self.waited = run.student.tensors(self.positions), loss, 0
-        else:
-            self.waited += 1
-        run.student.install(masters)
-        self._save(taken, optimizer, masters)
-        return self.waited < run.options.patience
-
-    def _save(self, taken: int, optimizer: torch.optim.Optimizer, masters: dict[str, Tensor]) -> None:
-        if self.run.resume is None:
-            return
-        moments = {
-            f"{kind}.{name}": state[kind]
-            for name, state in zip(masters, optimizer.state.values(), strict=True)
-            for kind in ("exp_avg", "exp_avg_sq")
-        }
-        best = {f"best.{name}": t for name, t in self.best.items()}
-        now = {f"now.{name}": t for name, t in masters.items()}
-        note = {"taken": taken, "loss": self.loss, "loss_before": self.loss_before, "waited": self.waited}
-        self.run._save(self.run.parts_done, note, {**moments, **best, **now})
-
-    def resume(self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR) -> int:
-        """Put back what `_save` kept; the steps taken so far."""
-        note, tensors = self.run.under_way
-        if note is None:
-            return 0
-        self.run.under_way = (None, {})
-        self.loss, self.loss_before, self.waited = note["loss"], note["loss_before"], note["waited"]
-        named = self.run.student.named(self.positions)
-        device = next(iter(named.values())).device
-        self.best = {name: tensors[f"best.{name}"].to(device) for name in named}
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[f"now.{name}"])
-                moments = {kind: tensors[f"{kind}.{name}"].to(device) for kind in ("exp_avg", "exp_avg_sq")}
-                step = torch.tensor(float(note["taken"]), device=device if device.type == "cuda" else "cpu")
-                optimizer.state[parameter] = {"step": step, **moments}
-        rates = [
-            group["initial_lr"] * f(note["taken"])
-            for group, f in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        schedule.last_epoch = note["taken"]
-        return int(note["taken"])
-
-
-def _rate(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
-    rise = max(1, int(warmup * total))
-    if step < rise:
-        return (step + 1) / rise
-    done = (step - rise) / max(1, total - rise)
-    return 0.1 + 0.9 * 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
-
-
-def _in_processes(run: DistillRun, groups: list[int], order: np.ndarray) -> dict[str, Tensor]:
-    """Groups dealt out to processes, each on the next GPU; every process reads the checkpoints itself."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    workers = min(run.options.workers, len(groups))
-    shares = [groups[i::workers] for i in range(workers)]
-    own = torch.device(run.device)
-    gpus = torch.cuda.device_count() if own.type == "cuda" else 0
-    devices = [f"cuda:{((own.index or 0) + i) % gpus}" if gpus else run.device for i in range(workers)]
-    where = (str(run.teacher_checkpoint.path), str(run.student_checkpoint.path))
-    found: dict[str, Tensor] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(_child, run.options, run.plan, where, device, run.dtype, share, order)
-            for share, device in zip(shares, devices, strict=True)
-        ]
-        for job in jobs:
-            found |= {name: torch.from_numpy(array) for name, array in job.result().items()}
-    return found
-
-
 def _child(
     options: Distillation,
     plan: MergePlan,
@@ -480,3 +378,21 @@ def _child(
     run._prepare()
     run.train_independent(groups, order)
     return {name: tensor.cpu().numpy() for name, tensor in run.student.tensors(groups).items()}
+
+
+def recover(
+    options: Distillation,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    plan: MergePlan,
+    blocks: TokenBlocks,
+    directory: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    resume: ResumePoint | None = None,
+    progress: Progress = silent,
+) -> Recovery:
+    """The student with its merged layers distilled; `blocks` is not read. Teacher and student are in memory whole."""
+    options.check(teacher.shape)
+    return DistillRun(options, teacher, student, plan, device, dtype, resume, progress).run(directory)

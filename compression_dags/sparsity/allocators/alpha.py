@@ -14,7 +14,7 @@ eigenvalues are found in float64; those below 1e-12 of the largest are left out 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -32,26 +32,20 @@ from compression_dags.sparsity.allocation import (
     Unit,
     check_target,
     layer_units,
-    need_bench,
+    need_probe,
     on_grid,
     per_matrix,
     place_among,
     sizes,
 )
 from compression_dags.sparsity.knapsack import scaled_to
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-#: Eigenvalues below this share of the largest are rounding.
-NEGLIGIBLE = 1e-12
-_BINS = 100
-_CANDIDATES_AT_ONCE = 512
+from compression_dags.stage import implementation
 
 
 class Alpha(GriddedAllocation):
     """AlphaPruning: sparsity rises with the power-law exponent of the weights' spectra; no data needed."""
 
+    implementation: ClassVar[str] = "compression_dags.sparsity.allocators.spectra:exponent"
     method: Literal["alpha"] = "alpha"
     epsilon: float = Field(0.3, gt=0, lt=1, description="ratios to the target span [1 − ε, 1 + ε] before scaling")
     fit: Literal["peak", "mid"] = Field("peak", description="where the tail begins")
@@ -72,7 +66,7 @@ class Alpha(GriddedAllocation):
         check_target(target)
         if target > MOST:
             raise InputError(f"sparsity {target} is more than {MOST}, the most a matrix may get from alpha")
-        probe = need_bench(probe, self.method)
+        probe = need_probe(probe, self.method)
         exponents = {m.name: self._exponent(m, probe) for m in matrices}
         units = layer_units(matrices) if self.per == "layer" else [Unit(m.name, m.layer, (m,)) for m in matrices]
         alpha = np.array([np.mean([exponents[m.name] for m in u.matrices]) for u in units])
@@ -105,64 +99,7 @@ class Alpha(GriddedAllocation):
         )
 
     def _exponent(self, matrix: Matrix, probe: AllocationProbe) -> float:
-        found = tail_exponent(spectrum(probe.weights(matrix.name)), self.fit)
+        found = implementation(self)(probe.weights(matrix.name), self.fit)
         if not np.isfinite(found):
             raise IntegrityError(f"{matrix.name}: its spectrum has no power-law exponent (a zero or non-finite matrix)")
         return found
-
-
-def spectrum(weight: Tensor) -> Tensor:
-    """(rows, columns) → ascending positive eigenvalues of WᵀW, float64, on the weight's device."""
-    import torch
-
-    w = weight.double()
-    if not bool(torch.isfinite(w).all()):
-        return w.new_full((1,), torch.nan)
-    values = torch.linalg.eigvalsh(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w)
-    return values[values > NEGLIGIBLE * values[-1]]
-
-
-def tail_exponent(values: Tensor, fit: Literal["peak", "mid"]) -> float:
-    """α of ascending eigenvalues; NaN for fewer than two different ones."""
-    import torch
-
-    count = len(values)
-    if count < 2 or not bool(values[-1] > values[0]):
-        return float("nan")
-    logs = values.log()
-    remaining = torch.arange(count, 0, -1, dtype=torch.float64, device=values.device)
-    tails = logs.flip(0).cumsum(0).flip(0) - remaining * logs
-    if fit == "mid":
-        middle = count // 2
-        return float(1 + remaining[middle] / tails[middle])
-    start, stop = _candidates(values)
-    alphas = 1 + remaining[start:stop] / tails[start:stop]
-    distances = torch.cat(
-        [_distances(values, alphas[i - start :], i, stop) for i in range(start, stop, _CANDIDATES_AT_ONCE)]
-    )
-    return float(alphas[int(distances.argmin())])
-
-
-def _candidates(values: Tensor) -> tuple[int, int]:
-    """Range of indices that `peak` tries as λ_min."""
-    import torch
-
-    logs = values.log10()
-    counts = torch.histc(logs.cpu(), _BINS)
-    edges = torch.linspace(float(logs[0]), float(logs[-1]), _BINS + 1, dtype=torch.float64)
-    peak = 10 ** float(edges[int(counts.argmax())])
-    tried = torch.nonzero((values >= np.log10(0.95 * peak)) & (values <= 1.5 * peak)).flatten()
-    last = len(values) - 1  # an exponent needs two eigenvalues
-    tried = tried[tried < last]
-    return (int(tried[0]), int(tried[-1]) + 1) if len(tried) else (0, last)
-
-
-def _distances(values: Tensor, alphas: Tensor, first: int, stop: int) -> Tensor:
-    """Kolmogorov-Smirnov distances of the tails that begin at `first`, first + 1, …: a chunk of them."""
-    import torch
-
-    starts = torch.arange(first, min(first + _CANDIDATES_AT_ONCE, stop), device=values.device)
-    index = torch.arange(len(values), device=values.device)
-    model = 1 - (values[None, :] / values[starts, None]) ** (1 - alphas[: len(starts), None])
-    empirical = (index[None, :] - starts[:, None]) / (len(values) - starts[:, None]).double()
-    return (model - empirical).abs().masked_fill(index[None, :] < starts[:, None], 0.0).amax(1)

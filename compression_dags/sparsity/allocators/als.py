@@ -38,7 +38,7 @@ from compression_dags.sparsity.allocation import (
     Unit,
     check_target,
     layer_units,
-    need_bench,
+    need_probe,
     on_grid,
     per_matrix,
     sizes,
@@ -290,7 +290,7 @@ class _Problem:
 
     def _weights(self, units: Sequence[Unit]) -> np.ndarray:
         """(n,) Frobenius norm of every unit's weights over their mean."""
-        probe = need_bench(self.probe, "als with weight_norm")
+        probe = need_probe(self.probe, "als with weight_norm")
         for m in (m for u in units for m in u.matrices):
             if m.name not in self._norms:
                 self._norms[m.name] = float(probe.weights(m.name).float().norm())

@@ -8,7 +8,7 @@ means, as here.) Clipping and the parameter-weighted shift are as in `allocate_o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -24,10 +24,11 @@ from compression_dags.sparsity.allocation import (
     SparsityEvidence,
     check_target,
     layer_units,
-    need_bench,
+    need_probe,
     place_among,
 )
-from compression_dags.sparsity.allocators.owl import by_density_score, mean_score
+from compression_dags.sparsity.allocators.owl import by_density_score
+from compression_dags.stage import implementation
 
 
 class DLP(GriddedAllocation):
@@ -35,6 +36,7 @@ class DLP(GriddedAllocation):
 
     reads_statistics = True
 
+    implementation: ClassVar[str] = "compression_dags.sparsity.allocators.scores:mean_score"
     method: Literal["dlp"] = "dlp"
     spread: float = Field(0.15, gt=0, lt=0.5, description="α: densities span 2α before clipping")
 
@@ -51,8 +53,8 @@ class DLP(GriddedAllocation):
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         check_target(target)
-        units, probe = layer_units(matrices), need_bench(probe, self.method)
-        mean = np.array([mean_score(u, evidence, probe) for u in units])
+        units, probe = layer_units(matrices), need_probe(probe, self.method)
+        mean = np.array([implementation(self)(u, evidence, probe) for u in units])
         if mean.sum() <= 0:
             raise InputError("dlp: all weights or all activations are 0; no layer is more important than another")
         importance = 1 - mean / mean.sum()

@@ -41,12 +41,12 @@ class Given(GriddedAllocation):
             if layer < 0 or not 0 <= share < 1:
                 raise InputError(f"given: layer {layer}: {share:g}: layers count from 0, and shares lie in [0, 1)")
 
-    def check_model(self, target: float, facts: ModelShape) -> None:
-        if missing := sorted(layer for layer in self.layers if layer >= facts.layers):
-            raise InputError(f"given: there is no layer {missing[0]}; the model has {facts.layers}")
-        if len({facts.kind(i) for i in range(facts.layers)}) > 1:
+    def check_model(self, target: float, shape: ModelShape) -> None:
+        if missing := sorted(layer for layer in self.layers if layer >= shape.layers):
+            raise InputError(f"given: there is no layer {missing[0]}; the model has {shape.layers}")
+        if len({shape.kind(i) for i in range(shape.layers)}) > 1:
             return  # layers of several sizes are weighed when they are read
-        mean = sum(self.layers.values()) / facts.layers
+        mean = sum(self.layers.values()) / shape.layers
         if abs(mean - target) > NEAR:
             raise InputError(f"given: the layers' sparsities come to {mean:.4f} of the weights, not to {target:g}")
 

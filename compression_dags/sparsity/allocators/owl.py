@@ -11,12 +11,11 @@ missed where layers differ; here the shift makes the mean over parameters exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.wording import number, ranked
 from compression_dags.sparsity.allocation import (
     UNSTRUCTURED,
@@ -28,16 +27,14 @@ from compression_dags.sparsity.allocation import (
     Unit,
     check_target,
     layer_units,
-    need_bench,
+    need_probe,
     on_grid,
     per_matrix,
     place_among,
     shifted,
     sizes,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from compression_dags.stage import implementation
 
 INSIDE_EXPERTS = (
     "inputs of the experts' down projections are not recorded by the calibration pass; the scores leave those out"
@@ -50,6 +47,7 @@ class OWL(GriddedAllocation):
 
     reads_statistics = True
 
+    implementation: ClassVar[str] = "compression_dags.sparsity.allocators.scores:outlier_ratio"
     method: Literal["owl"] = "owl"
     threshold: float = Field(5.0, gt=0, description="M: an outlier exceeds this multiple of the layer's mean score")
     spread: float = Field(0.08, gt=0, lt=0.5, description="λ: densities span 2λ before clipping")
@@ -67,8 +65,8 @@ class OWL(GriddedAllocation):
         pattern: str = UNSTRUCTURED,
     ) -> Allocated:
         check_target(target)
-        units, probe = layer_units(matrices), need_bench(probe, self.method)
-        ratios = np.array([outlier_ratio(u, evidence, probe, self.threshold) for u in units])
+        units, probe = layer_units(matrices), need_probe(probe, self.method)
+        ratios = np.array([implementation(self)(u, evidence, probe, self.threshold) for u in units])
         rows = [{"outlier_percent": float(r)} for r in ratios]
         return by_density_score(units, ratios, self.spread, target, self.granularity, rows, evidence)
 
@@ -79,50 +77,6 @@ class OWL(GriddedAllocation):
             f"{percent} % of its layer's weights are outliers, {ranked(place, 'largest')} share of {of} layers, "
             f"and more outliers keep more (± {number(self.spread)} about {number(target)})"
         )
-
-
-def scored_weights(unit: Unit, evidence: SparsityEvidence) -> list[tuple[Matrix, np.ndarray]]:
-    """The unit's matrices whose input norms are known, with them.
-
-    Raises:
-        InputError: none are known.
-    """
-    known = [(m, evidence.channel_norms(m)) for m in unit.matrices]
-    found = [(m, x) for m, x in known if x is not None]
-    if not found:
-        raise InputError(f"{unit.name}: the calibration pass left no norms of the inputs of {unit.matrices[0].name}")
-    return found
-
-
-def scores(matrix: Matrix, norms: np.ndarray, probe: AllocationProbe) -> Tensor:
-    """|W|·‖x‖ of one matrix: (rows, columns) float32."""
-    import torch
-
-    weight = probe.weights(matrix.name)
-    return weight.abs().float() * torch.from_numpy(norms).to(weight.device, torch.float32)
-
-
-def mean_score(unit: Unit, evidence: SparsityEvidence, probe: AllocationProbe) -> float:
-    """Mean of |W|·‖x‖ over a unit's weights, one matrix at a time."""
-    import torch
-
-    total, count = 0.0, 0
-    for matrix, norms in scored_weights(unit, evidence):
-        found = scores(matrix, norms, probe)
-        total, count = total + float(found.sum(dtype=torch.float64)), count + found.numel()
-    if not np.isfinite(total):
-        raise IntegrityError(f"{unit.name}: |W|·‖x‖ is not finite: the model's weights or activations are not")
-    return total / count
-
-
-def outlier_ratio(unit: Unit, evidence: SparsityEvidence, probe: AllocationProbe, threshold: float) -> float:
-    """Percent of a unit's scores above `threshold` times their mean."""
-    limit = threshold * mean_score(unit, evidence, probe)
-    above, count = 0, 0
-    for matrix, norms in scored_weights(unit, evidence):
-        found = scores(matrix, norms, probe)
-        above, count = above + int((found > limit).sum()), count + found.numel()
-    return 100.0 * above / count
 
 
 def by_density_score(

@@ -2,7 +2,7 @@
 
 ATP (ICML 2025, wzhuang-xmu/ATP) tries β = 0.002, 0.004, … and keeps the one with the best perplexity on WikiText-2's
 test split, which is then its result. Here candidates are scored on calibration text kept apart, by
-`bench.held_out_loss`: first a coarse grid of rises β (L − 1), then golden-section steps around the best. l̄ is weighted
+`probe.held_out_loss`: first a coarse grid of rises β (L − 1), then golden-section steps around the best. l̄ is weighted
 by parameters.
 """
 
@@ -66,12 +66,12 @@ class Ramp(GriddedAllocation):
                 f"leave 0 to {MOST}"
             )
 
-    def check_model(self, target: float, facts: ModelShape) -> None:
-        room, rise = 2 * min(target, MOST - target), (self.beta or 0.0) * max(1, facts.layers - 1)
+    def check_model(self, target: float, shape: ModelShape) -> None:
+        room, rise = 2 * min(target, MOST - target), (self.beta or 0.0) * max(1, shape.layers - 1)
         if abs(rise) > room + 1e-9:
             raise InputError(
-                f"ramp: beta {self.beta:g} over {facts.layers} layers is a rise of {rise:g}; sparsity {target} leaves "
-                f"room for {room:g} (beta {room / max(1, facts.layers - 1):.4g}): no layer may leave 0 to {MOST}"
+                f"ramp: beta {self.beta:g} over {shape.layers} layers is a rise of {rise:g}; sparsity {target} leaves "
+                f"room for {room:g} (beta {room / max(1, shape.layers - 1):.4g}): no layer may leave 0 to {MOST}"
             )
 
     def _span(self, target: float) -> tuple[float, float]:

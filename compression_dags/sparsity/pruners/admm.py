@@ -12,7 +12,7 @@ from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stage import StatisticKind, Target
 
 if TYPE_CHECKING:
-    from compression_dags.sparsity.pruner import Problem, Pruned
+    pass
 
 
 class ADMM(SparsifyStage):
@@ -27,6 +27,7 @@ class ADMM(SparsifyStage):
 
     statistic: ClassVar[StatisticKind] = "hessian"
     rule: ClassVar[str] = "those that ADMM chose, the rest refitted"
+    implementation: ClassVar[str] = "compression_dags.sparsity.pruners.admm_refit:prune"
     method: Literal["admm"] = "admm"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     target: Target = Field(
@@ -39,39 +40,10 @@ class ADMM(SparsifyStage):
     def follows(self) -> Target:
         return self.target
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
         if self.target != "own" and self.propagate == "dense":
             raise InputError(
                 f"sparsify: admm with target {self.target} compares the pruned model with the dense one as it goes; "
                 "propagate dense is for target own"
             )
-
-    def prune(self, problem: Problem) -> list[Pruned]:
-        import torch
-
-        from compression_dags.solvers.admm import admm_mask
-        from compression_dags.solvers.refit import propagated_target, reconstruction_error, refit
-        from compression_dags.solvers.sweep import Rows, row_spans
-        from compression_dags.sparsity.pruner import Pruned
-
-        assert problem.hessian is not None
-        problem.hessian.require_finite(" + ".join(problem.names))
-        hessian = problem.hessian.matrix
-        stack = torch.cat([w.float() for w in problem.weights])
-        target = stack
-        if problem.cross is not None:
-            target = propagated_target(stack, hessian, problem.cross, self.damping, problem.drift)
-        spans = row_spans(problem.weights)
-        parts = [Rows(a, b, p) for (a, b), p in zip(spans, problem.patterns, strict=True)]
-        chosen = admm_mask(target, hessian, parts, damping=self.damping)
-        aim = "own" if problem.cross is None else "dense" if problem.drift is None else "residual"
-        fitted = refit(target, hessian, chosen.mask, start=chosen.values, damping=self.damping)
-        found = []
-        for (a, b), weight in zip(spans, problem.weights, strict=True):
-            new, mask = fitted.weight[a:b].to(weight.dtype), chosen.mask[a:b]
-            lost = reconstruction_error(target[a:b], new.float(), hessian).double().sum()
-            whole = reconstruction_error(target[a:b], torch.zeros_like(target[a:b]), hessian).double().sum()
-            evidence = {"target": aim, "output_error": float((lost / whole).sqrt()) if whole > 0 else 0.0}
-            found.append(Pruned(new, mask, evidence | chosen.evidence | fitted.evidence))
-        return found

@@ -7,18 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from compression_dags.sparsity.stage import SparsifyStage
 
 if TYPE_CHECKING:
-    from compression_dags.sparsity.pruner import Problem, Pruned
+    pass
 
 
 class Magnitude(SparsifyStage):
     """Zero the smallest |W|: over a whole matrix, or in every group of M inputs."""
 
     rule: ClassVar[str] = "the smallest |W|"
+    implementation: ClassVar[str] = "compression_dags.sparsity.pruners.by_score:by_magnitude"
     method: Literal["magnitude"] = "magnitude"
-
-    def prune(self, problem: Problem) -> list[Pruned]:
-        from compression_dags.sparsity.masks import mask_of_matrix
-        from compression_dags.sparsity.pruner import masked
-
-        pairs = zip(problem.weights, problem.patterns, strict=True)
-        return masked(problem, [mask_of_matrix(w.float().abs(), p) for w, p in pairs])

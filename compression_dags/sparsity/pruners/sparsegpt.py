@@ -12,7 +12,7 @@ from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stage import StatisticKind
 
 if TYPE_CHECKING:
-    from compression_dags.sparsity.pruner import Problem, Pruned
+    pass
 
 
 class SparseGPT(SparsifyStage):
@@ -20,36 +20,13 @@ class SparseGPT(SparsifyStage):
 
     statistic: ClassVar[StatisticKind] = "hessian"
     rule: ClassVar[str] = "the least w²/(H⁻¹)ⱼⱼ, later columns making up for each"
+    implementation: ClassVar[str] = "compression_dags.sparsity.pruners.column_sweep:prune"
     method: Literal["sparsegpt"] = "sparsegpt"
     damping: float = Field(0.01, gt=0, description="λ over the mean diagonal of the Hessian")
     block: int = Field(128, ge=1, description="columns whose mask is chosen at a time")
 
-    def check(self, facts: ModelShape) -> None:
-        super().check(facts)
+    def check(self, shape: ModelShape) -> None:
+        super().check(shape)
         m = self.asked.m
         if m and self.block % m:
             raise InputError(f"sparsify: block {self.block} is not a multiple of the {m} of pattern {self.pattern}")
-
-    def prune(self, problem: Problem) -> list[Pruned]:
-        import torch
-
-        from compression_dags.solvers.factor import inverse_factor
-        from compression_dags.solvers.hessian import energy
-        from compression_dags.solvers.sweep import Rows, prune_sweep, row_spans
-        from compression_dags.sparsity.pruner import Pruned
-
-        assert problem.hessian is not None
-        label = " + ".join(problem.names)
-        problem.hessian.require_finite(label)
-        factor = inverse_factor(problem.hessian.matrix, self.damping, label)
-        stack = torch.cat([w.float() for w in problem.weights])
-        spans = row_spans(problem.weights)
-        parts = [Rows(a, b, p) for (a, b), p in zip(spans, problem.patterns, strict=True)]
-        swept = prune_sweep(stack, factor, parts, block=self.block)
-        found = []
-        for (a, b), weight in zip(spans, problem.weights, strict=True):
-            new, mask = swept.weight[a:b].to(weight.dtype), swept.mask[a:b]
-            lost, whole = swept.error[a:b].double().sum(), energy(stack[a:b], problem.hessian.matrix)
-            error = float((lost / whole).sqrt()) if whole > 0 else 0.0
-            found.append(Pruned(new, mask, {"output_error": error, **factor.evidence}))
-        return found

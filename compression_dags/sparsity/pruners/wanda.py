@@ -8,7 +8,7 @@ from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stage import StatisticKind
 
 if TYPE_CHECKING:
-    from compression_dags.sparsity.pruner import Problem, Pruned
+    pass
 
 
 class Wanda(SparsifyStage):
@@ -16,14 +16,5 @@ class Wanda(SparsifyStage):
 
     statistic: ClassVar[StatisticKind] = "mean_square"
     rule: ClassVar[str] = "the smallest |W|·‖x‖ of every output"
+    implementation: ClassVar[str] = "compression_dags.sparsity.pruners.by_score:by_activation"
     method: Literal["wanda"] = "wanda"
-
-    def prune(self, problem: Problem) -> list[Pruned]:
-        from compression_dags.sparsity.masks import mask_of_rows
-        from compression_dags.sparsity.pruner import masked
-
-        assert problem.mean_square is not None
-        norms = problem.mean_square.sqrt().float()
-        pairs = zip(problem.weights, problem.patterns, strict=True)
-        masks = [mask_of_rows(w.float().abs() * norms, p) for w, p in pairs]
-        return masked(problem, masks, {"dead_inputs": int((norms == 0).sum())})
