@@ -47,7 +47,9 @@ def draw(rows: list[tuple[str, float, float]], out: Path) -> None:
     for kind, (colour, marker) in KINDS.items():
         points = [(size, score) for name, size, score in rows if kind_of(name) == kind]
         if points:
-            axes.scatter(*zip(*points, strict=True), c=colour, marker=marker, s=110 if kind == "dense" else 60, label=kind)
+            axes.scatter(
+                *zip(*points, strict=True), c=colour, marker=marker, s=110 if kind == "dense" else 60, label=kind
+            )
     for name, size, score in rows:
         short = name.removeprefix("planned, ").replace(", distilled", "")
         axes.annotate(short, (size, score), xytext=(7, 5), textcoords="offset points", fontsize=9)
