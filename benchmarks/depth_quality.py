@@ -7,6 +7,8 @@
 MODEL_DIR is a checkpoint directory. One calibration pass serves all methods; a recovery is a list of stages, each on
 the weights that the one before it left. No Dagster is needed, so this runs on a machine that has only torch and
 transformers.
+
+    python benchmarks/depth_quality.py --tiny  # seconds on a CPU: does it run
 """
 
 from __future__ import annotations
@@ -32,12 +34,22 @@ from compression_dags.depth.plan import MergePlan, keep_only
 from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.evaluation.perplexity import perplexity
 from compression_dags.evaluation.tasks import PerplexityTask
+from compression_dags.paths import PROJECT
 from compression_dags.recovery.stage import RecoverStage
 from compression_dags.registry import METHODS
 from compression_dags.similarity.evidence import Evidence, read_evidence
 from compression_dags.similarity.tables import write_similarity
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
+#: What `--tiny` asks for: a shipped model of five layers on a few windows.
+TINY = {
+    "model": PROJECT / "models" / "stories260k",
+    "text": str(PROJECT / "data" / "heldout" / "stories.jsonl"),
+    "window": 128,
+    "max_windows": 2,
+    "sequences": 8,
+    "length": 128,
+}
 
 
 def main() -> None:
@@ -72,7 +84,8 @@ def recorder(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Callable[.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, its device, the calibration set and how it is scored."""
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL_DIR")
+    parser.add_argument("--tiny", action="store_true", help="stories260k on a few windows: does it run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", default=WIKITEXT)
@@ -86,6 +99,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=None)
 
 
+def parsed(parser: argparse.ArgumentParser, **tiny: Any) -> argparse.Namespace:
+    """The arguments; with `--tiny` the small ones, and what a script adds to them."""
+    args = parser.parse_args()
+    if args.tiny:
+        vars(args).update(TINY | tiny)
+    elif args.model is None:
+        parser.error("name a MODEL_DIR, or ask for --tiny")
+    return args
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
@@ -96,7 +119,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--chains-only", action="store_true", help="score neither the base model nor the bare plans")
     parser.add_argument("--recoveries", type=json.loads, default=[[]], help="JSON list of lists of recover stages")
     parser.add_argument("--tasks-at", type=int, default=None, help="only at this many layers removed (and dense)")
-    return parser.parse_args()
+    return parsed(parser, removed="1", merges=[{"method": "shortgpt"}], recoveries=[[{"method": "least-squares"}]])
 
 
 class Study:

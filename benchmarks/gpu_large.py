@@ -2,6 +2,7 @@
 
 The weights are random, the tokenizer is one that is given. A second, equal call shows what a rerun of hits costs.
 Run it from an empty directory, as benchmarks/gpu_machine.sh does. It needs 81 GB below --work: best a folder in memory.
+`--tiny` still needs the installed wheel and a tokenizer, and takes a minute, so the suite does not run it.
 """
 
 from __future__ import annotations

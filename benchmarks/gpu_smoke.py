@@ -11,6 +11,8 @@ within `Tolerance.weights`. Methods that pick single weights or channels, search
 amplify the last bit of a sum (`AMPLIFIES`): their perplexities may be further apart, and the difference of their
 weights is only put down. The run in the default dtype must end, and score near the first device's float32. Rows and
 tolerances are those of gpu_smoke_rows.py.
+
+There is no --tiny: it needs the installed wheel and a GPU. The suite checks that every method has a case.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def write_models(folder: Path, package: Path, wanted: Iterable[str]) -> dict[str
     if unknown := set(asked) - {STORIES, *FAMILIES}:
         raise SystemExit(f"unknown models: {', '.join(sorted(unknown))}; known: {STORIES}, {', '.join(FAMILIES)}")
     shipped = package / "shipped" / "models" / STORIES
-    return {n: shipped if n == STORIES else tiny(n, folder / n, layers=LAYERS, **MIXED.get(n, {})) for n in asked}
+    kinds: dict[str, Any] = MIXED
+    return {n: shipped if n == STORIES else tiny(n, folder / n, layers=LAYERS, **kinds.get(n, {})) for n in asked}
 
 
 def write_recipes(folder: Path, layers: int, wanted: str) -> list[str]:

@@ -6,6 +6,8 @@ The graph has a merge, a recovery, sparsity, quantization and evaluation, and a 
 starts an empty home, kills the process group of a run with SIGKILL after a random time (`--in-a-row`: several runs, one
 after another), and runs the same command again. It must end well without help, and leave the artifacts of the
 uninterrupted run, which has a home of its own: kind, fingerprint, and the hash of each file.
+
+There is no --tiny: each kill is two runs of the command line. tests/resources/test_killed.py kills at chosen points.
 """
 
 from __future__ import annotations

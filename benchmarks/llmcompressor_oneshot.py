@@ -1,4 +1,7 @@
-"""llm-compressor's `oneshot`, as its users call it: loading, timing, and a checkpoint a recipe."""
+"""llm-compressor's `oneshot`, as its users call it: loading, timing, and a checkpoint a recipe.
+
+A module of other benchmarks. There is no --tiny: llm-compressor is not among the project's dependencies.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ read) and every prefix of stages is made once. `bytes` are of all tensors; `bitm
 take one bit. `front` marks what no row as small or smaller beats. A planned recipe is emitted, read and run like any
 other; `above_front` is its perplexity over the best hand-written one of its size or less. No Dagster is needed, so this
 runs on a machine that has only torch and transformers.
+
+    python benchmarks/recipe_quality.py --tiny  # seconds on a CPU: does it run
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from depth_quality import Study, add_arguments, recorder
+from depth_quality import Study, add_arguments, parsed, recorder
 from sparsity_quality import sizes
 from transformers import AutoTokenizer
 
@@ -47,6 +49,10 @@ from compression_dags.sparsity.stage import SparsifyStage
 from compression_dags.stage import Stage
 
 Row = dict[str, Any]
+TINY_STAGES = {
+    "w4": [{"quantize": {"method": "rtn", "scheme": "W4A16", "group_size": 16}}],
+    "cut-w8": [{"merge": {"method": "shortgpt", "layers": 1}}, {"quantize": {"method": "rtn", "scheme": "W8A16"}}],
+}
 
 
 def main() -> None:
@@ -74,10 +80,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=json.loads, default={}, help="JSON: name → list of stages")
     parser.add_argument("--budgets", nargs="*", default=[], help="bytes of all tensors, for the planner: 120MB")
     parser.add_argument("--bits", nargs="*", default=[], help="bits a weight, for the planner")
-    parser.add_argument("--bank", type=CandidateOptions.model_validate_json, default=CandidateOptions())
+    parser.add_argument("--bank", type=CandidateOptions.model_validate_json, default="{}")
     parser.add_argument("--keep-bank", type=Path, default=None, help="folder for it: solves other budgets anywhere")
     parser.add_argument("--gate", action="store_true", help="reload gate for every quantized checkpoint")
-    return parser.parse_args()
+    return parsed(parser, stages=TINY_STAGES)
 
 
 def _written(path: Path, name: str, stages: list[Row]) -> Recipe:
@@ -174,7 +180,7 @@ class RecipeStudy(Study):
             bank.save(self.args.keep_bank)
         self.record(step="together", costs=bank.together, mixtures=bank.mixtures)
         asked: list[tuple[Measure, float]] = [("bytes", parse_budget(text)) for text in self.args.budgets]
-        asked += [("bits", float(text)) for text in self.args.bits]
+        asked.extend(("bits", float(text)) for text in self.args.bits)
         return [self._emitted(bank, *budget) for budget in asked]
 
     def _emitted(self, bank: CandidateTable, measure: Measure, budget: float) -> Recipe:

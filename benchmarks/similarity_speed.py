@@ -1,6 +1,7 @@
 """Speed of the similarity of layers, against the released code's form of it, on one CPU in one run.
 
     python benchmarks/similarity_speed.py --out similarity_speed.json
+    python benchmarks/similarity_speed.py --tiny                                      # seconds on a CPU: does it run
 
 States are synthetic (a residual stream of L layers); only their number matters. The reference does what the released
 code does after its embedding: for every pair of layers two calls of scikit-learn's `mutual_info_regression` with two
@@ -101,9 +102,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of the estimators; the reference is always on the CPU")
     parser.add_argument("--pairs", type=int, default=24, help="pairs that the reference is timed on at n = 512")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--tiny", action="store_true", help="few layers and tokens: does it run")
     args = parser.parse_args()
+    sizes: list[tuple[int, int | None]] = [(npib.RELEASED_TOKENS, None), (512, args.pairs), (DISTINCT, 0)]
+    if args.tiny:
+        args.layers, args.width, sizes = 3, 32, [(npib.RELEASED_TOKENS, None), (64, 0)]
     rows = []
-    for tokens, pairs in ((npib.RELEASED_TOKENS, None), (512, args.pairs), (DISTINCT, 0)):
+    for tokens, pairs in sizes:
         rows.append(measure(args.layers, tokens, args.width, pairs, args.device))
         print(json.dumps(rows[-1]), flush=True)
     ratio, fast = rows[0]["ksg_speedup"], rows[0]["binned_ms"]

@@ -8,6 +8,8 @@ MODEL_DIR is a checkpoint directory. One calibration pass serves all allocations
 seconds of plan and pruning, the perplexity, and the bytes that its weights need when zeros are stored as a bitmask.
 `--checkpoints` scores folders that other tools wrote from the same tokens (saved by `--tokens FILE.npy`), pruned ones
 or quantized ones. No Dagster is needed, so this runs on a machine that has only torch and transformers.
+
+    python benchmarks/sparsity_quality.py --tiny  # seconds on a CPU: does it run
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from depth_quality import parsed
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -69,7 +72,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL_DIR")
+    parser.add_argument("--tiny", action="store_true", help="stories260k on a few windows: does it run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", default=WIKITEXT)
@@ -83,7 +87,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoints", type=Path, nargs="*", default=[])
     parser.add_argument("--tokens", type=Path, default=None, help="write the calibration tokens here")
     parser.add_argument("--out", type=Path, default=None)
-    return parser.parse_args()
+    return parsed(parser, quantize=[{"method": "rtn", "scheme": "W4A16", "group_size": 16}])
 
 
 class Study:

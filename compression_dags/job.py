@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from compression_dags.calibration.corpora import TokenBlocks, load_blocks
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.provenance.artifacts import CHECKPOINT, DECISIONS, Artifact
 from compression_dags.provenance.decisions import Decision, write_decisions
@@ -64,10 +63,6 @@ class Job:
     def checkpoint(self, role: str = WEIGHTS) -> Checkpoint:
         """The stock checkpoint of an input."""
         return Checkpoint(self.inputs[role].checkpoint)
-
-    def tokens(self) -> TokenBlocks:
-        """The calibration set: ids (sequences, length) int32, with the length of each row."""
-        return load_blocks(self.inputs["calibration_tokens"].path / "tokens.safetensors")
 
     @contextlib.contextmanager
     def device(self) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ from compression_dags.paths import PROJECT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 EMBEDDED = {"c4-sample": PROJECT / "data" / "c4-sample" / "c4_1800.jsonl"}
 #: Named corpora that are not shipped: where they are looked for, under $COMPRESSION_DAGS_DATA and the project's data/.
 NAMED = {"novels": "novels/novels.jsonl.xz"}

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from compression_dags.calibration.activations import profile_activations
 from compression_dags.calibration.corpora import Calibration, make_blocks, read_documents, save_blocks
+from compression_dags.calibration.job_tokens import tokens_of
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.job import Job
 from compression_dags.step import BASE
@@ -32,7 +33,7 @@ def profile(job: Job) -> dict[str, Any]:
         stream = DecoderStream(job.checkpoint(BASE), **on)
         found = profile_activations(
             stream,
-            job.tokens(),
+            tokens_of(job),
             samples=options["samples"],
             seed=options["seed"],
             resume=job.resume,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compression_dags.calibration.job_tokens import tokens_of
 from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.depth.apply import apply_plan, reference_logits, removed_share
@@ -23,7 +24,7 @@ def plan(job: Job) -> dict[str, Any]:
     evidence = read_evidence(paths, job.path("calibration_activations"))
     if merge.measures:
         with job.device() as on:
-            probe = ProbeContext(source, job.tokens(), on["device"], on["dtype"], job.resume, job.progress)
+            probe = ProbeContext(source, tokens_of(job), on["device"], on["dtype"], job.resume, job.progress)
             chosen, decisions = merge.plan(source.shape, evidence, probe)
     else:
         chosen, decisions = merge.plan(source.shape, evidence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compression_dags.calibration.job_tokens import tokens_of
 from compression_dags.calibration.statistics import load_statistics
 from compression_dags.job import Job
 from compression_dags.planning.candidate_table import bank_decisions, measure_bank
@@ -18,7 +19,7 @@ def choose_schemes(job: Job) -> dict[str, Any]:
     assert isinstance(stage, QuantizeStage)
     stage.check(source.shape)
     with job.device() as on:
-        plan, decisions = plan_schemes(stage, source, job.tokens(), **on, progress=job.progress)
+        plan, decisions = plan_schemes(stage, source, tokens_of(job), **on, progress=job.progress)
     plan.save(job.out)
     job.decide(decisions)
     return {"bits_per_weight": plan.bits, "predicted_kl": plan.cost}
@@ -30,7 +31,7 @@ def measure_candidates(job: Job) -> dict[str, Any]:
     found = load_statistics(activations) if activations else None
     with job.device() as on:
         table = measure_bank(
-            job.checkpoint(BASE), job.tokens(), job.stage, **on, statistics=found, progress=job.progress
+            job.checkpoint(BASE), tokens_of(job), job.stage, **on, statistics=found, progress=job.progress
         )
     table.save(job.out)
     job.decide(bank_decisions(table))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compression_dags.calibration.job_tokens import tokens_of
 from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.serving_lint import serving_fact
@@ -17,7 +18,7 @@ def quantize(job: Job) -> dict[str, Any]:
     stage, source = job.stage, job.checkpoint()
     assert isinstance(stage, QuantizeStage)
     stage.check(source.shape)
-    blocks = job.tokens() if "calibration_tokens" in job.inputs else None
+    blocks = tokens_of(job) if "calibration_tokens" in job.inputs else None
     plan = job.path("quantization_plan")
     schemes = SchemePlan.load(plan).choices if plan else None
     with job.device() as on:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compression_dags.calibration.job_tokens import tokens_of
 from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.depth.apply import reference_logits
@@ -21,7 +22,7 @@ def recover(job: Job) -> dict[str, Any]:
     plan = MergePlan.load(job.inputs["merge_plan"].path)
     with job.device() as on:
         found = stage.recover(
-            teacher, student, plan, job.tokens(), job.target, **on, resume=job.resume, progress=job.progress
+            teacher, student, plan, tokens_of(job), job.target, **on, resume=job.resume, progress=job.progress
         )
         same = keep_only("none", student.num_layers, list(range(student.num_layers)))
         reference = reference_logits(student, same, replaced=found.fitted, **on)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from compression_dags.calibration.job_tokens import tokens_of
 from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.job import Job
@@ -21,7 +22,7 @@ def plan(job: Job) -> dict[str, Any]:
     if "calibration_tokens" in job.inputs:
         pass_options = job.step.options.get("evidence", {})
         with job.device() as on:
-            blocks, progress = job.tokens(), job.progress
+            blocks, progress = tokens_of(job), job.progress
             evidence = fresh_evidence(source, stage.allocation, blocks, **pass_options, **on, progress=progress)
             chosen, decisions = stage.plan(source, evidence, PruneProbe(stage, source, blocks, **on))
     else:
@@ -40,7 +41,7 @@ def prune(job: Job) -> dict[str, Any]:
     stage, source, chosen = job.stage, job.checkpoint(), SparsityPlan.load(job.inputs["sparsity_plan"].path)
     assert isinstance(stage, SparsifyStage)
     stage.check(source.shape)
-    blocks = job.tokens() if stage.reads_tokens else None
+    blocks = tokens_of(job) if stage.reads_tokens else None
     progress: Progress = job.progress
     with job.device() as on:
         sparse = stage.sparsify(source, chosen, blocks, job.target, **on, resume=job.resume, progress=progress)

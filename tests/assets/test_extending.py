@@ -33,7 +33,7 @@ class Halve(Stage):
 
 
 def scale(job) -> dict[str, Any]:
-    from compression_dags.recovery.stage import write_recovered
+    from compression_dags.recovery.results import write_recovered
 
     source = job.checkpoint()
     written = write_recovered(source, {"model.norm.weight": source.tensor("model.norm.weight") / 2}, job.target)

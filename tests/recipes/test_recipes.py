@@ -110,7 +110,7 @@ def test_unknown_recipe_suggests():
 
 
 def test_check_against_a_model(stories, tmp_path):
-    facts = Checkpoint(stories).stated_facts
+    facts = Checkpoint(stories).stated_shape
     with pytest.raises(InputError, match=r"recipe try-20: ratio 0\.9"):
         load_recipe(written(tmp_path, GOOD.replace("0.20", "0.9"))).check(facts)
     short = GOOD.replace("description: a try", "calibration: {sequences: 2, length: 64}")

@@ -425,7 +425,7 @@ def test_quantized_gguf_tensors_are_dequantized():
     tensor = type("T", (), {"name": "blk.0.ffn_up.weight", "data": gguf.quantize(values, kind), "tensor_type": kind})
     reader = type("R", (), {"tensors": [tensor], "fields": {}})
     heads = type("M", (), {"heads": (2, 1)})
-    ((name, read),) = gguf_import._tensors(reader, heads)
+    ((name, read),) = gguf_import._tensors(reader, heads, gguf.dequantize)
     assert (name, read.dtype) == ("model.layers.0.mlp.up_proj.weight", np.float16)
     assert np.allclose(read, values, atol=1e-3)
 
