@@ -14,14 +14,14 @@ from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import Recipe
 from compression_dags.recipes.pipeline import last_weights, steps_of
+from compression_dags.recovery.stage import MOST_RECOVERIES, recovered_name
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import RECIPE, ArtifactStore, Produced
 from compression_dags.resources.runner import produce
 from compression_dags.similarity.steps import MEASURES, REDUNDANCY
 from compression_dags.step import BASE, Step
 
-#: Recoveries that one recipe may have: each is an asset of its own.
-RECOVERIES = ("recovered_weights", "recovered_weights_2", "recovered_weights_3")
+RECOVERIES = tuple(map(recovered_name, range(MOST_RECOVERIES)))
 COMPRESSED = "compressed_model"
 _TOKENS, _PASS = "calibration_tokens", "calibration_activations"
 _SIMILAR = tuple(f"similarity_{name}" for name in MEASURES)
@@ -53,7 +53,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...], str]] = {
         name: (
             "depth",
             (BASE, RECIPE, _TOKENS, "merge_plan", "merged_weights", *RECOVERIES[:index]),
-            f"The model after {('its first', 'its second', 'its third')[index]} recovery, or as it was if none helped.",
+            f"The model after recovery {index + 1} of its recipe, or as it was if nothing helped.",
         )
         for index, name in enumerate(RECOVERIES)
     },

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import logging
 import os
@@ -106,9 +107,17 @@ class Accelerator(dg.ConfigurableResource):
                     torch.cuda.empty_cache()
 
 
+@functools.cache
+def _torch_version() -> str:
+    return importlib.metadata.version("torch")  # reads the package's metadata anew each time
+
+
 def _cuda_visible() -> bool:
-    build = importlib.metadata.version("torch")
-    return "+cpu" not in build and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and os.path.exists("/dev/nvidiactl")
+    return (
+        "+cpu" not in _torch_version()
+        and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+        and os.path.exists("/dev/nvidiactl")
+    )
 
 
 @contextlib.contextmanager

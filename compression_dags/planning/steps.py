@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from compression_dags.calibration.corpora import Calibration
+from compression_dags.calibration.steps import calibration_steps
 from compression_dags.planning.candidate_table import VERSION
 from compression_dags.planning.candidates import CandidateOptions
 from compression_dags.planning.identity import bank_identity, mixed_identity
@@ -22,6 +24,12 @@ def quantization_plan(stage: QuantizeStage) -> Step:
         "compression_dags.planning.workers:choose_schemes",
         stage,
     )
+
+
+def planning_steps(calibration: Calibration, options: CandidateOptions) -> tuple[Step, ...]:
+    """What `plan` makes of a base model, in order: the calibration data that is read, and `alternatives`."""
+    last = alternatives(options)
+    return (*(step for step in calibration_steps(calibration) if step.name in last.reads), last)
 
 
 def alternatives(options: CandidateOptions) -> Step:

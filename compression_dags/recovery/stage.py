@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from compression_dags.depth.plan import MergePlan
     from compression_dags.provenance.resume import ResumePoint
 
+#: Recoveries that one recipe may have: each is an asset of its own.
+MOST_RECOVERIES = 3
 #: Closed-form fits need this many fitting tokens for every unknown of an output column.
 TOKENS_PER_UNKNOWN = 10
 
@@ -42,7 +44,7 @@ class RecoverStage(Stage):
         """`recovered_weights`, then `recovered_weights_2`, … for every further recovery."""
         return (
             Step(
-                "recovered_weights" + (f"_{chain.recoveries + 1}" if chain.recoveries else ""),
+                recovered_name(chain.recoveries),
                 self.code_version,
                 self.computing_options(),
                 (BASE, "calibration_tokens", "merge_plan", WEIGHTS),
@@ -92,6 +94,11 @@ class RecoverStage(Stage):
         is the student's.
         """
         raise AssertionError(f"{type(self).__name__} must define recover")
+
+
+def recovered_name(before: int) -> str:
+    """What the step of a recovery is called, after the number of recoveries before it in its recipe."""
+    return f"recovered_weights_{before + 1}" if before else "recovered_weights"
 
 
 def write_recovered(student: Checkpoint, fitted: dict[str, Tensor], directory: Path) -> Checkpoint:
