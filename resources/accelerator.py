@@ -107,17 +107,13 @@ class Accelerator(dg.ConfigurableResource):
                     torch.cuda.empty_cache()
 
 
-@functools.cache
-def _torch_version() -> str:
-    return importlib.metadata.version("torch")  # reads the package's metadata anew each time
+#: Without the cache it reads the package's metadata anew each time.
+_version = functools.cache(importlib.metadata.version)
 
 
 def _cuda_visible() -> bool:
-    return (
-        "+cpu" not in _torch_version()
-        and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-        and os.path.exists("/dev/nvidiactl")
-    )
+    build = _version("torch")
+    return "+cpu" not in build and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and os.path.exists("/dev/nvidiactl")
 
 
 @contextlib.contextmanager

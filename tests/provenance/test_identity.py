@@ -16,7 +16,8 @@ from compression_dags.quantization.rtn import RTN
 from compression_dags.recipes import load_recipe
 from compression_dags.recovery.least_squares import LeastSquares
 from compression_dags.sparsity.allocation import Allocation
-from compression_dags.sparsity.evidence import fresh_evidence, plan_identity
+from compression_dags.sparsity.evidence import fresh_evidence
+from compression_dags.sparsity.identity import plan_identity
 from compression_dags.sparsity.pruners.sparsegpt import SparseGPT
 from compression_dags.sparsity.pruners.wanda import Wanda
 
@@ -101,7 +102,7 @@ def test_sparsity_plans_hang_on_what_measures_them(monkeypatch):
     monkeypatch.setattr(SparseGPT, "version", "another")
     after = [plan_identity(stage, r, 2048, 0) for stage, r in reads]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, True, True, True]
-    monkeypatch.setattr("compression_dags.similarity.redundancy.VERSION", "another")
+    monkeypatch.setattr("compression_dags.sparsity.identity.REDUNDANCY", "another")
     again = [plan_identity(stage, r, 2048, 0) for stage, r in reads]
     assert [a == b for a, b in zip(after, again, strict=True)] == [True, True, False, True]
 
