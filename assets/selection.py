@@ -68,8 +68,10 @@ class Planner:
         self.evaluator: Evaluator = resources["evaluator"]
 
     def recipes(self) -> Mapping[str, Recipe]:
-        """The recipes that a schedule runs."""
-        return shown_recipes()
+        """The recipes that a schedule runs: those that are shown, but for one that names a text which is not there."""
+        found = shown_recipes()
+        found.resolve(lambda: evaluation_book(recipes_folder()))
+        return found
 
     def wanted(self, recipe: Recipe, slug: str) -> list[str]:
         return [name for name in names_of_tasks(evaluation_book(recipes_folder()), recipe, slug) if name in self.tasks]
