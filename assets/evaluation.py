@@ -31,19 +31,20 @@ def eval_key(task: str) -> str:
     return f"eval_{task}"
 
 
-def evaluation_request(task: Task, weights: Artifact, data: str, numeric: Mapping[str, str]) -> Request:
+def evaluation_request(task: Task, weights: str, data: str, numeric: Mapping[str, str]) -> Request:
     """What determines the scores of a task.
 
     Args:
+        weights: their digest.
         data: `Evaluator.data_digest` of the task.
     """
-    inputs = {"weights": weights.digest, "data": data}
+    inputs = {"weights": weights, "data": data}
     return Request("evaluation", task.version, task.options(), inputs, dict(numeric))
 
 
-def samples_request(weights: Artifact, numeric: Mapping[str, str]) -> Request:
-    """What determines the continuations of the fixed prompts."""
-    return Request("samples", SAMPLES_VERSION, WRITING, {"weights": weights.digest}, dict(numeric))
+def samples_request(weights: str, numeric: Mapping[str, str]) -> Request:
+    """What determines the continuations of the fixed prompts, after the digest of the weights."""
+    return Request("samples", SAMPLES_VERSION, WRITING, {"weights": weights}, dict(numeric))
 
 
 def evaluations(tasks: Sequence[Task]) -> dg.AssetsDefinition:
@@ -82,8 +83,8 @@ def evaluations(tasks: Sequence[Task]) -> dg.AssetsDefinition:
             raise InputError(f"{COMPRESSED} of {here} is not in the store; materialize it first")
         wanted = [task for task in tasks if eval_key(task.name) in selected]
         digests = {task.name: evaluator.data_digest(task) for task in wanted}
-        asked = {t.name: evaluation_request(t, weights, digests[t.name], accelerator.numeric) for t in wanted}
-        writing = samples_request(weights, accelerator.numeric)
+        asked = {t.name: evaluation_request(t, weights.digest, digests[t.name], accelerator.numeric) for t in wanted}
+        writing = samples_request(weights.digest, accelerator.numeric)
         missing = [t for t in wanted if store.find("evaluation", asked[t.name].fingerprint) is None]
         unwritten = SAMPLES in selected and store.find("samples", writing.fingerprint) is None
 

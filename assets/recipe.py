@@ -10,7 +10,7 @@ from compression_dags.assets.partitions import RECIPES
 from compression_dags.assets.publishing import publish, report
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact, Request
-from compression_dags.recipes import BASELINE, BASELINE_RECIPE, Recipe, load_recipes, recipe_of
+from compression_dags.recipes import Recipe, find_recipe, load_recipes, recipe_of
 from compression_dags.resources.artifact_store import RECIPE, ArtifactStore, Produced, Workplace
 
 VERSION = "1"
@@ -28,7 +28,7 @@ FILE = "recipe.json"
 )
 def recipe(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
     name = context.partition_key
-    found = BASELINE_RECIPE if name == BASELINE else load_recipes().get(name)
+    found = find_recipe(load_recipes(), name)
     if found is None:
         stored = store.recall(RECIPE, name)
         if stored is None:

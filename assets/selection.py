@@ -1,6 +1,7 @@
 """Which assets a recipe takes on a base model, and which of them the store lacks."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from compression_dags.assets.evaluation import SAMPLES, eval_key, evaluation_request, samples_request
@@ -10,9 +11,9 @@ from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
-from compression_dags.provenance.artifacts import Artifact
+from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.recipes import Recipe, recipes_folder, shown_recipes
-from compression_dags.recipes.pipeline import last_weights, steps_of
+from compression_dags.recipes.pipeline import steps_of
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.evaluator import Evaluator
@@ -30,6 +31,29 @@ def names_of_tasks(book: TaskBook, recipe: Recipe, slug: str) -> list[str]:
     return [task.name for task in book.resolve(list(recipe.evaluate) or book.default_names(slug))]
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """An asset of a run to be.
+
+    Attributes:
+        fingerprint: equal for assets that are the same artifact, whether it is stored or not.
+        artifact: None if it is to be made.
+    """
+
+    asset: str
+    fingerprint: str
+    artifact: Artifact | None
+
+    @property
+    def stored(self) -> bool:
+        return self.artifact is not None
+
+    @property
+    def digest(self) -> str:
+        """The artifact's, or what stands for it while nobody knows it."""
+        return self.artifact.digest if self.artifact else self.fingerprint
+
+
 class Planner:
     """What is missing, by the store alone: fingerprints are followed from the base model as far as artifacts go.
 
@@ -45,8 +69,10 @@ class Planner:
         self.evaluator: Evaluator = resources["evaluator"]
 
     def recipes(self) -> Mapping[str, Recipe]:
-        """The recipes that a schedule runs."""
-        return shown_recipes()
+        """The recipes that a schedule runs: those that are shown, but for one that names a text which is not there."""
+        found = shown_recipes()
+        found.resolve(lambda: evaluation_book(recipes_folder()))
+        return found
 
     def wanted(self, recipe: Recipe, slug: str) -> list[str]:
         return [name for name in names_of_tasks(evaluation_book(recipes_folder()), recipe, slug) if name in self.tasks]
@@ -66,25 +92,32 @@ class Planner:
     def missing(self, recipe: Recipe, slug: str) -> list[str]:
         """Assets of a recipe on a base model that are not stored, or not noted as this partition's."""
         base = self.store.recall(BASE, slug)
-        return [name for name, stored in self.stored(recipe, self.wanted(recipe, slug), base, slug) if not stored]
+        return [each.asset for each in self.foreseen(recipe, self.wanted(recipe, slug), base, slug) if not each.stored]
 
-    def stored(
-        self, recipe: Recipe, tasks: Sequence[str], base: Artifact | None, slug: str
-    ) -> list[tuple[str, Artifact | None]]:
-        """Every asset of a run with its artifact; None where it is to be made. The scorecard is left out."""
-        numeric = self.accelerator.numeric
-        found: dict[str, Artifact | None] = {}
-        for step, artifact in stored_steps(self.store, steps_of(recipe).values(), base, numeric):
-            found[step.name] = artifact
-        weights = {BASE: base, **found}.get(last_weights(recipe))
+    def foreseen(self, recipe: Recipe, tasks: Sequence[str], base: Artifact | None, slug: str) -> list[Foreseen]:
+        """Every asset of a run but `compressed_model`, which is one of the others.
+
+        Args:
+            base: the imported base model; None if it is not stored.
+        """
+        numeric, weights, found = self.accelerator.numeric, base.digest if base else BASE, list[Foreseen]()
+        for step, fingerprint, artifact in stored_steps(self.store, steps_of(recipe).values(), base, numeric):
+            found.append(Foreseen(step.name, fingerprint, artifact))
+            weights = (artifact.digest if artifact else fingerprint) if step.weights else weights
+        card = {"weights": weights}
         for name in tasks:
-            request = weights and evaluation_request(
-                self.tasks[name], weights, self.evaluator.data_digest(self.tasks[name]), numeric
+            task = self.tasks[name]
+            found.append(
+                self._requested(
+                    eval_key(name), evaluation_request(task, weights, self.evaluator.data_digest(task), numeric)
+                )
             )
-            found[eval_key(name)] = request and self.store.manifest_of(request.kind, request.fingerprint)
-        request = weights and samples_request(weights, numeric)
-        found[SAMPLES] = request and self.store.manifest_of(request.kind, request.fingerprint)
-        card = self.store.recall(SCORECARD, str(Place(slug, recipe.name)))
-        known = card and weights and card.inputs.get("weights") == weights.digest
-        found[SCORECARD] = card if known else None
-        return list(found.items())
+            card[name] = found[-1].digest
+        found.append(self._requested(SAMPLES, samples_request(weights, numeric)))
+        card[SAMPLES] = found[-1].digest
+        held = self.store.recall(SCORECARD, str(Place(slug, recipe.name)))
+        present = held and all(held.inputs.get(role) == digest for role, digest in card.items())
+        return [*found, Foreseen(SCORECARD, str(Place(slug, recipe.name)), held if present else None)]
+
+    def _requested(self, asset: str, request: Request) -> Foreseen:
+        return Foreseen(asset, request.fingerprint, self.store.manifest_of(request.kind, request.fingerprint))

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import logging
 import os
@@ -106,8 +107,12 @@ class Accelerator(dg.ConfigurableResource):
                     torch.cuda.empty_cache()
 
 
+#: Without the cache it reads the package's metadata anew each time.
+_version = functools.cache(importlib.metadata.version)
+
+
 def _cuda_visible() -> bool:
-    build = importlib.metadata.version("torch")
+    build = _version("torch")
     return "+cpu" not in build and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and os.path.exists("/dev/nvidiactl")
 
 

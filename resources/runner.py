@@ -32,21 +32,18 @@ def produce(
 
 def stored_steps(
     store: ArtifactStore, steps: Iterable[Step], base: Artifact | None, numeric: Mapping[str, str]
-) -> Iterator[tuple[Step, Artifact | None]]:
-    """Every step with its artifact, or None where it is not stored or hangs on one that is not; nothing is computed.
+) -> Iterator[tuple[Step, str, Artifact | None]]:
+    """Every step with a fingerprint and its artifact, None where that is not stored; nothing is computed.
 
-    Manifests alone are read: whether the bytes are whole is checked when they are used.
+    Manifests alone are read: whether the bytes are whole is checked when they are used. A step that hangs on one which
+    is not stored has a fingerprint of stand-ins for the digests that nobody knows yet: equal for equal steps.
 
     Args:
         base: the imported base model; None if it is not stored.
     """
-    found: dict[str, Artifact] = {BASE: base} if base else {}
+    digests = {BASE: base.digest if base else BASE}
     for step in steps:
-        artifact = None
-        if all(source in found for source in step.sources.values()):
-            digests = {role: found[source].digest for role, source in step.sources.items()}
-            request = request_of(step, digests, numeric)
-            artifact = store.manifest_of(request.kind, request.fingerprint)
-        if artifact:
-            found[step.name] = artifact
-        yield step, artifact
+        request = request_of(step, {role: digests[source] for role, source in step.sources.items()}, numeric)
+        artifact = store.manifest_of(request.kind, request.fingerprint)
+        digests[step.name] = artifact.digest if artifact else request.fingerprint
+        yield step, request.fingerprint, artifact

@@ -15,7 +15,7 @@ from compression_dags.checkpoints.exporting import copy_checkpoint, new_director
 from compression_dags.cli.results import known_slug
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.provenance.artifacts import Artifact
-from compression_dags.recipes import Recipe, load_recipes
+from compression_dags.recipes import Recipe, find_recipe, load_recipes
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.home import working
 from compression_dags.step import BASE
@@ -51,7 +51,7 @@ def export_checkpoint(home: Path, model: str, recipe: str, target: Path, *, as_r
 
     with working(home):
         found = _found(home, model, recipe)
-        if (changes := changes_since(found.recipe, load_recipes().get(recipe))) and not as_run:
+        if (changes := changes_since(found.recipe, find_recipe(load_recipes(), recipe))) and not as_run:
             raise InputError(
                 f"recipe {recipe} has changed since it was run on {found.slug}: {changes[0]}; run it again, or export "
                 "what was run with --as-run"
@@ -147,6 +147,6 @@ def changed_recipes(home: Path, slug: str, families: Sequence[str]) -> dict[str,
     found = {}
     for name in families:
         card = store.recall(SCORECARD, str(Place(slug, name)))
-        if card and card.recipe and (changes := changes_since(card.recipe, present.get(name))):
+        if card and card.recipe and (changes := changes_since(card.recipe, find_recipe(present, str(name)))):
             found[name] = changes[0]
     return found

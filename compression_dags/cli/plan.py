@@ -278,16 +278,17 @@ def _bank(
 
     from compression_dags.assets.planning import ALTERNATIVES, alternatives_asset
     from compression_dags.checkpoints.reader import Checkpoint
+    from compression_dags.cli.estimate import announce, foresee_steps
     from compression_dags.cli.run import admit, recall
     from compression_dags.cli.session import execute, session
+    from compression_dags.planning.steps import planning_steps
     from compression_dags.resources.artifact_store import ArtifactStore
-    from compression_dags.step import BASE
 
     base = admit(source, settings).artifact
+    announce(lambda: foresee_steps(planning_steps(calibration, options), calibration, base, settings))
     assets = [alternatives_asset(calibration, options)]
     definitions = dg.Definitions(assets=assets, resources=settings.resources(), executor=dg.in_process_executor)
     with session(settings, source.slug) as instance:
         made = execute(instance, definitions, source.slug, [ALTERNATIVES], settings)
     bank = recall(ArtifactStore(home=str(settings.home)), ALTERNATIVES, source.slug)
-    assert base.kind == BASE
     return CandidateTable.load(bank.path), Checkpoint(base.checkpoint).config, made[ALTERNATIVES]["cache"] == "hit"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compression_dags.assets.base_models import import_base_model
-from compression_dags.assets.grid import COMPRESSED
+from compression_dags.assets.grid import COMPRESSED, WEIGHTS_ASSETS
 from compression_dags.assets.partitions import Place
 from compression_dags.assets.publishing import metadata_of, report, state_of
 from compression_dags.assets.recipe import register
@@ -20,7 +20,7 @@ from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner, names_of_tasks, selection
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.cli.estimate import announce
+from compression_dags.cli.estimate import announce, foresee
 from compression_dags.cli.session import configure_logging, execute, session
 from compression_dags.definitions import Settings, all_tasks, build
 from compression_dags.errors import InputError
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from compression_dags.provenance.artifacts import Artifact
 
 logger = logging.getLogger("compression_dags")
+#: Recipe → asset → metadata.
+Made = dict[str, dict[str, dict[str, Any]]]
 #: Of an asset's metadata, what `run --json` prints.
 SAID = ("cache", "seconds", "fingerprint")
 
@@ -131,23 +133,42 @@ def run_recipes(
     ]
     plan = _planned(model, chosen, settings, tasks, name)
     base = admit(plan.source, settings)
-    announce(plan, base.artifact)
-    made: dict[str, dict[str, dict[str, Any]]] = {}
-    failed: list[Exception] = []
+    announce(lambda: foresee(plan, base.artifact))
     with session(settings, plan.source.slug) as instance:
         report(instance, BASE, plan.source.slug, base)
         register(instance, plan.planner.store, {r.name: r for r in plan.recipes})
-        for recipe in plan.recipes:
-            here, assets = Place(plan.source.slug, recipe.name), selection(recipe, plan.tasks[recipe.name])
-            try:
-                made[recipe.name] = execute(instance, plan.definitions, here.key, assets, settings)
-            except (InputError, WorkFailed) as error:
-                failed.append(error)
-                logger.warning("failed    %s: %s", here, error)
-        execute(instance, plan.definitions, plan.source.slug, [LEADERBOARD, LEDGER], settings)
+        made, failed = _made(instance, plan)
+        if made:
+            execute(instance, plan.definitions, plan.source.slug, [LEADERBOARD, LEDGER], settings)
     if failed:
-        raise failed[0]
+        raise _failure(plan, failed)
     return _outcome(plan, base, made, time.monotonic() - start)
+
+
+def _made(instance: dg.DagsterInstance, plan: Plan) -> tuple[Made, dict[str, Exception]]:
+    """Recipe → what its run materialized; recipe → why its run failed, which does not keep the others from theirs."""
+    made: Made = {}
+    failed: dict[str, Exception] = {}
+    for recipe in plan.recipes:
+        here, assets = Place(plan.source.slug, recipe.name), selection(recipe, plan.tasks[recipe.name])
+        try:
+            made[recipe.name] = execute(instance, plan.definitions, here.key, assets, plan.settings)
+        except (InputError, WorkFailed) as error:
+            failed[recipe.name] = error
+            logger.info("%-9s %s", "failed", here)
+    return made, failed
+
+
+def _failure(plan: Plan, failed: Mapping[str, Exception]) -> Exception:
+    """What is raised for recipes that failed: the first one's error; of others that are done, it says so."""
+    (first, error), *others = failed.items()
+    for name, other in others:
+        logger.info("failed: %s: %s", Place(plan.source.slug, name), other)
+    done = [r.name for r in plan.recipes if r.name not in {BASELINE, *failed}]
+    if not done:
+        return error
+    said = f"{Place(plan.source.slug, first)}: {error}" if isinstance(error, InputError) else str(error)
+    return WorkFailed(f"{said}; done: {', '.join(done)}")
 
 
 def _planned(model: str, chosen: list[Recipe], settings: Settings, tasks: str | None, name: str | None) -> Plan:
@@ -160,15 +181,34 @@ def _planned(model: str, chosen: list[Recipe], settings: Settings, tasks: str | 
     for recipe in chosen:
         book.check_harness(recipe.evaluate, folders)
     source = resolve(model, settings, name)
-    check_model(source, chosen, settings)
+    checkpoint = check_model(source, chosen, settings)
     if asked is not None:
-        remember(settings.home, asked, book)
         extra = list({task.name: task for task in (*extra, *asked)}.values())
     wanted = _wanted(book, source.slug, chosen, None if asked is None else [task.name for task in asked], folders)
     known = all_tasks(book, chosen, extra)
     _check_names(book, chosen, {task.name: task for task in known})
     planner = Planner(known, settings.resources())
-    return Plan(source, [BASELINE_RECIPE, *chosen], wanted, build(known, settings), planner, settings)
+    plan = Plan(source, [BASELINE_RECIPE, *chosen], wanted, build(known, settings), planner, settings)
+    _check_space(plan, checkpoint.nbytes if checkpoint else 0)
+    if asked is not None:
+        remember(settings.home, asked, book)
+    return plan
+
+
+def _check_space(plan: Plan, size: int) -> None:
+    """Refuse a home without room for the checkpoints that are to be made, before any compute.
+
+    Args:
+        size: bytes of the base model, which no compressed one exceeds.
+
+    Raises:
+        InputError: with the bytes free and needed.
+    """
+    store, slug = plan.planner.store, plan.source.slug
+    base = store.recall(BASE, slug)
+    foreseen = [e for r in plan.recipes for e in plan.planner.foreseen(r, plan.tasks[r.name], base, slug)]
+    lacking = {each.fingerprint for each in foreseen if each.asset in WEIGHTS_ASSETS and not each.stored}
+    store.ensure_writable(size * (len(lacking) + (base is None)))
 
 
 def _wanted(
@@ -226,18 +266,24 @@ def admit(source: ModelSource, settings: Settings) -> Produced:
     return produced
 
 
-def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
-    """Architecture, recipes, device and disk, from the model's headers, before any compute."""
+def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> Checkpoint | None:
+    """The model, after a check of device, architecture and recipes by its headers, and of the disk for its copy.
+
+    It is None where it is not downloaded yet and no recipe asks: the import checks it.
+
+    Raises:
+        InputError: something cannot work; nothing was computed.
+    """
     Accelerator(home=str(settings.home), device=settings.device, dtype=settings.dtype).check()
     if source.kind not in {"embedded", "directory"} and not recipes:
-        return  # not downloaded yet: `base_model` checks it
+        return None
     checkpoint = stored_model(source, settings)
     for recipe in recipes:
         recipe.check(checkpoint.stated_shape)
     store = ArtifactStore(home=str(settings.home))
-    missing = sum(store.recall(SCORECARD, str(Place(source.slug, r.name))) is None for r in recipes)
-    missing += store.recall(BASE, source.slug) is None
-    store.ensure_writable(checkpoint.nbytes * missing)
+    if store.recall(BASE, source.slug) is None:
+        store.ensure_writable(checkpoint.nbytes)
+    return checkpoint
 
 
 def recall(store: ArtifactStore, asset: str, partition: str) -> Artifact:
@@ -252,7 +298,7 @@ def recall(store: ArtifactStore, asset: str, partition: str) -> Artifact:
     return found
 
 
-def _outcome(plan: Plan, base: Produced, made: dict[str, dict[str, dict[str, Any]]], seconds: float) -> Outcome:
+def _outcome(plan: Plan, base: Produced, made: Made, seconds: float) -> Outcome:
     slug, store, home = plan.source.slug, plan.planner.store, plan.settings.home
     first = {BASE: metadata_of(base)}
     assets = {

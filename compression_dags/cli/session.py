@@ -113,7 +113,7 @@ def execute(
             tags=RUN_TAGS,
         )
     if not result.success:
-        _raise_first_failure(result)
+        _raise_first_failure(result, partition)
     return {
         e.asset_key.to_user_string(): {name: value.value for name, value in e.materialization.metadata.items()}
         for e in result.all_events
@@ -121,7 +121,7 @@ def execute(
     }
 
 
-def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
+def _raise_first_failure(result: dg.ExecuteInProcessResult, partition: str) -> None:
     if _interrupted(result):
         raise KeyboardInterrupt
     for event in result.all_events:
@@ -133,7 +133,7 @@ def _raise_first_failure(result: dg.ExecuteInProcessResult) -> None:
                 error = error.cause
             if failures.debugging() and whole is not None:
                 print(whole.to_string(), file=sys.stderr)
-            raise failures.explain_step(str(event.step_key), chain, result.run_id)
+            raise failures.explain_step(f"{event.step_key} {partition}", chain, result.run_id)
     raise WorkFailed(f"run {result.run_id} failed without a failed step")
 
 

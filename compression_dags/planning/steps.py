@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from compression_dags.calibration.corpora import Calibration
+from compression_dags.calibration.steps import calibration_steps
 from compression_dags.planning.identity import MIXED_VERSION, VERSION, bank_identity, mixed_identity
 from compression_dags.planning.options import CandidateOptions
 from compression_dags.quantization.stage import QuantizeStage
@@ -20,6 +22,12 @@ def quantization_plan(stage: QuantizeStage) -> Step:
         "compression_dags.planning.workers:choose_schemes",
         stage,
     )
+
+
+def planning_steps(calibration: Calibration, options: CandidateOptions) -> tuple[Step, ...]:
+    """What `plan` makes of a base model, in order: the calibration data that is read, and `alternatives`."""
+    last = alternatives(options)
+    return (*(step for step in calibration_steps(calibration) if step.name in last.reads), last)
 
 
 def alternatives(options: CandidateOptions) -> Step:

@@ -2,6 +2,7 @@
 
 from compression_dags.recipes.folders import (
     Recipes,
+    find_recipe,
     load_recipes,
     own_recipes,
     pick_recipes,
@@ -19,6 +20,7 @@ __all__ = [
     "NAME",
     "Recipe",
     "Recipes",
+    "find_recipe",
     "load_file",
     "load_recipe",
     "load_recipes",

@@ -15,7 +15,8 @@ from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import TaskBook
 from compression_dags.paths import PROJECT, what_is
 from compression_dags.recipes.matrix import load_file
-from compression_dags.recipes.recipe import Recipe
+from compression_dags.recipes.names import BASELINE, DERIVED
+from compression_dags.recipes.recipe import BASELINE_RECIPE, Recipe
 
 #: The folder inside a recipes folder whose recipes the UI is not shown.
 STUDIES = "studies"
@@ -164,16 +165,33 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def find_recipe(recipes: Mapping[str, Recipe], name: str) -> Recipe | None:
+    """The recipe that a name means now: one that was loaded, the baseline, or one with a changed calibration.
+
+    Raises:
+        InputError: the name says a calibration set that cannot be.
+    """
+    if name == BASELINE:
+        return BASELINE_RECIPE
+    base, _, size = name.partition(DERIVED)
+    if base not in recipes or not size:
+        return recipes.get(name)
+    said = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", size)
+    found = recipes[base].with_calibration(int(said[1]), int(said[2])) if said else None
+    return found if found and found.name == name else None
+
+
 def pick_recipes(recipes: Mapping[str, Recipe], names: list[str]) -> list[Recipe]:
     """The recipes of these names, each once.
 
     Raises:
         InputError: an unknown name, with near ones; or what is wrong with the file that should hold it.
     """
-    for name in names:
-        if name not in recipes:
+    picked = {name: None if name == BASELINE else find_recipe(recipes, name) for name in names}
+    for name, found in picked.items():
+        if found is None:
             raise InputError(_why_not(name, recipes))
-    return [recipes[name] for name in dict.fromkeys(names)]
+    return [found for found in picked.values() if found]
 
 
 def _why_not(name: str, recipes: Mapping[str, Recipe]) -> str:

@@ -14,6 +14,7 @@ from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError
 from compression_dags.recipes import names
 from compression_dags.recipes.recipe import Recipe
+from compression_dags.recovery.stage import MOST_RECOVERIES
 from compression_dags.registry import METHODS
 from compression_dags.stage import Stage
 
@@ -126,6 +127,8 @@ class _Reader:
                 )
             if stage.stage == "recover" and "merge" not in before:
                 raise self.fail(("stages", i), "recover needs a merge stage before it")
+            if stage.stage == "recover" and before.count("recover") == MOST_RECOVERIES:
+                raise self.fail(("stages", i), f"one recovery too many; a recipe may have at most {MOST_RECOVERIES}")
         return stages
 
     def stage(self, index: int, entry: Any) -> Stage:

@@ -96,3 +96,7 @@ class RecoverStage(Stage):
             resume=resume,
             progress=progress,
         )
+
+
+#: Recoveries that one recipe may have: each is an asset of its own.
+MOST_RECOVERIES = len(RecoverStage.kinds)

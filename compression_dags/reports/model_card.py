@@ -77,7 +77,7 @@ def _readme(
             f"{markdown_line(recipe['description']).rstrip('.')}. Made by compression_dags; loads in transformers.",
             "",
             *_on_zeros(zeros),
-            markdown_block(yaml.safe_dump({"stages": recipe["stages"]}, sort_keys=False).strip(), "yaml"),
+            markdown_block(yaml.safe_dump(_as_run(recipe), sort_keys=False).strip(), "yaml"),
             "",
             "| | base | this | ratio |",
             "| --- | --- | --- | --- |",
@@ -96,6 +96,12 @@ def _readme(
             "",
         ]
     )
+
+
+def _as_run(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Size of the calibration set and stages: what a recipe file would say, but for places on a machine."""
+    calibration = {name: recipe["calibration"][name] for name in ("sequences", "length")}
+    return {"calibration": calibration, "stages": recipe["stages"]}
 
 
 def _front(recipe: dict[str, Any], base: Artifact) -> dict[str, Any]:

@@ -76,13 +76,11 @@ def test_run_json_has_the_promised_keys(ran):
         assert entry["layers"] == 4 and entry["scores"]["heldout_stories"]["perplexity@512"] > 4.9
         assert all(a.keys() == {"cache", "seconds", "fingerprint"} for a in entry["assets"].values())
     shared = {"base_model", "calibration_tokens", "calibration_activations", "similarity_block_influence"}
-    assert shared <= {key.split("/")[-1] for key in ran["recipes"]["cut-20"]["assets"]}
+    own = {"merge_plan", "merged_weights", "compressed_model", "eval_heldout_stories", "samples", "scorecard"}
+    assert ran["recipes"]["cut-20"]["assets"].keys() == {*shared, "similarity_angular", *own}
     scores = {n: e["scores"]["heldout_stories"]["perplexity@512"] for n, e in ran["recipes"].items()}
     assert scores["cut-20-ls"] < scores["cut-20"]
-    assert (
-        "baseline/samples" not in ran["recipes"]["cut-20"]["assets"]
-        and "cut_20/samples" in ran["recipes"]["cut-20"]["assets"]
-    )
+    assert "recovered_weights" in ran["recipes"]["cut-20-ls"]["assets"]
     assert ran["recipes"]["cut-20-ls-w8"]["bytes"] < ran["recipes"]["cut-20-ls"]["bytes"] / 2
 
 
@@ -156,7 +154,8 @@ def test_prune_removes_recipes_that_are_gone_when_asked(desk, ran, tmp_path):
     removed = json.loads(cli(work, *prune, "--recipes-gone", "--yes", check=0).stdout)["removed"]
     kinds = {r.split("/")[1] for r in removed if r.startswith("artifacts/")}
     assert "quantized_weights" in kinds and "recovered_weights" not in kinds
-    assert {r.split("/")[1] for r in removed if r.startswith("handles/")} == {"cut_20_ls_w8"}
+    gone = {r.split("/")[2].removesuffix(".json") for r in removed if r.startswith("handles/")}
+    assert gone == {"cut-20-ls-w8", "stories260k|cut-20-ls-w8"}
     again = json.loads(cli(work, "run", "-m", "stories260k", "-r", "cut-20-ls", "--json", check=0).stdout)
     states = {k: a["cache"] for k, a in again["recipes"]["cut-20-ls"]["assets"].items()}
     assert set(states.values()) == {"hit"}
@@ -207,6 +206,67 @@ def test_a_text_of_one_s_own_is_a_task_and_may_vanish_later(desk, ran):
     assert {r.split("/")[1] for r in listed} <= {"leaderboard", "decision_ledger", "scorecard"}, listed
     text.unlink()
     cli(desk, "run", "-m", "stories260k", "-r", "cut-20", "--json", check=0)
+    listed = json.loads(cli(desk, *prune, check=0).stdout)["would_remove"]
+    assert not [r for r in listed if "/evaluation/" in r or r.startswith("handles/")], listed
+    assert (desk / "home" / "handles" / "eval_my_text" / "stories260k|cut-20.json").is_file()
+
+
+def test_a_changed_calibration_is_a_recipe_of_its_own(desk, ran, tmp_path):
+    """It stands on the leaderboard beside the recipe, and each says its own calibration wherever it is described."""
+    changed = ("--sequences", "16", "--length", "64")
+    found = json.loads(cli(desk, "run", "-m", "stories260k", "-r", "cut-20", *changed, "--json", check=0).stdout)
+    assert found["recipes"].keys() == {"cut-20@16x64"}
+    (board,) = json.loads(cli(desk, "leaderboard", "--json", check=0).stdout).values()
+    rows = {row["family"]: row["recipe_changed"] for row in board}
+    assert {"baseline", "cut-20", "cut-20@16x64"} <= rows.keys() and not any(rows.values()), rows
+    for name, size in (("cut-20", (24, 128)), ("cut-20@16x64", (16, 64))):
+        cli(desk, "export", "-m", "stories260k", "-r", name, "--to", str(tmp_path / name), check=0)
+        described = json.loads((tmp_path / name / "compression.json").read_text())["recipe"]
+        assert described["name"] == name
+        assert (described["calibration"]["sequences"], described["calibration"]["length"]) == size
+        card = (tmp_path / name / "README.md").read_text()
+        assert "calibration:\n  sequences: {}\n  length: {}\n".format(*size) in card
+    again = json.loads(cli(desk, "run", "-m", "stories260k", "-r", "cut-20@16x64", "--json", check=0).stdout)
+    assert {a["cache"] for a in again["recipes"]["cut-20@16x64"]["assets"].values()} == {"hit"}
+
+
+FAILS = """
+import sys
+from compression_dags.depth import workers
+plan = workers.plan
+def fails(job):
+    if job.stage.layers == 2:
+        raise {error}
+    return plan(job)
+workers.plan = fails
+from compression_dags.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ('RuntimeError("it broke")', "failed: merge_plan stories260k|cut-two: RuntimeError: it broke  (run "),
+        ('__import__("compression_dags.errors").errors.InputError("no")', "failed: stories260k|cut-two: no; done: "),
+    ],
+)
+def test_a_recipe_that_fails_does_not_keep_the_others_from_being_done(desk, ran, error, says):
+    """Neither from being run, though it comes first, nor from the leaderboard; and the same command goes on."""
+    stages = {"cut-two": "  - merge: {method: shortgpt, layers: 2}", "w8": "  - quantize: {method: rtn, scheme: W8A16}"}
+    for name, text in stages.items():
+        (desk / "recipes" / f"{name}.yaml").write_text(SMALL.format(name=name, stages=text))
+    arguments = ["run", "-m", "stories260k", "-r", "cut-two", "-r", "w8", "--json", "--home", str(desk / "home")]
+    environment = {**os.environ, "COMPRESSION_DAGS_RECIPES": str(desk / "recipes")}
+    command = [sys.executable, "-c", FAILS.format(error=error), *arguments]
+    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stdout == "", done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("failed: ", "error: "))]
+    assert len(lines) == 1 and lines[0].startswith(says) and lines[0].endswith("; done: w8"), lines
+    assert "failed    stories260k|cut-two" in done.stderr
+    (board,) = json.loads(cli(desk, "leaderboard", "--json", check=0).stdout).values()
+    families = {row["family"] for row in board}
+    assert "w8" in families and "cut-two" not in families
 
 
 def test_directory_with_a_separator_in_its_name(desk):

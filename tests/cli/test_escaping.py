@@ -190,11 +190,11 @@ def test_markdown_of_the_ui(text: str):
 def test_samples_in_the_ui(tmp_path: Path):
     import json
 
-    from compression_dags.assets.evaluation import SAMPLES, _shown_samples
+    from compression_dags.assets.evaluation import FILE, _shown
 
     texts = {"prompts": ["a*", "b"], "texts": ["<b>x</b>\n# y", "![i](http://evil.example)"]}
-    (tmp_path / SAMPLES).write_text(json.dumps(texts))
-    shown = _shown_samples(Artifact("samples", "f", "d", tmp_path))["samples"].value
+    (tmp_path / FILE).write_text(json.dumps(texts))
+    shown = _shown(Artifact("samples", "f", "d", tmp_path))["texts"].value
     assert shown == "**a\\*** &lt;b&gt;x&lt;/b&gt;  \n\\# y\n\n**b** \\!\\[i\\](http&#58;//evil.example)"
 
 

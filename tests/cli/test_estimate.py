@@ -6,28 +6,29 @@ import shutil
 import subprocess
 import sys
 
-import dagster as dg
 import pytest
 
 from compression_dags.cli import estimate as cli_estimate
 from compression_dags.cli.estimate import announce, foresee
-from compression_dags.definitions import Settings, build_graph, evaluation_book
-from compression_dags.estimate import RATES, START, Estimate, Model, Past, Step, estimate, predicted, read_past
+from compression_dags.cli.run import _planned, admit, resolve
+from compression_dags.definitions import Settings
+from compression_dags.estimate import RATES, START, Estimate, Model, Past, Work, estimate, predicted, read_past
 from compression_dags.paths import PROJECT
-from compression_dags.recipes import BASELINE, load_recipe
-from compression_dags.resources.model_hub import ModelHub
+from compression_dags.provenance.artifacts import Request
+from compression_dags.recipes import load_recipes, own_recipes, pick_recipes
+from compression_dags.resources.artifact_store import ArtifactStore
 
 SMALL, LARGE = Model(260_032, 5, 1_040_128), Model(135_000_000, 30, 270_000_000)
 
 
 def test_what_is_stored_costs_nothing():
-    steps = [Step("a", "calibration_activations", tokens=65_536), Step("b", "evaluation", tokens=12_000, stored=True)]
+    steps = [Work("a", "calibration_activations", tokens=65_536), Work("b", "evaluation", tokens=12_000, stored=True)]
     one, both = (
         estimate(SMALL, steps, "cpu"),
-        estimate(SMALL, [Step("b", "evaluation", tokens=12_000), *steps[:1]], "cpu"),
+        estimate(SMALL, [Work("b", "evaluation", tokens=12_000), *steps[:1]], "cpu"),
     )
     assert (one.steps, one.missing, both.missing) == (2, 1, 2) and one.seconds < both.seconds
-    none = estimate(SMALL, [Step("b", "evaluation", stored=True)], "cpu")
+    none = estimate(SMALL, [Work("b", "evaluation", stored=True)], "cpu")
     assert none.seconds == 0 and none.line() == "all 1 assets are stored"
     assert one.line().endswith("disk") and "1 of 2 assets to compute (1 stored)" in one.line()
     assert "by built-in rates" in one.line()
@@ -70,7 +71,7 @@ def test_past_runs_correct_the_rates(tmp_path):
     (tmp_path / "artifacts" / "recovered_weights" / ".DS_Store").write_text("")
     past = read_past(tmp_path, ["recovered_weights", "evaluation"], "cpu", SMALL.parameters)
     assert past.factors == {"recovered_weights": pytest.approx(3.0)} and past.memory == 2048.0 * 2**20
-    step = Step("r", "recovered_weights", "least-squares", 65_536)
+    step = Work("r", "recovered_weights", "least-squares", 65_536)
     found = estimate(SMALL, [step], "cpu", past)
     assert found.seconds == pytest.approx(START["cpu"] + 3 * usual) and found.known
     assert estimate(LARGE, [step], "cpu", past).seconds > 2 * found.seconds, "scaled to the model's size"
@@ -79,92 +80,121 @@ def test_past_runs_correct_the_rates(tmp_path):
 
 
 @pytest.fixture
-def house(tmp_path):
-    """A home that knows stories260k, and the graph of one recipe."""
-    settings = Settings(tmp_path / "home", device="cpu")
-    hub = ModelHub(home=str(settings.home))
-    hub.register(hub.resolve("stories260k"))
-    (tmp_path / "r.yaml").write_text(
-        "name: r\ncalibration: {sequences: 16, length: 9000}\nstages:\n"
-        "  - merge: {method: shortgpt, layers: 1}\n  - recover: {method: least-squares}\n"
-    )
-    recipe = load_recipe(tmp_path / "r.yaml")
-    graph = build_graph({"r": recipe}, evaluation_book(PROJECT / "recipes"), settings)
-    return settings, graph, graph.keys(["r"], ["heldout_stories"])
+def house(tmp_path, monkeypatch):
+    """A home with stories260k, and what is planned of two recipes that share all but a recovery."""
+    (tmp_path / "recipes").mkdir()
+    cut = "calibration: {sequences: 16, length: 9000}\nstages:\n  - merge: {method: shortgpt, layers: 1}\n"
+    (tmp_path / "recipes" / "cut.yaml").write_text(f"name: cut\n{cut}")
+    (tmp_path / "recipes" / "cut-ls.yaml").write_text(f"name: cut-ls\n{cut}  - recover: {{method: least-squares}}\n")
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path / "recipes"))
+    return House(Settings(tmp_path / "home", device="cpu"))
 
 
-def pretend(settings, graph, key, **changes):
-    """Store a manifest and a handle, as if an asset had been made by its present version and options."""
-    spec = next(s for a in graph.definitions.assets for s in a.specs if s.key == key)
-    name, home = "_".join(key.path), settings.home
-    version, _, _ = (spec.code_version or "").rpartition(":")
-    past_run(home, name, 0, 1.0, {})
-    file = home / "artifacts" / name / f"{name}0" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["request"] |= {"version": version} | changes
-    file.write_text(json.dumps(manifest))
-    handle = home.joinpath("handles", *key.path, "stories260k.json")
-    handle.parent.mkdir(parents=True, exist_ok=True)
-    handle.write_text(json.dumps({"kind": name, "fingerprint": f"{name}0"}))
+class House:
+    def __init__(self, settings):
+        self.settings, self.store = settings, ArtifactStore(home=str(settings.home))
+        self.base = admit(resolve("stories260k", settings, None), settings).artifact
+
+    def plan(self, *names, **options):
+        chosen = pick_recipes(load_recipes(), list(names))
+        return _planned("stories260k", chosen, self.settings, "heldout_stories", None, **options)
+
+    def foresee(self, *names):
+        return foresee(self.plan(*names), self.base)
+
+    def foreseen(self, recipe):
+        """What a run of a recipe, or of the baseline, would find."""
+        plan = self.plan("cut", "cut-ls")
+        (found,) = (r for r in plan.recipes if r.name == recipe)
+        return {e.asset: e for e in plan.planner.foreseen(found, ["heldout_stories"], self.base, "stories260k")}
+
+    def pretend(self, recipe, *assets):
+        """Store manifests as if these assets of a recipe had been made."""
+        for asset in assets:
+            each = self.foreseen(recipe)[asset]
+            kind = "evaluation" if asset.startswith("eval_") else asset
+            request = {"inputs": {}, "config": {}, "numeric": {"device": "cpu"}, "version": "1", "kind": kind}
+            said = {"fingerprint": each.fingerprint, "digest": f"of {asset}", "request": request, "files": {}}
+            folder = self.store.directory(kind, each.fingerprint)
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").write_text(json.dumps(said | MANIFEST))
+
+    def score(self, recipe):
+        """Store a scorecard of what is stored of a recipe."""
+        digests = {asset.removeprefix("eval_"): each.digest for asset, each in self.foreseen(recipe).items()}
+        inputs = {"weights": digests.get("merged_weights", self.base.digest)}
+        inputs |= {name: digests[name] for name in ("heldout_stories", "samples")}
+        made = self.store.produce(Request("scorecard", "3", {"family": recipe}, inputs), lambda _: {})
+        self.store.remember("scorecard", f"stories260k|{recipe}", made.artifact)
 
 
-def missing(settings, graph, keys):
-    found = foresee(graph.definitions, "stories260k", keys, settings)
-    assert found is not None
-    return found.missing
+MANIFEST = {"facts": {}, "seconds": 1.0, "peak_memory_mb": 1.0, "run_id": ""}
+#: Tokens, activations, two similarities, plan and weights of a cut.
+CUT = ("calibration_tokens", "calibration_activations", "similarity_block_influence", "similarity_angular")
+CUT += ("merge_plan", "merged_weights")
+#: Of every model that is scored.
+SCORED = ("eval_heldout_stories", "samples", "scorecard")
 
 
-def test_assets_are_counted_as_the_graph_has_them(house):
-    settings, graph, keys = house
-    found = foresee(graph.definitions, "stories260k", keys, settings)
-    assert found is not None and found.steps == found.missing == len(keys) and not found.known
-    assert 5 < found.seconds < 600 and found.memory > 0.5e9
-    activations = next(k for k in keys if k.path[-1] == "calibration_activations")
-    pretend(settings, graph, activations, config={"samples": 2048, "seed": 0})
-    assert missing(settings, graph, keys) == len(keys), "what it is made of is not"
-    tokens = next(k for k in keys if k.path[-1] == "calibration_tokens")
-    options = {"sequences": 16, "length": 9000, "seed": 0, "packing": "concat"}
-    for key, config in ((tokens, options), (dg.AssetKey(["base_model"]), {})):
-        pretend(settings, graph, key, config=config)
-    stored = settings.home / "artifacts" / "base_model" / "base_model0"
-    (stored / "checkpoint").symlink_to(PROJECT / "models" / "stories260k")
-    assert missing(settings, graph, keys) == len(keys) - 3
-    manifest = settings.home / "artifacts" / "_".join(tokens.path) / ("_".join(tokens.path) + "0") / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-    assert missing(settings, graph, keys) == len(keys) - 1, "of other options"
+def test_what_recipes_share_is_counted_once(house):
+    one, both = house.foresee("cut"), house.foresee("cut", "cut-ls")
+    assert one.steps == one.missing == len(CUT) + 2 * len(SCORED) and not one.known
+    assert both.steps == both.missing == one.steps + 1 + len(SCORED)
+    assert 5 < one.seconds < both.seconds < 600 and one.memory > 0.5e9
 
 
-def test_tokens_are_those_of_the_context(house):
-    _, graph, keys = house
-    specs = {s.key: s for a in graph.definitions.assets for s in a.specs}
-    steps = {k.path[-1]: cli_estimate._step(specs[k], 512, graph.book.tasks, False) for k in keys}
-    assert steps["calibration_activations"].tokens == 16 * 512 == steps["recovered_weights"].tokens
-    assert steps["recovered_weights"].method == "least-squares" and steps["eval_heldout_stories"].tokens == 24 * 512
-    assert steps["merged_weights"].tokens == 0
+def test_what_is_stored_is_found_by_what_it_is_made_of(house):
+    steps = house.foresee("cut").steps
+    house.pretend("cut", *CUT[:3])
+    assert house.foresee("cut").missing == steps - 3
+    assert house.foresee("cut-ls").missing == steps + 1 - 3, "the other recipe shares them"
+    recipe = own_recipes() / "cut.yaml"
+    recipe.write_text(recipe.read_text().replace("sequences: 16", "sequences: 17"))
+    assert house.foresee("cut").missing == steps, "of other options"
+    tokens = house.foreseen("cut-ls")["calibration_tokens"]
+    shutil.rmtree(house.store.directory("calibration_tokens", tokens.fingerprint))
+    assert house.foresee("cut-ls").missing == steps + 1, "what it is made of is gone"
 
 
-def test_nothing_odd_stops_a_run(house, monkeypatch, caplog):
-    settings, graph, keys = house
-    monkeypatch.setattr(cli_estimate, "foresee", lambda *_: 1 / 0)
+def test_a_rerun_says_that_all_is_stored_until_a_recipe_is_edited(house, monkeypatch):
+    """Also in the check of free disk, which counts the checkpoints that are to be made."""
+    for name, steps in (("baseline", ()), ("cut", CUT)):
+        house.pretend(name, *steps, "eval_heldout_stories", "samples")
+        house.score(name)
+    assert house.foresee("cut").line() == f"all {len(CUT) + 2 * len(SCORED)} assets are stored"
+    needed = []
+    monkeypatch.setattr(ArtifactStore, "ensure_writable", lambda _, need=0: needed.append(need))
+    house.plan("cut")
+    assert needed[-1] == 0
+    recipe = own_recipes() / "cut.yaml"
+    recipe.write_text(recipe.read_text().replace("layers: 1", "layers: 2"))
+    assert house.foresee("cut").missing == 2 + len(SCORED)
+    assert needed[-1] == house.base.size["bytes"], "one checkpoint, though a scorecard of this name is stored"
+    house.plan("cut-ls")
+    assert needed[-1] == house.base.size["bytes"], "the recovered one; the merged one is there"
+
+
+def test_tokens_are_those_of_the_context(house, monkeypatch):
+    works = {}
+    monkeypatch.setattr(cli_estimate, "_sum", lambda found, *_: works.update({w.name: w for w in found}))
+    house.foresee("cut-ls")
+    assert works["calibration_activations"].tokens == 16 * 512 == works["recovered_weights"].tokens
+    assert works["recovered_weights"].method == "least-squares" and works["eval_heldout_stories"].tokens == 24 * 512
+    assert works["merged_weights"].tokens == 0
+
+
+def test_nothing_odd_stops_a_run(tmp_path, caplog):
     with caplog.at_level(logging.DEBUG, logger="compression_dags"):
         cli_estimate.logger.propagate = True
-        announce(graph.definitions, "stories260k", keys, settings)
+        announce(lambda: 1 / 0)
     assert [r.message for r in caplog.records if r.levelno >= logging.INFO] == []
     assert any(r.exc_info for r in caplog.records), "the cause is kept for --debug"
-    monkeypatch.undo()
-    shutil.rmtree(settings.home)
-    assert foresee(graph.definitions, "stories260k", keys, settings) is None, "a model that is nowhere yet"
-    (settings.home / "artifacts").mkdir(parents=True)
-    (settings.home / "artifacts" / "base_model").write_text("a file where a folder belongs")
-    assert read_past(settings.home, ["base_model"], "cpu", 1) == Past()
+    (tmp_path / "artifacts").mkdir(parents=True)
+    (tmp_path / "artifacts" / "base_model").write_text("a file where a folder belongs")
+    assert read_past(tmp_path, ["base_model"], "cpu", 1) == Past()
 
 
 def test_it_needs_no_torch():
     code = "import sys, compression_dags.estimate, compression_dags.cli.estimate; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_the_baseline_is_counted_once(house):
-    _, _, keys = house
-    assert len(set(keys)) == len(keys) and dg.AssetKey([BASELINE, "scorecard"]) in keys

@@ -11,14 +11,14 @@ from compression_dags.stage import bar
 
 
 def test_work_is_named_when_it_lasts_and_then_once_a_minute():
-    work = Work("shortgpt_20/recovered_weights", 0.0)
+    work = Work("recovered_weights stories260k|shortgpt-20", 0.0)
     assert work.due(FIRST - 1) is None
-    assert work.due(FIRST) == "computing shortgpt_20/recovered_weights"
+    assert work.due(FIRST) == "computing recovered_weights stories260k|shortgpt-20"
     assert work.due(FIRST + EVERY - 1) is None
-    assert work.due(FIRST + EVERY) == "computing shortgpt_20/recovered_weights (70 s so far)"
+    assert work.due(FIRST + EVERY) == "computing recovered_weights stories260k|shortgpt-20 (70 s so far)"
     work.counts += [Count("least squares", 24, 60.0, done=7), Count("rows", None, 100.0, done=2)]
     line = work.due(130.0)
-    assert line == "computing shortgpt_20/recovered_weights: least squares 7/24, rows 2, 3 min left"
+    assert line == "computing recovered_weights stories260k|shortgpt-20: least squares 7/24, rows 2, 3 min left"
     work.counts[0].done = 0
     line = work.due(200.0)
     assert line is not None and "0/24" in line and "left" not in line, "no pace is known before the first step"
@@ -69,9 +69,9 @@ def test_a_terminal_gets_a_bar_whatever_silences_other_bars(monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     shown = Terminal()
     monkeypatch.setattr("sys.stderr", shown)
-    with working_on("cut_20/merge_plan"):
+    with working_on("merge_plan stories260k|cut-20"):
         assert list(bar(range(3), "layers")) == [0, 1, 2]
-    assert "cut_20/merge_plan: layers" in shown.getvalue() and "3" in shown.getvalue()
+    assert "merge_plan stories260k|cut-20: layers" in shown.getvalue() and "3" in shown.getvalue()
     quiet = io.StringIO()
     monkeypatch.setattr("sys.stderr", quiet)
     assert list(bar(range(3), "layers")) == [0, 1, 2] and quiet.getvalue() == ""

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from compression_dags import failures
+from compression_dags.assets.grid import TABLE
 from compression_dags.calibration import texts
 from compression_dags.calibration.corpora import corpora_digests, read_documents
 from compression_dags.checkpoints import exporting
@@ -25,6 +26,7 @@ from compression_dags.paths import PROJECT
 from compression_dags.provenance.artifacts import MANIFEST, Artifact, describe_files
 from compression_dags.recipes import load_recipe, load_recipes
 from compression_dags.recipes.names import fault, made_name
+from compression_dags.recovery.stage import MOST_RECOVERIES
 from compression_dags.yaml_reader import read_mapping
 
 GOOD = "name: try-20\nstages:\n  - merge: {method: shortgpt, ratio: 0.20}\n"
@@ -299,7 +301,8 @@ def test_a_bad_file_costs_itself(desk):
 
 
 def test_the_ui_loads_what_is_good(desk):
-    from compression_dags.definitions import defs
+    from compression_dags.assets.selection import Planner
+    from compression_dags.definitions import Settings, defs
 
     longest = made_name("long-" * 50)
     (desk / "recipes" / "long.yaml").write_text(GOOD.replace("try-20", longest))
@@ -307,8 +310,23 @@ def test_the_ui_loads_what_is_good(desk):
     home.mkdir()
     for content in ('["heldout_stories", " heldout_c4", "gone.txt", 3]', "{", '{"a": [1], "b": "gone.txt"}', "\0", "3"):
         (home / FILE).write_text(content)
-        jobs = set(defs().get_repository_def().job_names)
-        assert {"compress_try_20", f"compress_{longest.replace('-', '_')}"} <= jobs and "compress_text" not in jobs
+        assert {"compress", "evaluate", "summarise"} <= set(defs().get_repository_def().job_names)
+    assert set(Planner([], Settings(home).resources()).recipes()) == {"try-20", longest}
+
+
+def test_one_recovery_too_many_is_refused_with_its_place(desk):
+    """Each is an asset of its own, and there are so many."""
+    recover = "  - recover: {method: least-squares}\n"
+    (desk / "recipes" / "try-20.yaml").write_text(GOOD + MOST_RECOVERIES * recover)
+    assert (
+        len(load_recipe(desk / "recipes" / "try-20.yaml").recoveries)
+        == sum(name.startswith("recovered_") for name in TABLE)
+        == 3
+    )
+    (desk / "recipes" / "try-20.yaml").write_text(GOOD + 4 * recover)
+    said = refused("run", "-m", "stories260k", "-r", "try-20")
+    assert "try-20.yaml:7: stages.4: one recovery too many; a recipe may have at most 3" in said
+    assert not (desk / "home").exists()
 
 
 @pytest.mark.parametrize(

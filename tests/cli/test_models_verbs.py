@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 from compression_dags.assets.base_models import REFERENCE, base_model
 from compression_dags.cli.main import main
-from compression_dags.definitions import Settings, build_graph, evaluation_book
+from compression_dags.definitions import Settings, build
 from compression_dags.errors import InputError, IntegrityError, naming_dtype
-from compression_dags.recipes import recipes_folder
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import ModelHub
+from compression_dags.step import BASE
 from models import edit_config, edit_weights
 
 
@@ -34,10 +34,10 @@ def test_add_list_and_remove(model, tmp_path):
     assert "(missing; the imported copy is used)" in cli(home, "models")
     assert json.loads(cli(home, "models", "--json"))["model"]["missing"] is True
     store = ArtifactStore(home=str(home))
-    assert store.recall(base_model.key, "model")
+    assert store.recall(BASE, "model")
     assert json.loads(cli(home, "models", "remove", "model", "--json")) == {"removed": "model"}
     assert "model" not in json.loads(cli(home, "models", "--json"))
-    assert store.recall(base_model.key, "model") is None and list((home / "artifacts" / "base_model").iterdir())
+    assert store.recall(BASE, "model") is None and list((home / "artifacts" / "base_model").iterdir())
     with dg.DagsterInstance.from_config(str(home / "dagster")) as instance:
         assert instance.get_dynamic_partitions("base_model") == []
     assert json.loads((home / "models" / "digests.json").read_text()) == {}
@@ -47,21 +47,21 @@ def test_add_list_and_remove(model, tmp_path):
 
 def sensor_of(tmp_path: Path, watched: Path):
     settings = Settings(tmp_path / "home", device="cpu", watch=str(watched))
-    graph = build_graph({}, evaluation_book(recipes_folder()), settings)
-    repository = graph.definitions.get_repository_def()
-    sensor = graph.definitions.resolve_sensor_def("new_base_models")
+    definitions = build([], settings)
+    repository = definitions.get_repository_def()
+    sensor = definitions.resolve_sensor_def("new_base_models")
 
     def tick(instance, cursor=None):
         return sensor(dg.build_sensor_context(instance=instance, repository_def=repository, cursor=cursor))
 
-    return graph, tick
+    return definitions, tick
 
 
 def test_the_sensor_checks_headers_and_looks_again_when_files_change(stories, tmp_path):
     watched = tmp_path / "watched"
     model = Path(shutil.copytree(stories, watched / "broken"))
     edit_config(model, num_hidden_layers=4)
-    graph, tick = sensor_of(tmp_path, watched)
+    definitions, tick = sensor_of(tmp_path, watched)
     with dg.instance_for_test() as instance:
         skipped = tick(instance)
         assert isinstance(skipped, dg.SkipReason) and "config.json counts 4 layers" in (skipped.skip_message or "")
@@ -73,7 +73,7 @@ def test_the_sensor_checks_headers_and_looks_again_when_files_change(stories, tm
 
         # the run refuses it: nothing stays, and these files are not asked for again
         instance.add_dynamic_partitions("base_model", ["broken"])
-        assert not import_in_a_run(graph, instance, first.run_requests[0])
+        assert not import_in_a_run(definitions, instance, first.run_requests[0])
         hub = ModelHub(home=str(tmp_path / "home"))
         assert hub.registered() == {} and instance.get_dynamic_partitions("base_model") == []
         assert isinstance(tick(instance, first.cursor), dg.SkipReason)
@@ -82,14 +82,14 @@ def test_the_sensor_checks_headers_and_looks_again_when_files_change(stories, tm
         again = tick(instance, first.cursor)
         assert again.run_requests[0].run_key != first.run_requests[0].run_key
         instance.add_dynamic_partitions("base_model", ["broken"])
-        assert import_in_a_run(graph, instance, again.run_requests[0])
+        assert import_in_a_run(definitions, instance, again.run_requests[0])
         assert set(hub.registered()) == {"broken"}
         assert isinstance(tick(instance, again.cursor), dg.SkipReason)
         assert isinstance(tick(instance), dg.SkipReason)
 
 
-def import_in_a_run(graph, instance, request) -> bool:
-    job = graph.definitions.resolve_implicit_global_asset_job_def()
+def import_in_a_run(definitions, instance, request) -> bool:
+    job = definitions.resolve_implicit_global_asset_job_def()
     return job.execute_in_process(
         instance=instance,
         partition_key=request.partition_key,
