@@ -96,9 +96,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run verb asks for, after every check that needs no compute."""
+    """What a run verb asks for, after every check that needs no compute.
+
+    Attributes:
+        base: the imported model, where the checks had to import it.
+    """
 
     source: ModelSource
+    base: Produced | None
     recipes: list[Recipe]
     tasks: dict[str, list[str]]
     definitions: dg.Definitions
@@ -130,7 +135,7 @@ def run_recipes(
         r.with_calibration(given.get("sequences"), given.get("length")) for r in pick_recipes(load_recipes(), names)
     ]
     plan = _planned(model, chosen, settings, tasks, name)
-    base = admit(plan.source, settings)
+    base = plan.base or admit(plan.source, settings)
     announce(plan, base.artifact)
     made: dict[str, dict[str, dict[str, Any]]] = {}
     failed: list[Exception] = []
@@ -160,7 +165,7 @@ def _planned(model: str, chosen: list[Recipe], settings: Settings, tasks: str | 
     for recipe in chosen:
         book.check_harness(recipe.evaluate, folders)
     source = resolve(model, settings, name)
-    check_model(source, chosen, settings)
+    base = check_model(source, chosen, settings)
     if asked is not None:
         remember(settings.home, asked, book)
         extra = list({task.name: task for task in (*extra, *asked)}.values())
@@ -168,7 +173,7 @@ def _planned(model: str, chosen: list[Recipe], settings: Settings, tasks: str | 
     known = all_tasks(book, chosen, extra)
     _check_names(book, chosen, {task.name: task for task in known})
     planner = Planner(known, settings.resources())
-    return Plan(source, [BASELINE_RECIPE, *chosen], wanted, build(known, settings), planner, settings)
+    return Plan(source, base, [BASELINE_RECIPE, *chosen], wanted, build(known, settings), planner, settings)
 
 
 def _wanted(
@@ -208,12 +213,13 @@ def resolve(model: str, settings: Settings, name: str | None) -> ModelSource:
     return source
 
 
-def stored_model(source: ModelSource, settings: Settings) -> Checkpoint:
-    """The checkpoint whose headers tell what fits: a directory as it lies, others imported first if they were not."""
+def stored_model(source: ModelSource, settings: Settings) -> tuple[Checkpoint, Produced | None]:
+    """The checkpoint whose headers tell what fits: a directory as it lies; others are imported for it."""
     if source.kind in {"embedded", "directory"}:
         copy = ArtifactStore(home=str(settings.home)).recall(BASE, source.slug) if is_gone(source) else None
-        return Checkpoint(copy.checkpoint if copy else source.location)
-    return Checkpoint(admit(source, settings).artifact.checkpoint)
+        return Checkpoint(copy.checkpoint if copy else source.location), None
+    base = admit(source, settings)
+    return Checkpoint(base.artifact.checkpoint), base
 
 
 def admit(source: ModelSource, settings: Settings) -> Produced:
@@ -226,18 +232,23 @@ def admit(source: ModelSource, settings: Settings) -> Produced:
     return produced
 
 
-def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> None:
-    """Architecture, recipes, device and disk, from the model's headers, before any compute."""
+def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> Produced | None:
+    """Check architecture, recipes, device and disk, from the model's headers, before any compute.
+
+    Returns:
+        The imported model, where its headers can be read only then.
+    """
     Accelerator(home=str(settings.home), device=settings.device, dtype=settings.dtype).check()
     if source.kind not in {"embedded", "directory"} and not recipes:
-        return  # not downloaded yet: `base_model` checks it
-    checkpoint = stored_model(source, settings)
+        return None  # not downloaded yet: `base_model` checks it
+    checkpoint, base = stored_model(source, settings)
     for recipe in recipes:
         recipe.check(checkpoint.stated_facts)
     store = ArtifactStore(home=str(settings.home))
     missing = sum(store.recall(SCORECARD, str(Place(source.slug, r.name))) is None for r in recipes)
     missing += store.recall(BASE, source.slug) is None
     store.ensure_writable(checkpoint.nbytes * missing)
+    return base
 
 
 def recall(store: ArtifactStore, asset: str, partition: str) -> Artifact:
