@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import dagster as dg
 
 from compression_dags.assets.base_models import REFERENCE
-from compression_dags.assets.evaluation import SAMPLES, SCORECARD, eval_key
+from compression_dags.assets.evaluation import SAMPLES, eval_key
 from compression_dags.assets.grid import COMPRESSED, TABLE
 from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.recipe import register
+from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.evaluation.tasks import Task
@@ -90,20 +91,22 @@ def _summarise_after(summarise: Any, status: str) -> dg.SensorDefinition:
     return summarise_after
 
 
-def _recompress_monthly(job: Any, planner: "Planner") -> dg.ScheduleDefinition:
+def _recompress_monthly(job: Any, planner: Planner) -> dg.ScheduleDefinition:
     @dg.schedule(job=job, cron_schedule="0 3 1 * *", name="recompress_monthly")
     def recompress_monthly(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
         """Every base model through every recipe that is shown, where the store lacks something."""
         when = f"{context.scheduled_execution_time:%Y-%m}"
         for slug in context.instance.get_dynamic_partitions(BASE_MODELS.name or ""):
-            yield from _requests(planner, slug, when, context.log)
+            yield from _requests(planner, slug, when, context.instance, context.log)
 
     return recompress_monthly
 
 
-def _requests(planner: "Planner", slug: str, key: str, log: Any) -> Iterator[dg.RunRequest]:
-    """A run for every recipe that a base model lacks; the others are named in the log."""
-    for name, recipe in planner.recipes().items():
+def _requests(planner: Planner, slug: str, key: str, instance: dg.DagsterInstance, log: Any) -> Iterator[dg.RunRequest]:
+    """A run for every recipe that a base model lacks; those that cannot work on it are named in the log."""
+    recipes = planner.recipes()
+    register(instance, planner.store, recipes)
+    for name, recipe in recipes.items():
         here = Place(slug, name)
         if (reason := planner.unfit(recipe, slug)) is not None:
             log.info("%s is not applicable: %s", here, reason)
@@ -115,7 +118,7 @@ def _requests(planner: "Planner", slug: str, key: str, log: Any) -> Iterator[dg.
             )
 
 
-def _compress_new_models(monitored: Any, compress: Any, planner: "Planner") -> dg.SensorDefinition:
+def _compress_new_models(monitored: Any, compress: Any, planner: Planner) -> dg.SensorDefinition:
     @dg.run_status_sensor(
         name="compress_new_models",
         run_status=dg.DagsterRunStatus.SUCCESS,
@@ -125,7 +128,9 @@ def _compress_new_models(monitored: Any, compress: Any, planner: "Planner") -> d
     def compress_new_models(context: dg.RunStatusSensorContext) -> Any:
         """Every recipe that is shown, on a base model that was just imported."""
         slug = context.dagster_run.tags.get("dagster/partition")
-        found = list(_requests(planner, slug, context.dagster_run.run_id, context.log)) if slug else []
+        found = (
+            list(_requests(planner, slug, context.dagster_run.run_id, context.instance, context.log)) if slug else []
+        )
         return found or dg.SkipReason(f"nothing is missing of {slug}")
 
     return compress_new_models

@@ -1,4 +1,4 @@
-"""`eval_<task>`, `samples` and `scorecard`: what a compressed model is worth, and what it writes."""
+"""`eval_<task>` and `samples`: what a compressed model is worth on each task, and what it writes."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +17,12 @@ from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact, Request, write_metrics
 from compression_dags.provenance.escaping import markdown_code, markdown_line, markdown_text
 from compression_dags.recipes import BASELINE, options_digest
-from compression_dags.reports.scorecard import make_scorecard
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.evaluator import Evaluator, Session
-from compression_dags.step import BASE
 
-SAMPLES, SCORECARD = "samples", "scorecard"
+SAMPLES = "samples"
 FILE = "samples.json"
-#: 2: with samples. 3: scores and sizes from files that digests cover; names the weights it is about.
-CARD_VERSION = "3"
 WRITING = {"prompts": list(PROMPTS), "new_tokens": NEW_TOKENS}
 
 
@@ -134,51 +130,3 @@ def _shown(artifact: Artifact) -> Mapping[str, Any]:
     pairs = zip(found["prompts"], texts, strict=False)
     shown = [f"**{markdown_text(prompt)}** {markdown_text(text)}" for prompt, text in pairs]
     return {"texts": dg.MetadataValue.md("\n\n".join(shown))} if shown else {}
-
-
-def scorecards(tasks: Sequence[Task]) -> dg.AssetsDefinition:
-    """The asset `scorecard`, over all tasks that there are."""
-
-    @dg.asset(
-        name=SCORECARD,
-        partitions_def=GRID,
-        group_name="results",
-        kinds={"json"},
-        code_version=CARD_VERSION,
-        deps=[BASE, COMPRESSED, *(eval_key(task.name) for task in tasks), SAMPLES],
-        description="Layers, parameters, bytes and every score, with the change against the uncompressed model; what "
-        "both write.",
-    )
-    def scorecard(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
-        here = Place.of(context)
-        base, weights = store.recall(BASE, here.base_model), store.recall(COMPRESSED, str(here))
-        if base is None or weights is None:
-            raise InputError(f"{COMPRESSED} of {here} is not in the store; materialize it first")
-        found = {task.name: store.recall(eval_key(task.name), str(here)) for task in tasks}
-        # a task that was not selected may still hold the score of older weights: it does not count
-        scores = {n: a for n, a in found.items() if a and a.inputs["weights"] == weights.digest}
-        written = store.recall(SAMPLES, str(here))
-        written = written if written and written.inputs["weights"] == weights.digest else None
-        dense = None
-        if here.recipe != BASELINE:
-            dense = store.recall(SCORECARD, str(Place(here.base_model, BASELINE)))
-        inputs = {"weights": weights.digest, "base_model": base.digest} | {n: a.digest for n, a in scores.items()}
-        inputs |= {"baseline": dense.digest} if dense else {}
-        inputs |= {"samples": written.digest} if written else {}
-        about = {"kind": weights.kind, "fingerprint": weights.fingerprint}
-
-        def build(work: Any) -> dict[str, Any]:
-            baseline = json.loads((dense.path / "scorecard.json").read_text()) if dense else None
-            samples = json.loads((written.path / FILE).read_text()) if written else None
-            metrics = {name: artifact.metrics for name, artifact in scores.items()}
-            card = make_scorecard(here.recipe, weights.size, base.size, metrics, baseline, samples)
-            card["weights"] = about
-            (work.out / "scorecard.json").write_text(json.dumps(card, indent=1, sort_keys=True))
-            return {"layers": card["layers"], "parameters": card["parameters"], "bytes": card["bytes"], **card["flat"]}
-
-        request = Request(SCORECARD, CARD_VERSION, {"family": here.recipe, "weights": about}, inputs)
-        return publish(
-            store, SCORECARD, str(here), store.produce(request, build, context.run_id), recipe=weights.recipe
-        )
-
-    return scorecard

@@ -1,6 +1,7 @@
 """Every kind of artifact between a base model and its compressed model: one asset each, on the grid."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import dagster as dg
 
@@ -14,88 +15,73 @@ from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import Recipe
 from compression_dags.recipes.pipeline import last_weights, steps_of
+from compression_dags.registry import stage_kinds
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import RECIPE, ArtifactStore, Produced
 from compression_dags.resources.runner import produce
 from compression_dags.similarity.steps import MEASURES, REDUNDANCY
-from compression_dags.step import BASE, Step
+from compression_dags.step import ANALYSIS, BASE, WEIGHTS, Kind, Step
 
-#: Recoveries that one recipe may have: each is an asset of its own.
-RECOVERIES = ("recovered_weights", "recovered_weights_2", "recovered_weights_3")
 COMPRESSED = "compressed_model"
-_TOKENS, _PASS = "calibration_tokens", "calibration_activations"
-_SIMILAR = tuple(f"similarity_{name}" for name in MEASURES)
-_MERGED, _SPARSE = ("merged_weights", *RECOVERIES), ("merged_weights", *RECOVERIES, "sparse_weights")
-WEIGHTS_ASSETS = (*_SPARSE, "quantized_weights")
-#: Asset → group, what it may read (which recipe reads what, its steps say), and what it is.
-TABLE: dict[str, tuple[str, tuple[str, ...], str]] = {
-    _TOKENS: ("analysis", (BASE, RECIPE), "The recipe's calibration set: exact counts of tokens, seeded."),
-    _PASS: (
-        "analysis",
-        (BASE, RECIPE, _TOKENS),
-        "One streamed pass over the calibration tokens: block influence, angular distances, hidden states of sampled "
-        "tokens, channel norms of every projection input.",
-    ),
-    **{f"similarity_{name}": ("analysis", (_PASS,), about) for name, about in MEASURES.items()},
-    REDUNDANCY: (
-        "analysis",
-        (_PASS,),
-        "How much the inputs, outputs and gates of every two layers, and of every two modules, hold of each other "
-        "(ALS): as printed, centred, and debiased.",
-    ),
-    "merge_plan": ("depth", (BASE, RECIPE, _TOKENS, _PASS, *_SIMILAR), "Which layers stay, and how others go."),
-    "merged_weights": (
-        "depth",
-        (BASE, "merge_plan"),
-        "The plan applied: layers renumbered, per-layer config remapped, reload gate passed.",
-    ),
-    **{
-        name: (
-            "depth",
-            (BASE, RECIPE, _TOKENS, "merge_plan", "merged_weights", *RECOVERIES[:index]),
-            f"The model after {('its first', 'its second', 'its third')[index]} recovery, or as it was if none helped.",
-        )
-        for index, name in enumerate(RECOVERIES)
-    },
-    "sparsity_plan": (
-        "sparsity",
-        (BASE, RECIPE, _TOKENS, _PASS, REDUNDANCY, *_MERGED),
-        "The share of zeros, or the pattern, of every projection.",
-    ),
-    "sparse_weights": (
-        "sparsity",
-        (BASE, RECIPE, _TOKENS, "sparsity_plan", *_MERGED),
-        "The pruned model, its packed masks beside it, reload gate passed.",
-    ),
-    "quantization_plan": (
-        "quantization",
-        (BASE, RECIPE, _TOKENS, *_SPARSE),
-        "A scheme for every group of projections, where a recipe asks for bits a weight on average.",
-    ),
-    "quantized_weights": (
-        "quantization",
-        (BASE, RECIPE, _TOKENS, "quantization_plan", *_SPARSE),
-        "The model rounded onto a compressed-tensors scheme, reload gate passed.",
-    ),
-}
+
+
+def _analysis() -> dict[str, Kind]:
+    """The shared analysis, of which only what a recipe's steps read is ever made."""
+    tokens, activations = ANALYSIS
+    found = [
+        Kind(tokens, "The recipe's calibration set: exact counts of tokens, seeded.", (BASE,)),
+        Kind(
+            activations,
+            "One streamed pass over the calibration tokens: block influence, angular distances, hidden states of "
+            "sampled tokens, channel norms of every projection input.",
+            (BASE, tokens),
+        ),
+        *(Kind(f"similarity_{name}", about, (activations,)) for name, about in MEASURES.items()),
+        Kind(
+            REDUNDANCY,
+            "How much the inputs, outputs and gates of every two layers, and of every two modules, hold of each other "
+            "(ALS): as printed, centred, and debiased.",
+            (activations,),
+        ),
+    ]
+    return {kind.name: kind for kind in found}
+
+
+def _table() -> dict[str, tuple[str, Kind]]:
+    """Asset → its group and kind, in pipeline order; the role `weights` is every asset that may have made them."""
+    found = {name: ("analysis", kind) for name, kind in _analysis().items()}
+    made: list[str] = []
+    for stage, kinds in stage_kinds().items():
+        for kind in kinds:
+            reads = [n for role in kind.reads for n in ((BASE, *made) if role == WEIGHTS else (role,))]
+            found[kind.name] = (stage, replace(kind, reads=tuple(dict.fromkeys(reads))))
+            made += [kind.name] * kind.weights
+    return found
+
+
+TABLE = _table()
+WEIGHTS_ASSETS = tuple(name for name, (_, kind) in TABLE.items() if kind.weights)
+#: Assets that decide something, in pipeline order: `merged_weights` only applies a plan.
+DECIDERS = tuple(name for name, (group, _) in TABLE.items() if group != "analysis" and name != "merged_weights")
 
 
 def grid_assets() -> list[dg.AssetsDefinition]:
     """The assets of all steps, and `compressed_model`."""
-    return [*(step_asset(name, *said) for name, said in TABLE.items()), compressed_model]
+    return [*(step_asset(kind, group) for group, kind in TABLE.values()), compressed_model]
 
 
-def step_asset(name: str, group: str, reads: Sequence[str], about: str) -> dg.AssetsDefinition:
-    """The asset of the steps of one name: it runs the step that the partition's recipe has."""
+def step_asset(kind: Kind, group: str) -> dg.AssetsDefinition:
+    """The asset of the steps of one kind: it runs the step that the partition's recipe has."""
+    name = kind.name
 
     @dg.asset(
         name=name,
         partitions_def=GRID,
         group_name=group,
-        deps=list(reads),
-        kinds={"safetensors"} if name.endswith("_weights") else {"parquet"} if name.endswith("_plan") else {"torch"},
+        deps=[*kind.reads, *([RECIPE] if group != "analysis" or BASE in kind.reads else [])],
+        kinds={"safetensors"} if kind.weights else {"parquet"} if name.endswith("_plan") else {"torch"},
         code_version=WRITER_VERSION if name == "merged_weights" else None,
-        description=about,
+        description=kind.about,
         pool=GPU_POOL,
     )
     def materialize(

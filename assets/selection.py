@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compression_dags.assets.evaluation import SAMPLES, SCORECARD, eval_key, evaluation_request, samples_request
+from compression_dags.assets.evaluation import SAMPLES, eval_key, evaluation_request, samples_request
 from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import Place
+from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book

@@ -7,10 +7,10 @@ from typing import Any
 import dagster as dg
 import pandas as pd
 
-from compression_dags.assets.evaluation import SCORECARD
-from compression_dags.assets.grid import TABLE
+from compression_dags.assets.grid import DECIDERS
 from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.publishing import picture, publish
+from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.provenance.decisions import join_ledger
@@ -18,7 +18,7 @@ from compression_dags.recipes import BASELINE, recipe_of
 from compression_dags.reports.html import write_report
 from compression_dags.reports.scorecard import changes, leaderboard_frame
 from compression_dags.resources.artifact_store import ArtifactStore
-from compression_dags.step import BASE
+from compression_dags.step import BASE, SIMILARITIES
 
 LEADERBOARD, LEDGER = "leaderboard", "decision_ledger"
 #: 2: its report shows what the models write. 3: what the report says of the model is an option; standard errors.
@@ -27,9 +27,6 @@ VERSION = "4"
 #: 2: two recoveries of one recipe are two inputs; runs are looked up, not stored.
 LEDGER_VERSION = "2"
 ABOUT = ("architecture", "licence")
-#: Assets that decide something, in pipeline order.
-DECIDERS = tuple(name for name, (group, _, _) in TABLE.items() if group != "analysis" and name != "merged_weights")
-_SIMILARITIES = tuple(name for name in TABLE if name.startswith("similarity_") and name != "similarity_redundancy")
 
 
 @dg.asset(
@@ -104,7 +101,7 @@ def _made(store: ArtifactStore, base_model: str, asset: str) -> Iterator[tuple[s
 def _similarities(store: ArtifactStore, base_model: str) -> dict[str, Artifact]:
     """`<calibration>/<similarity>` → artifact, each set of calibration options once."""
     found: dict[str, Artifact] = {}
-    for asset in _SIMILARITIES:
+    for asset in SIMILARITIES:
         for _, artifact in _made(store, base_model, asset):
             label = recipe_of(artifact.recipe).calibration.slug if artifact.recipe else ""
             found.setdefault(f"{label}/{asset}", artifact)

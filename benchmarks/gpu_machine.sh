@@ -1,7 +1,7 @@
 #!/bin/sh
 # gpu_smoke.py or gpu_large.py on a machine with a GPU and without a network, from the wheel.
 #   benchmarks/gpu_machine.sh smoke|large [ARGUMENT ...]
-# What the machine's Python lacks is in the folder .whl of the repository, as wheels (docs/gpu.md lists them). The
+# What the machine's Python lacks is in the folder .whl of the repository, as wheels (docs/log/gpu-2026-11.md lists them). The
 # project's wheel is built here and installed into a folder of its own, so that nothing comes from the checkout.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -10,10 +10,11 @@ import dagster as dg
 
 from compression_dags.assets.automation import automation
 from compression_dags.assets.base_models import base_model
-from compression_dags.assets.evaluation import evaluations, scorecards
+from compression_dags.assets.evaluation import evaluations
 from compression_dags.assets.grid import grid_assets
 from compression_dags.assets.planning import alternatives_asset
 from compression_dags.assets.recipe import recipe
+from compression_dags.assets.scorecard import scorecards
 from compression_dags.assets.summary import decision_ledger, leaderboard
 from compression_dags.calibration.corpora import Calibration
 from compression_dags.errors import InputError

@@ -1,6 +1,6 @@
 """What a run will take: seconds, memory and disk, from shapes and from what past runs in this home took.
 
-Without past runs the rates below are used, which docs/evaluation.md says the origin of. They are meant to be right
+Without past runs the rates below are used, which docs/guide/evaluation.md says the origin of. They are meant to be right
 within a factor of two on two idle CPU cores, or on one H100. Reads manifests only; imports neither torch nor Dagster.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_dags.heartbeat import spoken
+from compression_dags.registry import stage_kinds
 
 #: Multiply-adds a second of a pass over tokens, and seconds before anything is computed (imports, the graph).
 SPEED = {"cpu": 6e10, "cuda": 3e14}
@@ -56,7 +57,7 @@ RATES: dict[str, tuple[float, float, float]] = {
     "samples": (1.0, 0.1, 0.0),
     "other": (0.2, 0.0, 0.0),
 }
-WEIGHTS = ("merged_weights", "recovered_weights", "sparse_weights", "quantized_weights")
+WEIGHTS = tuple(kind.name for kinds in stage_kinds().values() for kind in kinds if kind.weights)
 #: Resident memory without a model: Python, torch, transformers, Dagster.
 BARE_BYTES = 850e6
 #: Past runs that are read, the latest of a kind.

@@ -27,7 +27,9 @@ from compression_dags.sparsity.pruners.magnitude import Magnitude
 from compression_dags.sparsity.pruners.sparsegpt import SparseGPT
 from compression_dags.sparsity.pruners.wanda import Wanda
 from compression_dags.stage import Stage
+from compression_dags.step import Kind
 
+#: Stage → its methods; the order is that of a recipe's stages.
 METHODS: dict[str, dict[str, type[Stage]]] = {
     "merge": {
         "reverse": Reverse,
@@ -55,3 +57,8 @@ METHODS: dict[str, dict[str, type[Stage]]] = {
     "sparsify": {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "admm": ADMM},
     "quantize": {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant},
 }
+
+
+def stage_kinds() -> dict[str, tuple[Kind, ...]]:
+    """Stage → the kinds of artifacts that it makes, in the order of a recipe's stages."""
+    return {stage: next(iter(methods.values())).kinds for stage, methods in METHODS.items()}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from compression_dags.architectures import ModelShape
 from compression_dags.options import Options
-from compression_dags.step import Chain, Step
+from compression_dags.step import Chain, Kind, Step
 
 T = TypeVar("T")
 #: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ, max |x| a channel, or the
@@ -44,6 +44,8 @@ class Stage(Options):
 
     stage: ClassVar[str]
     version: ClassVar[str]
+    kinds: ClassVar[tuple[Kind, ...]]
+    """The artifacts that stages of this sort make, in order."""
     method: str
 
     def check(self, facts: ModelShape) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: Role of the weights that a recipe has made so far; before its first stage they are the base model's.
 WEIGHTS = "weights"
 BASE = "base_model"
+#: What every method may read of the calibration set and the base model's one pass over it.
+ANALYSIS = ("calibration_tokens", "calibration_activations")
+SIMILARITIES = ("similarity_block_influence", "similarity_angular", "similarity_npib", "similarity_cka")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,23 @@ class Step:
         """Facts for display, after the worker has written the artifact."""
         module, _, function = self.worker.partition(":")
         return getattr(importlib.import_module(module), function)(job)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of artifact that a stage makes: one asset, whatever the number of recipes.
+
+    Attributes:
+        name: of the asset and of its steps.
+        about: what it is, for people.
+        reads: every role that a step of this kind may read; which a recipe's step reads, it says itself.
+        weights: whether it holds the recipe's weights.
+    """
+
+    name: str
+    about: str
+    reads: tuple[str, ...]
+    weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -18,6 +19,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # torch reads it when first imported: the lazy form of torch.set_num_threads. Two workers share the cores.
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
+
+def _cuda_driver() -> bool:
+    """Whether CUDA's driver is installed, asked without torch."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+# Without a GPU the kernels run in Triton's interpreter. Triton reads the variable when it is first imported.
+if importlib.util.find_spec("triton") is not None and not _cuda_driver():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: Files that take long because they start processes or run whole graphs: first, so that no worker ends alone with one.
 LONG = ("cli", "truth", "killed", "graph", "readers", "planning", "fingerprints", "distillation", "wheel")

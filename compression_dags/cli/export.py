@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from compression_dags.assets.evaluation import SCORECARD
 from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import Place
+from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.checkpoints.exporting import copy_checkpoint, new_directory
 from compression_dags.cli.results import known_slug
 from compression_dags.errors import InputError, IntegrityError

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compression_dags.assets.base_models import import_base_model
-from compression_dags.assets.evaluation import SCORECARD
 from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import Place
 from compression_dags.assets.publishing import metadata_of, report, state_of
 from compression_dags.assets.recipe import register
+from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner, names_of_tasks, selection
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.checkpoints.reader import Checkpoint

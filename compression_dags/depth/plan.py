@@ -19,7 +19,7 @@ from compression_dags.architectures import ModelShape
 from compression_dags.errors import InputError
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stage import Progress, Stage, silent
-from compression_dags.step import BASE, Chain, Step
+from compression_dags.step import ANALYSIS, BASE, SIMILARITIES, Chain, Kind, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,6 +183,19 @@ class MergeStage(Stage):
     """
 
     stage: ClassVar[str] = "merge"
+    kinds: ClassVar[tuple[Kind, ...]] = (
+        Kind(
+            "merge_plan",
+            "Which layers stay, and how others are dropped, merged or concatenated.",
+            (BASE, *ANALYSIS, *SIMILARITIES),
+        ),
+        Kind(
+            "merged_weights",
+            "The plan applied: layers renumbered, per-layer config remapped, reload gate passed.",
+            (BASE, "merge_plan"),
+            weights=True,
+        ),
+    )
     needs: ClassVar[tuple[str, ...]] = ()
     """Similarity assets that `plan` reads: block_influence, angular, npib, cka."""
     reads_statistics: ClassVar[bool] = False

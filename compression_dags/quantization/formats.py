@@ -108,7 +108,7 @@ class Choice:
 
     @property
     def dequantize_on_load(self) -> bool:
-        """Whether config.json must ask transformers to rebuild dense weights while loading (docs/quantization-rtn.md).
+        """Whether config.json must ask transformers to rebuild dense weights while loading (docs/methods/rtn.md).
 
         transformers' default path expects unpacked zero points, and leaves FP4 weights in bfloat16 in a model of
         another dtype. Only weight-only schemes may set this: it drops the rounding of activations. Nor may such a

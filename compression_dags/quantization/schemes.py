@@ -23,7 +23,7 @@ from compression_dags.options import Options
 from compression_dags.provenance.decisions import Decision
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
 from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
-from compression_dags.step import WEIGHTS, Chain, Step
+from compression_dags.step import WEIGHTS, Chain, Kind, Step
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,19 @@ class QuantizeStage(Stage):
     """
 
     stage: ClassVar[str] = "quantize"
+    kinds: ClassVar[tuple[Kind, ...]] = (
+        Kind(
+            "quantization_plan",
+            "A scheme for every group of projections, where a recipe asks for bits a weight on average.",
+            (WEIGHTS, "calibration_tokens"),
+        ),
+        Kind(
+            "quantized_weights",
+            "The model rounded onto a compressed-tensors scheme, reload gate passed.",
+            (WEIGHTS, "calibration_tokens", "quantization_plan"),
+            weights=True,
+        ),
+    )
     statistic: ClassVar[StatisticKind] = "none"
     method: str
 

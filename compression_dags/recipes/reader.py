@@ -17,7 +17,7 @@ from compression_dags.recipes.recipe import Recipe
 from compression_dags.registry import METHODS
 from compression_dags.stage import Stage
 
-ORDER = ("merge", "recover", "sparsify", "quantize")
+ORDER = tuple(METHODS)
 REPEATABLE = ("recover",)
 KEYS = ("name", "description", "calibration", "stages", "evaluate")
 

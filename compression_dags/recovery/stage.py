@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compression_dags.architectures import ModelShape
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stage import Progress, Stage, silent
-from compression_dags.step import BASE, WEIGHTS, Chain, Step
+from compression_dags.step import BASE, WEIGHTS, Chain, Kind, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +37,21 @@ class RecoverStage(Stage):
     """A stage that changes weights of the planned model, towards the base model's behaviour."""
 
     stage: ClassVar[str] = "recover"
+    kinds: ClassVar[tuple[Kind, ...]] = tuple(
+        Kind(
+            "recovered_weights" + (f"_{index + 1}" if index else ""),
+            f"The model after its {nth} recovery, or as it was before if that did not help.",
+            (BASE, "calibration_tokens", "merge_plan", WEIGHTS),
+            weights=True,
+        )
+        for index, nth in enumerate(("first", "second", "third"))
+    )
 
     def steps(self, chain: Chain) -> tuple[Step, ...]:
         """`recovered_weights`, then `recovered_weights_2`, … for every further recovery."""
         return (
             Step(
-                "recovered_weights" + (f"_{chain.recoveries + 1}" if chain.recoveries else ""),
+                self.kinds[chain.recoveries].name,
                 self.code_version,
                 self.computing_options(),
                 (BASE, "calibration_tokens", "merge_plan", WEIGHTS),

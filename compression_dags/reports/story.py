@@ -22,16 +22,10 @@ from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.provenance.decisions import read_decisions
 from compression_dags.provenance.wording import joined, layers_said, number
+from compression_dags.registry import stage_kinds
 
 #: Step → the stage that it belongs to. `merged_weights` applies a plan and decides nothing.
-STAGES = {
-    "merge_plan": "merge",
-    "recovered_weights": "recover",
-    "sparsity_plan": "sparsify",
-    "sparse_weights": "sparsify",
-    "quantization_plan": "quantize",
-    "quantized_weights": "quantize",
-}
+STAGES = {kind.name: stage for stage, kinds in stage_kinds().items() for kind in kinds if kind.name != "merged_weights"}
 _WIDTH = 110
 _PARAMETER = re.compile(r"\.(weight|bias)$")
 

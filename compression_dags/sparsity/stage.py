@@ -27,7 +27,7 @@ from compression_dags.sparsity.allocators import AnyAllocation
 from compression_dags.sparsity.allocators.uniform import Uniform
 from compression_dags.sparsity.identity import plan_identity
 from compression_dags.stage import Progress, Stage, StatisticKind, Target, silent
-from compression_dags.step import WEIGHTS, Chain, Step
+from compression_dags.step import ANALYSIS, WEIGHTS, Chain, Kind, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,19 @@ class SparsifyStage(Stage):
     """Options of all pruners."""
 
     stage: ClassVar[str] = "sparsify"
+    kinds: ClassVar[tuple[Kind, ...]] = (
+        Kind(
+            "sparsity_plan",
+            "The share of zeros, or the pattern, of every projection.",
+            (WEIGHTS, *ANALYSIS, "similarity_redundancy"),
+        ),
+        Kind(
+            "sparse_weights",
+            "The pruned model, its packed masks beside it, reload gate passed.",
+            (WEIGHTS, "sparsity_plan", "calibration_tokens"),
+            weights=True,
+        ),
+    )
     version: ClassVar[str] = "1"
     statistic: ClassVar[StatisticKind] = "none"
     rule: ClassVar[str]

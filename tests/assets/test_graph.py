@@ -1,7 +1,8 @@
-"""The asset graph: how recipes become assets, rooms stay apart, reruns reuse, the UI's queries answer."""
+"""The asset graph: one asset a kind of artifact, recipes as partitions, rooms apart, reruns that reuse."""
 
-import ast
+import datetime
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,52 +11,33 @@ from pathlib import Path
 import dagster as dg
 import pandas as pd
 import pytest
+import torch
 from dagster import DagsterEvent
+from graph_runs import RECIPES, run, small_recipes, states
+from safetensors.torch import load_file, save_file
 
-from compression_dags.calibration.corpora import Calibration
-from compression_dags.definitions import Graph, Settings, build_graph, evaluation_book
+from compression_dags.assets.evaluation import eval_key
+from compression_dags.assets.grid import TABLE, WEIGHTS_ASSETS
+from compression_dags.assets.partitions import Place
+from compression_dags.assets.recipe import at, register
+from compression_dags.assets.selection import selection
+from compression_dags.definitions import Settings, all_tasks, build
+from compression_dags.evaluation.tasks import evaluation_book
 from compression_dags.paths import PROJECT
-from compression_dags.recipes import load_recipes
-
-RECIPES = PROJECT / "recipes"
-
-
-def small_recipes(*names: str) -> dict:
-    """Shipped recipes with a calibration that takes a second."""
-    tiny = Calibration(sequences=24, length=128, samples=256)
-    shipped = load_recipes(RECIPES)
-    return {n: replace(shipped[n], calibration=tiny) for n in names}
+from compression_dags.provenance.decisions import LEDGER_COLUMNS
+from compression_dags.recipes import BASELINE_RECIPE, load_recipes
+from compression_dags.recipes.pipeline import last_weights, steps_of
+from compression_dags.resources.artifact_store import ArtifactStore
 
 
-def graph_of(home: Path, recipes: dict) -> Graph:
-    return build_graph(recipes, evaluation_book(RECIPES), Settings(home, device="cpu"))
+def whole_graph(home: Path = Path("/nonexistent"), **settings) -> dg.Definitions:
+    """What the UI loads, of all shipped recipes."""
+    return build(all_tasks(evaluation_book(RECIPES), list(load_recipes(RECIPES).values())), Settings(home, **settings))
 
 
-def run(home: Path, recipes: dict, names=None, tasks=("heldout_stories",), model="stories260k"):
-    """Materialize in this process on a throw-away Dagster instance; asset key → (cache, fingerprint)."""
-    from compression_dags.assets.base_models import base_models
-    from compression_dags.resources.model_hub import ModelHub
-
-    hub = ModelHub(home=str(home))
-    source = hub.resolve(model)
-    hub.register(source)
-    graph = graph_of(home, recipes)
-    with dg.DagsterInstance.ephemeral() as instance:
-        instance.add_dynamic_partitions(base_models.name, [source.slug])
-        result = graph.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-            instance=instance,
-            partition_key=source.slug,
-            asset_selection=graph.keys(list(names or recipes), list(tasks)),
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
-    events = [e for e in result.all_events if e.is_step_materialization]
-    return {
-        e.asset_key.to_user_string(): (
-            e.materialization.metadata["cache"].value,
-            e.materialization.metadata["fingerprint"].value,
-        )
-        for e in events
-    }
+@pytest.fixture(scope="module")
+def definitions():
+    return whole_graph()
 
 
 @pytest.fixture(scope="module")
@@ -68,56 +50,66 @@ def first(home):
     return run(home, small_recipes("shortgpt-20", "shortgpt-20-ls"))
 
 
-def test_all_recipes_load():
-    graph = graph_of(Path("/nonexistent"), load_recipes(RECIPES))
-    dg.Definitions.validate_loadable(graph.definitions)
-    keys = {k.to_user_string() for k in graph.definitions.resolve_asset_graph().get_all_asset_keys()}
-    assert {"base_model", "leaderboard", "decision_ledger", "baseline/scorecard", "shortgpt_20/merge_plan"} <= keys
-    assert "c4_sample_128x2048/similarity_angular" in keys and "angular_20_ls_rtn_w4/quantized_weights" in keys
+def test_the_graph_is_one_asset_a_kind_of_artifact(definitions):
+    dg.Definitions.validate_loadable(definitions)
+    keys = definitions.resolve_asset_graph().get_all_asset_keys()
+    jobs = set(definitions.get_repository_def().job_names) - {"__ASSET_JOB"}
+    assert {"base_model", "recipe", "leaderboard", "scorecard", *TABLE} <= {k.to_user_string() for k in keys}
+    assert len(keys) <= 45 and jobs == {"compress", "evaluate", "summarise", "import_base_model"}
 
 
-def test_edges_follow_the_stages():
-    graph = graph_of(Path("/nonexistent"), load_recipes(RECIPES)).definitions.resolve_asset_graph()
-
-    def parents(*path):
-        return {k.to_user_string() for k in graph.get(dg.AssetKey(list(path))).parent_keys}
-
-    assert parents("angular_20_ls_rtn_w4", "quantized_weights") == {"angular_20_ls_rtn_w4/recovered_weights"}
-    assert parents("rtn_w4", "quantized_weights") == {"base_model"}
-    assert parents("reverse_20", "merge_plan") == {"base_model"}
-    assert parents("shortgpt_20", "merge_plan") == {"base_model", "c4_sample_128x2048/similarity_block_influence"}
-    assert "shortgpt_20_ls/merged_weights" in parents("shortgpt_20_ls", "recovered_weights")
-    assert "baseline/scorecard" in parents("shortgpt_20", "scorecard")
-
-
-def test_every_asset_is_described_grouped_and_versioned():
-    graph = graph_of(Path("/nonexistent"), load_recipes(RECIPES)).definitions.resolve_asset_graph()
+def test_every_asset_is_described_and_grouped(definitions):
+    graph = definitions.resolve_asset_graph()
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
-        assert node.description and node.code_version and node.group_name != "default", key
-    pools = {k.path[-1]: graph.get(k).pools for k in graph.get_all_asset_keys()}
-    for name in ("calibration_activations", "merged_weights", "recovered_weights", "quantized_weights"):
-        assert pools[name] == {"gpu"}
+        assert node.description and node.group_name != "default", key
+    for name in ("calibration_activations", *WEIGHTS_ASSETS):
+        assert graph.get(dg.AssetKey(name)).pools == {"gpu"}
 
 
-def test_one_stage_s_options_change_one_stage_s_version():
-    def versions(ratio):
-        recipe = small_recipes("shortgpt-20-ls")["shortgpt-20-ls"]
-        merge = recipe.merge.model_copy(update={"ratio": ratio})
-        recipes = {recipe.name: replace(recipe, stages=(merge, *recipe.recoveries))}
-        graph = graph_of(Path("/nonexistent"), recipes).definitions.resolve_asset_graph()
-        return {k: graph.get(k).code_version for k in graph.get_all_asset_keys()}
+def test_every_step_reads_what_its_asset_says(definitions):
+    """Of every shipped recipe: a step's inputs are parents of its asset, so that a run makes them before it."""
+    graph = definitions.resolve_asset_graph()
+    for recipe in load_recipes(RECIPES).values():
+        steps = steps_of(recipe)
+        for name, step in steps.items():
+            parents = {key.to_user_string() for key in graph.get(dg.AssetKey(name)).parent_keys}
+            assert set(step.sources.values()) <= parents, (recipe.name, name)
+            assert set(step.sources.values()) - {"base_model"} <= set(steps), (recipe.name, name)
+        assert {*selection(recipe, ["wikitext2"])} <= {k.to_user_string() for k in graph.get_all_asset_keys()}
 
-    a, b = versions(0.2), versions(0.3)
-    assert [k.to_user_string() for k in a if a[k] != b[k]] == ["shortgpt_20_ls/merge_plan"]
+
+def test_weights_follow_the_stages():
+    recipes = load_recipes(RECIPES)
+
+    def reads(recipe: str, name: str) -> set[str]:
+        return set(steps_of(recipes[recipe])[name].sources.values())
+
+    assert reads("angular-20-ls-rtn-w4", "quantized_weights") == {"recovered_weights"}
+    assert reads("rtn-w4", "quantized_weights") == reads("reverse-20", "merge_plan") == {"base_model"}
+    assert reads("shortgpt-20", "merge_plan") == {"base_model", "similarity_block_influence"}
+    assert "recovered_weights" in reads("shortgpt-20-sweep-distill", "recovered_weights_2")
+    assert last_weights(BASELINE_RECIPE) == "base_model" and not steps_of(BASELINE_RECIPE)
+
+
+def test_one_stage_s_options_change_one_step():
+    recipe = small_recipes("shortgpt-20-ls")["shortgpt-20-ls"]
+    other = replace(recipe, stages=(recipe.merge.model_copy(update={"ratio": 0.3}), *recipe.recoveries))
+    steps, changed = steps_of(recipe), steps_of(other)
+    differing = [n for n in steps if (steps[n].options, steps[n].version) != (changed[n].options, changed[n].version)]
+    assert steps.keys() == changed.keys() and differing == ["merge_plan"]
 
 
 def test_first_run_computes_and_shares_the_equal_prefix(first):
-    assert first["base_model"][0] == "computed"
-    # equal plans are one artifact: of the two recipes' plans and merged weights the second is a hit
-    for name in ("merge_plan", "merged_weights"):
-        assert sorted([first[f"shortgpt_20/{name}"][0], first[f"shortgpt_20_ls/{name}"][0]]) == ["computed", "hit"]
-    assert first["shortgpt_20_ls/recovered_weights"][0] == "computed"
+    assert first["base_model"]["base_model"]["cache"] == "computed"
+    # equal plans are one artifact: of the two recipes' the second is a hit
+    for name in ("calibration_activations", "merge_plan", "merged_weights"):
+        assert [first[r][name]["cache"] for r in ("shortgpt-20", "shortgpt-20-ls")] == ["computed", "hit"]
+    assert first["shortgpt-20-ls"]["recovered_weights"]["cache"] == "computed"
+    assert (
+        first["shortgpt-20-ls"]["compressed_model"]["data_version"]
+        == (first["shortgpt-20-ls"]["recovered_weights"]["data_version"])
+    )
 
 
 def test_merging_wing_shares_one_pass_and_recoveries_follow_one_another(tmp_path):
@@ -128,51 +120,39 @@ def test_merging_wing_shares_one_pass_and_recoveries_follow_one_another(tmp_path
     distill = chain.stages[2].model_copy(update=quick)
     recipes[chain.name] = replace(chain, stages=(*chain.stages[:2], distill))
     found = run(tmp_path, recipes)
-    passes = [k for k in found if k.endswith("calibration_activations")]
-    assert len(passes) == 1 and {k.split("/")[1] for k in found if "similarity" in k} == {
+    assert len({found[r]["calibration_activations"]["fingerprint"] for r in recipes}) == 1
+    assert {asset for assets in found.values() for asset in assets if "similarity" in asset} == {
         "similarity_block_influence",
         "similarity_angular",
         "similarity_npib",
         "similarity_cka",
     }
-    slugs = ("mka_20", "come_20", "shortgpt_20_sweep_distill")
-    for name in ("merge_plan", "merged_weights"):
-        assert len({found[f"{slug}/{name}"][1] for slug in slugs}) == 3
-    store = tmp_path / "artifacts"
-    weights = [
-        store / "merged_weights" / found[f"{s}/merged_weights"][1] / "checkpoint/model.safetensors" for s in slugs
-    ]
-    assert len({path.read_bytes() for path in weights}) == 3
-    ledgers = [store / "merge_plan" / found[f"{s}/merge_plan"][1] / "decisions.parquet" for s in slugs]
-    assert len({path.read_bytes() for path in ledgers}) == 3
+    paths = {name: [Path(found[r][name]["path"]) for r in recipes] for name in ("merge_plan", "merged_weights")}
+    assert len({(p / "checkpoint/model.safetensors").read_bytes() for p in paths["merged_weights"]}) == 3
+    assert len({(p / "decisions.parquet").read_bytes() for p in paths["merge_plan"]}) == 3
     # a learning rate of 50 ruins every part: all are rejected, and the pipeline goes on with the unrecovered weights
-    first, second = (
-        store / "recovered_weights" / found[f"shortgpt_20_sweep_distill/recovered_weights{n}"][1] for n in ("", "_2")
-    )
-    assert set(pd.read_parquet(second / "decisions.parquet")["action"]) == {"reject"}
-    assert (first / "checkpoint/model.safetensors").read_bytes() == (
-        second / "checkpoint/model.safetensors"
-    ).read_bytes()
-    assert "shortgpt_20_sweep_distill/scorecard" in found
+    one, two = (Path(found[chain.name][name]["path"]) for name in ("recovered_weights", "recovered_weights_2"))
+    assert set(pd.read_parquet(two / "decisions.parquet")["action"]) == {"reject"}
+    assert (one / "checkpoint/model.safetensors").read_bytes() == (two / "checkpoint/model.safetensors").read_bytes()
+    assert "scorecard" in found[chain.name]
 
 
 def test_second_run_is_all_hits_even_with_a_fresh_dagster_instance(home, first):
     again = run(home, small_recipes("shortgpt-20", "shortgpt-20-ls"))
-    assert {k: c for k, (c, _) in again.items() if c != "hit"} == {}
-    assert {k: f for k, (_, f) in again.items()} == {k: f for k, (_, f) in first.items()}
+    assert states(again, "computed") == set()
+    for recipe, assets in first.items():
+        assert {n: s["fingerprint"] for n, s in again[recipe].items()} == {
+            n: s["fingerprint"] for n, s in assets.items()
+        }
 
 
 def test_another_ratio_computes_only_from_the_plan_on(home, first):
-    recipes = small_recipes("shortgpt-20", "shortgpt-20-ls", "shortgpt-30")
-    merge = recipes["shortgpt-30"].merge.model_copy(update={"ratio": 0.4})
-    recipes["shortgpt-30"] = replace(recipes["shortgpt-30"], stages=(merge,))
-    found = run(home, recipes, names=["shortgpt-30"])
-    computed = {k for k, (cache, _) in found.items() if cache == "computed"}
-    family = {
-        f"shortgpt_30/{n}" for n in ("merge_plan", "merged_weights", "eval_heldout_stories", "samples", "scorecard")
-    }
-    assert computed == family | {"leaderboard", "decision_ledger"}
-    assert found["c4_sample_24x128_n256/calibration_activations"][0] == "hit"
+    recipe = small_recipes("shortgpt-30")["shortgpt-30"]
+    recipe = replace(recipe, stages=(recipe.merge.model_copy(update={"ratio": 0.4}),))
+    found = run(home, {recipe.name: recipe})
+    after = ("merge_plan", "merged_weights", "eval_heldout_stories", "samples", "scorecard")
+    own = {f"shortgpt-30/{name}" for name in after}
+    assert states(found, "computed") == own | {"summary/leaderboard", "summary/decision_ledger"}
 
 
 def test_handles_are_what_travels(home, first):
@@ -181,12 +161,7 @@ def test_handles_are_what_travels(home, first):
 
 
 def test_ledger_explains_every_layer(home, first):
-    import pandas as pd
-
-    from compression_dags.provenance.decisions import LEDGER_COLUMNS
-    from compression_dags.resources.artifact_store import ArtifactStore
-
-    artifact = ArtifactStore(home=str(home)).recall(dg.AssetKey(["decision_ledger"]), "stories260k")
+    artifact = ArtifactStore(home=str(home)).recall("decision_ledger", "stories260k")
     ledger = pd.read_parquet(artifact.path / "ledger.parquet")
     assert list(ledger.columns) == LEDGER_COLUMNS
     rows = ledger[(ledger.recipe == "shortgpt-20") & (ledger.stage == "merge")]
@@ -195,46 +170,48 @@ def test_ledger_explains_every_layer(home, first):
 
 
 def test_bad_weights_fail_in_base_model_and_harm_nothing(home, first, tmp_path):
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
     bad = tmp_path / "broken"
     shutil.copytree(PROJECT / "models" / "stories260k", bad)
     tensors = load_file(bad / "model.safetensors")
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Exception, match=r"model\.norm\.weight"):
-        run(home, small_recipes("reverse-20"), model=str(bad))
-    found = run(home, small_recipes("shortgpt-20", "shortgpt-20-ls"), names=["shortgpt-20"])
-    assert {k for k, (c, _) in found.items() if c != "hit"} <= {"leaderboard", "decision_ledger"}
+        run(home, {}, model=str(bad))
+    assert states(run(home, small_recipes("shortgpt-20")), "computed") <= {"summary/leaderboard"}
 
 
-# -- rooms -----------------------------------------------------------------------------------------------------
+def test_a_step_that_a_recipe_has_not_is_passed_on(home, first):
+    """A person may select it all the same: nothing is computed, and the page says so."""
+    definitions = build(evaluation_book(RECIPES).resolve(["heldout_stories"]), Settings(home, device="cpu"))
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("base_model", ["stories260k"])
+        instance.add_dynamic_partitions("recipe", ["shortgpt-20"])
+        result = definitions.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance,
+            partition_key=Place("stories260k", "shortgpt-20").key,
+            asset_selection=[dg.AssetKey("quantized_weights")],
+        )
+    (event,) = (e for e in result.all_events if e.is_step_materialization)
+    assert "no such step" in event.materialization.metadata["passed_on"].value
 
 
-def imports_of(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text())
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return names
+def test_an_edited_recipe_is_materialized_and_its_words_are_no_change(tmp_path):
+    store = ArtifactStore(home=str(tmp_path))
+    recipe = small_recipes("shortgpt-20")["shortgpt-20"]
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert not register(instance, store, {recipe.name: recipe})[recipe.name].hit
+        assert instance.get_dynamic_partitions("recipe") == [recipe.name]
+        said = replace(recipe, description="In other words")
+        assert register(instance, store, {recipe.name: said})[recipe.name].hit
+        assert at(store, recipe.name).description == "In other words"
+        edited = replace(recipe, stages=(recipe.merge.model_copy(update={"ratio": 0.4}),))
+        assert not register(instance, store, {recipe.name: edited})[recipe.name].hit
+        assert at(store, recipe.name) == edited
+        events = instance.fetch_materializations(dg.AssetKey("recipe"), limit=10).records
+        assert len({e.asset_materialization.tags["dagster/data_version"] for e in events}) == len(events) == 2
 
 
-def test_the_science_imports_no_dagster_assets_or_resources():
-    outside = {"assets", "resources", "cli"}
-    for path in (PROJECT / "compression_dags").rglob("*.py"):
-        room = path.relative_to(PROJECT / "compression_dags").parts[0]
-        if room in outside or room == "definitions.py":
-            continue
-        outer = {
-            n for n in imports_of(path) if n.split(".")[0] == "dagster" or n.split(".")[1:2] in [[o] for o in outside]
-        }
-        assert not outer, (path, outer)
+# -- rooms ---------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_unsafe_is_ever_loaded():
@@ -259,14 +236,11 @@ def test_importing_the_definitions_imports_no_torch():
 
 
 def test_sensor_registers_new_models_once(tmp_path):
-    import shutil
-
     watched = tmp_path / "watched"
     shutil.copytree(PROJECT / "models" / "stories260k", watched / "new-model")
-    settings = Settings(tmp_path / "home", device="cpu", watch=str(watched))
-    graph = build_graph(small_recipes("reverse-20"), evaluation_book(RECIPES), settings)
-    sensor = graph.definitions.resolve_sensor_def("new_base_models")
-    repository = graph.definitions.get_repository_def()
+    definitions = whole_graph(tmp_path / "home", device="cpu", watch=str(watched))
+    sensor = definitions.resolve_sensor_def("new_base_models")
+    repository = definitions.get_repository_def()
     with dg.instance_for_test() as instance:
         context = dg.build_sensor_context(instance=instance, repository_def=repository)
         tick = sensor(context)
@@ -277,36 +251,47 @@ def test_sensor_registers_new_models_once(tmp_path):
         assert isinstance(again, dg.SkipReason)
 
 
-def test_schedule_asks_for_every_model(tmp_path):
-    import datetime
-
-    graph = graph_of(tmp_path, small_recipes("reverse-20"))
-    schedule = graph.definitions.resolve_schedule_def("recompress_monthly")
+def test_schedule_asks_for_what_the_store_lacks(home, first, tmp_path, monkeypatch):
+    """A recipe that was run asks for nothing; one that does not fit the model is named, and the others are run."""
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path))
+    sizes = "calibration: {sequences: 24, length: 128, samples: 256}\nevaluate: [heldout_stories]\n"
+    for name, stage in {
+        "shortgpt-20": "merge: {method: shortgpt, ratio: 0.2}",
+        "reverse-40": "merge: {method: reverse, ratio: 0.4}",
+        "sparse": "sparsify: {method: magnitude, pattern: '7:11'}",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\n{sizes}stages: [{stage}]\n")
+    definitions = whole_graph(home, device="cpu")
+    schedule = definitions.resolve_schedule_def("recompress_monthly")
     with dg.instance_for_test() as instance:
-        instance.add_dynamic_partitions("base_model", ["a", "b"])
-        when = datetime.datetime(2026, 1, 1, 3)
+        instance.add_dynamic_partitions("base_model", ["stories260k"])
         context = dg.build_schedule_context(
-            instance=instance, scheduled_execution_time=when, repository_def=graph.definitions.get_repository_def()
+            instance=instance,
+            scheduled_execution_time=datetime.datetime(2026, 1, 1, 3),
+            repository_def=definitions.get_repository_def(),
         )
-        assert [r.partition_key for r in schedule.evaluate_tick(context).run_requests] == ["a", "b"]
+        requests = schedule.evaluate_tick(context).run_requests
+    assert [str(r.partition_key) for r in requests] == ["stories260k|reverse-40"]
+    assert {k.to_user_string() for k in requests[0].asset_selection} == {
+        "merge_plan",
+        "merged_weights",
+        "compressed_model",
+        eval_key("heldout_stories"),
+        "samples",
+        "scorecard",
+    }
 
 
-def test_jobs_exist_for_every_recipe(tmp_path):
-    jobs = set(graph_of(tmp_path, load_recipes(RECIPES)).definitions.get_repository_def().job_names)
-    assert {"compress_all", "evaluate_all", "summarise", "compress_shortgpt_20", "compress_rtn_w4"} <= jobs
-
-
-def test_the_leaderboard_follows_a_recipe_s_job(tmp_path):
-    graph = graph_of(tmp_path, small_recipes("reverse-20"))
-    repository = graph.definitions.get_repository_def()
-    sensor = graph.definitions.resolve_sensor_def("summarise_recipes")
-    job = repository.get_job("compress_reverse_20")
-    assert not {k.to_user_string() for k in job.asset_layer.selected_asset_keys} & {"leaderboard", "decision_ledger"}
+@pytest.mark.parametrize("status", ["SUCCESS", "FAILURE"])
+def test_the_leaderboard_follows_a_run_however_it_ended(status, definitions):
+    repository = definitions.get_repository_def()
+    sensor = definitions.resolve_sensor_def(f"summarise_after_{status.lower()}")
+    job = repository.get_job("compress")
+    pair = {"dagster/partition/base_model": "a-model", "dagster/partition/recipe": "a-recipe"}
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions("base_model", ["a-model"])
-        for tags, wanted in (({"dagster/partition": "a-model"}, "a-model"), ({}, None)):
-            run = instance.create_run_for_job(job, tags=tags, status=dg.DagsterRunStatus.SUCCESS)
-            event = DagsterEvent("PIPELINE_SUCCESS", job.name)
-            context = dg.build_run_status_sensor_context("summarise_recipes", event, instance, run)
-            found = sensor(context)
-            assert getattr(found, "partition_key", None) == wanted
+        for tags, wanted in ((pair, "a-model"), ({}, None), ({"dagster/partition": "a-model"}, None)):
+            run = instance.create_run_for_job(job, tags=tags, status=dg.DagsterRunStatus[status])
+            event = DagsterEvent(f"PIPELINE_{status}", job.name)
+            context = dg.build_run_status_sensor_context(sensor.name, event, instance, run)
+            assert getattr(sensor(context), "partition_key", None) == wanted

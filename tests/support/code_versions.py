@@ -4,7 +4,8 @@ Stored results are reused by version. A step whose source changed while its vers
 code. `code_versions.json` holds, for every step, its versions and a digest of all modules that its implementation
 imports, directly or not, and the digest of each module. Docstrings, comments and layout do not count.
 
-Steps are derived: every registered method and allocator, and every function of `assets/` that makes a `Request`.
+Steps are derived: every registered method and allocator, every step that shipped recipes take whose version is no
+method's, and every function of `assets/` that makes a `Request`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ import functools
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compression_dags.paths import PROJECT
+from compression_dags.planning.candidates import CandidateOptions
+from compression_dags.planning.steps import alternatives
+from compression_dags.recipes import load_recipes
+from compression_dags.recipes.pipeline import steps_of
 
 RECORD = Path(__file__).with_name("code_versions.json")
 _ROOMS = ("compression_dags",)
+#: A worker that is named, not imported: it runs all the same.
+_WORKER = re.compile(r"compression_dags(\.\w+)+(:\w+)?")
 #: They name every method, or hold what any step made. A step that runs a method by name has its version among its own.
 _STOPS = {
     "compression_dags.registry",
@@ -30,6 +38,8 @@ _STOPS = {
     "compression_dags.sparsity.allocators",
     "compression_dags.resources.artifact_store",
 }
+#: Steps whose version is that of the stage's method, or of a part of it.
+_OF_METHODS = {"merge_plan", "recovered_weights", "recovered_weights_2", "sparsity_plan", "sparse_weights"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Step:
 def steps() -> dict[str, Step]:
     """Name → every step of the product, as the code stands now."""
     found = {name: Step({name: kind.version}, closure(kind.__module__)) for name, kind in _methods().items()}
+    found |= {step.name: Step({step.name: step.version}, closure(step.worker.partition(":")[0])) for step in _shared()}
     for path in sorted((PROJECT / "compression_dags" / "assets").glob("*.py")):
         for function in _builders(path):
             found[f"{path.stem}.{function.name}"] = _declared(path, function)
@@ -96,6 +107,17 @@ def _methods() -> dict[str, Any]:
     tasks = {"perplexity": PerplexityTask, "lm-eval": HarnessTask}
     groups = METHODS | {"allocation": ALLOCATORS, "evaluation": tasks}
     return {f"{stage}: {name}": kind for stage, group in groups.items() for name, kind in group.items()}
+
+
+def _shared() -> list[Any]:
+    """Steps that no method's version stands for."""
+    found = {}
+    for recipe in load_recipes(PROJECT / "recipes").values():
+        for name, step in steps_of(recipe).items():
+            if step.version != getattr(step.stage, "code_version", None) or name == "merged_weights":
+                found[name] = step
+    table = alternatives(CandidateOptions.model_validate({}))
+    return [*(step for name, step in found.items() if name not in _OF_METHODS), table]
 
 
 def _builders(path: Path) -> Iterator[ast.FunctionDef]:
@@ -169,6 +191,8 @@ def _imports(tree: ast.AST) -> Iterator[str]:
         return
     if isinstance(tree, ast.Import):
         yield from (a.name for a in tree.names if a.name.split(".")[0] in _ROOMS)
+    elif isinstance(tree, ast.Constant) and isinstance(tree.value, str) and _WORKER.fullmatch(tree.value):
+        yield tree.value.partition(":")[0]
     elif isinstance(tree, ast.ImportFrom) and tree.module and tree.module.split(".")[0] in _ROOMS:
         yield tree.module
         yield from (f"{tree.module}.{a.name}" for a in tree.names)

@@ -26,7 +26,7 @@ class MKA(MergeStage):
     then the closed-form activation-weighted mean). Each is compensated: its output projection is refitted in closed
     form so that the layer maps the student's state at the pair's entry to the base model's state at its exit. The
     candidate with the least next-token loss on held-out calibration sequences is written into the plan. `mean` never
-    won a round on the measured model (docs/mka.md), so it is left out unless asked for.
+    won a round on the measured model (docs/methods/mka.md), so it is left out unless asked for.
 
     MKA (Liu et al. 2024, arXiv 2406.16330) merges by similarity alone with one scalar λ; its released code stores no
     merged weight (`mka-released`). Dropping is among the forms here, so merging happens only where it is better.
