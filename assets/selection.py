@@ -11,7 +11,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
 from compression_dags.provenance.artifacts import Artifact
-from compression_dags.recipes import Recipe, recipes_folder, shown_recipes
+from compression_dags.recipes import BASELINE, BASELINE_RECIPE, Recipe, recipes_folder, shown_recipes
 from compression_dags.recipes.pipeline import last_weights, steps_of
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
@@ -45,8 +45,8 @@ class Planner:
         self.evaluator: Evaluator = resources["evaluator"]
 
     def recipes(self) -> Mapping[str, Recipe]:
-        """The recipes that a schedule runs."""
-        return shown_recipes()
+        """The recipes that a schedule runs: the baseline first, as the others are measured against it."""
+        return {BASELINE: BASELINE_RECIPE, **shown_recipes()}
 
     def wanted(self, recipe: Recipe, slug: str) -> list[str]:
         return [name for name in names_of_tasks(evaluation_book(recipes_folder()), recipe, slug) if name in self.tasks]
