@@ -13,17 +13,18 @@ from compression_dags.assets.evaluation import SAMPLES, eval_key
 from compression_dags.assets.grid import COMPRESSED, TABLE
 from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.recipe import register
+from compression_dags.assets.registration import register_home
 from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.evaluation.tasks import Task
-from compression_dags.recipes import shown_recipes
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import ModelHub
 from compression_dags.resources.model_imports import check, stamp_of
 from compression_dags.step import BASE
 
-_UNFINISHED = [s for s in dg.DagsterRunStatus if s.value in {"QUEUED", "NOT_STARTED", "STARTING", "STARTED"}]
+_ENDS = ("SUCCESS", "FAILURE", "CANCELED")
+_UNFINISHED = [status for status in dg.DagsterRunStatus if status.value not in _ENDS]
 
 
 class Settings(Protocol):
@@ -64,7 +65,7 @@ def automation(tasks: Sequence[Task], settings: Settings) -> tuple[list, list, l
         _new_base_models(add, settings),
         _compress_new_models(add, compress, planner),
         _recipes_changed(settings),
-        *(_summarise_after(summarise, status) for status in ("SUCCESS", "FAILURE")),
+        *(_summarise_after(summarise, status) for status in _ENDS),
     ]
     return [compress, evaluate, summarise, add], [_recompress_monthly(compress, planner)], sensors
 
@@ -77,16 +78,22 @@ def _summarise_after(summarise: Any, status: str) -> dg.SensorDefinition:
         default_status=dg.DefaultSensorStatus.RUNNING,
     )
     def summarise_after(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.SkipReason:
-        """Brings a base model's leaderboard and ledger up to date after a run of one of its recipes has ended."""
+        """Brings a base model's leaderboard and ledger up to date after a run of one of its recipes has ended.
+
+        A backfill counts once for each base model: when the last of its runs on it has ended.
+        """
         run = context.dagster_run
         slug = run.tags.get("dagster/partition/base_model")
         if slug is None or "dagster/partition/recipe" not in run.tags:
             return dg.SkipReason(f"run {run.run_id} is of no recipe on a base model")
+        key = run.run_id
         if backfill := run.tags.get("dagster/backfill"):
             tags = {"dagster/backfill": backfill, "dagster/partition/base_model": slug}
             if context.instance.get_runs_count(dg.RunsFilter(tags=tags, statuses=_UNFINISHED)):
                 return dg.SkipReason(f"more runs of backfill {backfill} on {slug} are to come")
-        return dg.RunRequest(run_key=run.run_id, partition_key=slug)
+            # the same for all of its runs whose ends are seen late, another if the backfill goes on
+            key = f"{backfill}-{slug}-{context.instance.get_runs_count(dg.RunsFilter(tags=tags))}"
+        return dg.RunRequest(run_key=key, partition_key=slug)
 
     return summarise_after
 
@@ -140,8 +147,8 @@ def _recipes_changed(settings: Settings) -> dg.SensorDefinition:
     @dg.sensor(name="recipes_changed", minimum_interval_seconds=60, default_status=dg.DefaultSensorStatus.RUNNING)
     def recipes_changed(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         """Keeps the partitions of `recipe` as the recipe files are: new ones appear, changed ones are materialized."""
-        store = ArtifactStore(home=str(settings.home))
-        made = register(context.instance, store, shown_recipes())
+        home = str(settings.home)
+        made = register_home(context.instance, ArtifactStore(home=home), ModelHub(home=home))
         changed = [name for name, produced in made.items() if not produced.hit]
         return dg.SkipReason(f"changed: {', '.join(changed)}" if changed else f"{len(made)} recipes are as they were")
 

@@ -12,7 +12,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.evaluation.tasks import Task, TaskBook, evaluation_book
 from compression_dags.provenance.artifacts import Artifact, Request
-from compression_dags.recipes import Recipe, recipes_folder, shown_recipes
+from compression_dags.recipes import BASELINE, BASELINE_RECIPE, Recipe, recipes_folder, shown_recipes
 from compression_dags.recipes.pipeline import steps_of
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
@@ -69,10 +69,13 @@ class Planner:
         self.evaluator: Evaluator = resources["evaluator"]
 
     def recipes(self) -> Mapping[str, Recipe]:
-        """The recipes that a schedule runs: those that are shown, but for one that names a text which is not there."""
+        """The recipes that a schedule runs, without those that name a text which is not there.
+
+        The baseline comes first: the others are measured against it.
+        """
         found = shown_recipes()
         found.resolve(lambda: evaluation_book(recipes_folder()))
-        return found
+        return {BASELINE: BASELINE_RECIPE, **found}
 
     def wanted(self, recipe: Recipe, slug: str) -> list[str]:
         return [name for name in names_of_tasks(evaluation_book(recipes_folder()), recipe, slug) if name in self.tasks]

@@ -41,6 +41,15 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_json(path: Path, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 

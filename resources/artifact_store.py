@@ -29,9 +29,9 @@ from compression_dags.provenance.artifacts import (
 )
 from compression_dags.provenance.resume import ResumePoint
 from compression_dags.resources.home import running, working
-from compression_dags.resources.integrity import Integrity, protect, sync, sync_tree
+from compression_dags.resources.integrity import Integrity, protect, sync_tree
 from compression_dags.resources.memory import PeakMemory, peak_memory
-from compression_dags.statefile import replace_json
+from compression_dags.statefile import replace_json, sync
 from compression_dags.waiting import held
 
 logger = logging.getLogger("compression_dags")

@@ -1,12 +1,11 @@
 """Whether stored files are still the published ones: hashed once for each identity of a file, not at every look."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compression_dags.provenance.artifacts import MANIFEST, file_digest
-from compression_dags.statefile import read_entries, replace_json
+from compression_dags.statefile import read_entries, replace_json, sync
 
 #: Inode, size, and times of the last change of contents and of the inode: another value may mean other bytes.
 Identity = tuple[int, int, int, int]
@@ -84,15 +83,6 @@ def protect(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(0o444)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from compression_dags.errors import InputError, IntegrityError
 from compression_dags.paths import what_is
 from compression_dags.provenance.artifacts import CHECKPOINT, MANIFEST, Artifact
+from compression_dags.statefile import sync
 
 _PREFIX = ".export-"
 _CHUNK = 1 << 22
@@ -57,7 +58,7 @@ def new_directory(target: Path, *, outside: Path) -> Iterator[Path]:
             os.rename(work, real)  # takes the place of an empty folder
         else:
             _move_into(work, real)
-        _sync(real.parent)
+        sync(real.parent)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
         for folder in missing:
@@ -109,7 +110,7 @@ def _settle(work: Path) -> None:
     """Modes that everybody can read, and every byte on disk."""
     for path in [*work.rglob("*"), work]:
         path.chmod(0o755 if path.is_dir() else 0o644)
-        _sync(path)
+        sync(path)
 
 
 def _move_into(work: Path, target: Path) -> None:
@@ -123,14 +124,6 @@ def _move_into(work: Path, target: Path) -> None:
         for path in moved:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:

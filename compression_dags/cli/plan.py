@@ -206,7 +206,7 @@ def _checked(
     configure_logging()
     source = resolve(model, settings, None)
     check_model(source, [], settings)
-    check_plan(stored_model(source, settings), options, calibration, budgets)
+    check_plan(stored_model(source, settings)[0], options, calibration, budgets)
     return source
 
 

@@ -98,9 +98,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run verb asks for, after every check that needs no compute."""
+    """What a run verb asks for, after every check that needs no compute.
+
+    Attributes:
+        base: the imported model, where the checks had to import it.
+    """
 
     source: ModelSource
+    base: Produced | None
     recipes: list[Recipe]
     tasks: dict[str, list[str]]
     definitions: dg.Definitions
@@ -132,7 +137,7 @@ def run_recipes(
         r.with_calibration(given.get("sequences"), given.get("length")) for r in pick_recipes(load_recipes(), names)
     ]
     plan = _planned(model, chosen, settings, tasks, name)
-    base = admit(plan.source, settings)
+    base = plan.base or admit(plan.source, settings)
     announce(lambda: foresee(plan, base.artifact))
     with session(settings, plan.source.slug) as instance:
         report(instance, BASE, plan.source.slug, base)
@@ -181,14 +186,14 @@ def _planned(model: str, chosen: list[Recipe], settings: Settings, tasks: str | 
     for recipe in chosen:
         book.check_harness(recipe.evaluate, folders)
     source = resolve(model, settings, name)
-    checkpoint = check_model(source, chosen, settings)
+    checkpoint, base = check_model(source, chosen, settings)
     if asked is not None:
         extra = list({task.name: task for task in (*extra, *asked)}.values())
     wanted = _wanted(book, source.slug, chosen, None if asked is None else [task.name for task in asked], folders)
     known = all_tasks(book, chosen, extra)
     _check_names(book, chosen, {task.name: task for task in known})
     planner = Planner(known, settings.resources())
-    plan = Plan(source, [BASELINE_RECIPE, *chosen], wanted, build(known, settings), planner, settings)
+    plan = Plan(source, base, [BASELINE_RECIPE, *chosen], wanted, build(known, settings), planner, settings)
     _check_space(plan, checkpoint.nbytes if checkpoint else 0)
     if asked is not None:
         remember(settings.home, asked, book)
@@ -248,12 +253,13 @@ def resolve(model: str, settings: Settings, name: str | None) -> ModelSource:
     return source
 
 
-def stored_model(source: ModelSource, settings: Settings) -> Checkpoint:
-    """The checkpoint whose headers tell what fits: a directory as it lies, others imported first if they were not."""
+def stored_model(source: ModelSource, settings: Settings) -> tuple[Checkpoint, Produced | None]:
+    """The checkpoint whose headers tell what fits: a directory as it lies; others are imported for it."""
     if source.kind in {"embedded", "directory"}:
         copy = ArtifactStore(home=str(settings.home)).recall(BASE, source.slug) if is_gone(source) else None
-        return Checkpoint(copy.checkpoint if copy else source.location)
-    return Checkpoint(admit(source, settings).artifact.checkpoint)
+        return Checkpoint(copy.checkpoint if copy else source.location), None
+    base = admit(source, settings)
+    return Checkpoint(base.artifact.checkpoint), base
 
 
 def admit(source: ModelSource, settings: Settings) -> Produced:
@@ -266,24 +272,27 @@ def admit(source: ModelSource, settings: Settings) -> Produced:
     return produced
 
 
-def check_model(source: ModelSource, recipes: list[Recipe], settings: Settings) -> Checkpoint | None:
-    """The model, after a check of device, architecture and recipes by its headers, and of the disk for its copy.
+def check_model(
+    source: ModelSource, recipes: list[Recipe], settings: Settings
+) -> tuple[Checkpoint | None, Produced | None]:
+    """Check device, architecture and recipes by the model's headers, and the disk for its copy.
 
-    It is None where it is not downloaded yet and no recipe asks: the import checks it.
+    Returns:
+        The model (None where it is not downloaded yet and no recipe asks), and its import where that had to come first.
 
     Raises:
         InputError: something cannot work; nothing was computed.
     """
     Accelerator(home=str(settings.home), device=settings.device, dtype=settings.dtype).check()
     if source.kind not in {"embedded", "directory"} and not recipes:
-        return None
-    checkpoint = stored_model(source, settings)
+        return None, None
+    checkpoint, base = stored_model(source, settings)
     for recipe in recipes:
         recipe.check(checkpoint.stated_shape)
     store = ArtifactStore(home=str(settings.home))
-    if store.recall(BASE, source.slug) is None:
+    if base is None and store.recall(BASE, source.slug) is None:
         store.ensure_writable(checkpoint.nbytes)
-    return checkpoint
+    return checkpoint, base
 
 
 def recall(store: ArtifactStore, asset: str, partition: str) -> Artifact:

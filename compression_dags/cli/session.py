@@ -18,11 +18,14 @@ from dagster._core.utils import make_new_run_id
 
 from compression_dags import failures
 from compression_dags.assets.partitions import BASE_MODELS
+from compression_dags.assets.registration import register_home
 from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.escaping import visible
+from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.home import running, working
 from compression_dags.resources.instance import closed, opened
+from compression_dags.resources.model_hub import ModelHub
 from compression_dags.statefile import replace_text
 
 if TYPE_CHECKING:
@@ -77,6 +80,18 @@ def reap_runs(home: Path) -> None:
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
     with opened(home):
         pass
+
+
+def prepare_ui(home: Path, read_only: bool) -> None:
+    """Before a UI shows a home: dead runs are marked, its base models and recipes become partitions (if it may write).
+
+    Raises:
+        InputError: the recipes folder cannot be read.
+    """
+    reap_runs(home)
+    if not read_only:
+        with working(home), opened(home) as instance:
+            register_home(instance, ArtifactStore(home=str(home)), ModelHub(home=str(home)))
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def _present(home: Path) -> Wanted:
     """Whether the handles of a recipe count: those of recipes that are still there, and of what is no recipe's.
 
     Tasks do not count: a text may only be away for a while. The planner's candidates stay: no recipe names them, and
-    they take hours.
+    they take hours. In a home of before the grid the first part of an asset's path is a recipe, or a calibration set.
 
     Raises:
         InputError: a recipe file cannot be read, so that nobody knows whether its recipe is gone.
@@ -70,8 +70,12 @@ def _present(home: Path) -> Wanted:
     if unread := [str(path) for path in recipes.left_out]:
         raise InputError(f"--recipes-gone: repair or remove first, as its recipe may be there: {', '.join(unread)}")
     known = {BASELINE, *recipes}
+    families = {name.replace("-", "_") for name in known} | {each.calibration.slug for each in recipes.values()}
+    families |= {path.parent.name for path in (home / "handles").glob(f"*/{ALTERNATIVES}")}
 
     def wanted(key: tuple[str, ...], partition: str) -> bool:
+        if len(key) > 1:
+            return key[0] in families
         if key[0].startswith(f"{ALTERNATIVES}."):
             return True
         name = partition if key == (RECIPE,) else partition.partition("|")[2]

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import yaml
 
-from compression_dags.cli.session import prepare_instance, reap_runs
+from compression_dags.cli.session import prepare_instance, prepare_ui
 from compression_dags.errors import InputError
 from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
@@ -119,7 +119,7 @@ def _serve(
     from compression_dags.resources.ui_guard import Guard
 
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
-    reap_runs(home)
+    prepare_ui(home, read_only)
     name = host.strip("[]")
     url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     with contextlib.ExitStack() as stack:

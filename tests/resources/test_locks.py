@@ -13,10 +13,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
-from home_runs import pooled
+from home_runs import pooled, run_pooled
 
-from compression_dags.cli.run import execute, prepare_instance, reap_runs
-from compression_dags.definitions import Settings
+from compression_dags.cli.session import prepare_instance, reap_runs
 from compression_dags.errors import InputError
 from compression_dags.paths import PROJECT
 from compression_dags.resources.home import alone, is_alive, run_lock, running, runs_at_work, working
@@ -147,7 +146,7 @@ def test_a_storage_whose_set_up_was_killed_is_set_up_again(tmp_path):
     (folder / "history" / "runs.db").write_bytes(b"SQLite format 3\0 and no more")
     (folder / "dagster.yaml").write_text((PROJECT / "dagster.yaml").read_text()[:60])
     (folder / "dagster.yaml.tmp").write_text("half")
-    assert execute(pooled(home), "m", [dg.AssetKey("thing")], Settings(home)).success
+    run_pooled(home)
     assert (folder / "dagster.yaml").read_text() == (PROJECT / "dagster.yaml").read_text()
     assert not (folder / ".setting-up").exists()
 
@@ -157,5 +156,5 @@ def test_the_user_s_own_dagster_yaml_stays_and_its_limits_hold_no_run_up(tmp_pat
     own = "telemetry: {enabled: false}\nconcurrency: {default_op_concurrency_limit: 0}\n"
     (home / "dagster").mkdir(parents=True)
     (home / "dagster" / "dagster.yaml").write_text(own)
-    assert execute(pooled(home), "m", [dg.AssetKey("thing")], Settings(home)).success
+    run_pooled(home)
     assert (home / "dagster" / "dagster.yaml").read_text() == own

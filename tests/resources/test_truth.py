@@ -10,15 +10,24 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from click.testing import CliRunner
+from home_runs import TEXT, Run
 
+from compression_dags.assets.partitions import Place
+from compression_dags.assets.publishing import report
+from compression_dags.assets.recipe import register
+from compression_dags.assets.selection import selection
+from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.cli.main import main
-from compression_dags.definitions import Settings, build_graph, evaluation_book
+from compression_dags.cli.run import admit, resolve
+from compression_dags.cli.session import execute
+from compression_dags.definitions import Settings, build
+from compression_dags.evaluation.tasks import evaluation_book
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.artifacts import Request, content_digest, describe_files
-from compression_dags.recipes import load_recipe
+from compression_dags.recipes import BASELINE, BASELINE_RECIPE, load_recipe
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.evaluator import Session
-from compression_dags.resources.model_hub import ModelHub
+from compression_dags.step import BASE
 
 CUT = """
 name: cut
@@ -30,29 +39,33 @@ stages:
 
 
 def run(home: Path, folder: Path, model: str, tasks=("heldout_stories",)) -> dict[str, dict]:
-    """Materialize recipe `cut` with stubbed scores; asset key → metadata."""
-    from compression_dags.assets.base_models import base_models
-
+    """Materialize the baseline and recipe `cut` with stubbed scores; `<recipe>/<asset>` → metadata and data version."""
     (folder / "cut.yaml").write_text(CUT)
-    recipes = {"cut": load_recipe(folder / "cut.yaml")}
-    source = ModelHub(home=str(home)).resolve(model)
-    ModelHub(home=str(home)).register(source)
-    book = evaluation_book(PROJECT / "recipes")
-    graph = build_graph(recipes, book, Settings(home, device="cpu"), book.resolve(list(tasks)))
+    recipes = {BASELINE: BASELINE_RECIPE, "cut": load_recipe(folder / "cut.yaml")}
+    settings, wanted = Settings(home, device="cpu"), evaluation_book(PROJECT / "recipes").resolve(list(tasks))
+    definitions, store, source = build(wanted, settings), ArtifactStore(home=str(home)), resolve(model, settings, None)
+    found = {}
     with dg.DagsterInstance.ephemeral() as instance:
-        instance.add_dynamic_partitions(base_models.name or "", [source.slug])
-        result = graph.definitions.resolve_implicit_global_asset_job_def().execute_in_process(
-            instance=instance,
-            partition_key=source.slug,
-            asset_selection=graph.keys(["cut"], [t.name for t in book.resolve(list(tasks))]),
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
-    events = [e for e in result.all_events if e.is_step_materialization]
-    return {
-        e.asset_key.to_user_string(): {k: v.value for k, v in e.materialization.metadata.items()}
-        | {"data_version": e.materialization.tags["dagster/data_version"]}
-        for e in events
-    }
+
+        def said(name: str, asset: str, partition: str) -> None:
+            record = instance.get_latest_data_version_record(dg.AssetKey(asset), partition_key=partition)
+            event = record.asset_materialization
+            version = {"data_version": event.tags["dagster/data_version"]}
+            found[name] = {key: value.value for key, value in event.metadata.items()} | version
+
+        report(instance, BASE, source.slug, admit(source, settings))
+        instance.add_dynamic_partitions("base_model", [source.slug])
+        said(BASE, BASE, source.slug)
+        register(instance, store, recipes)
+        for name, recipe in recipes.items():
+            here = Place(source.slug, name)
+            assets = selection(recipe, [task.name for task in wanted])
+            assert sorted(execute(instance, definitions, here.key, assets, settings)) == sorted(assets)
+            for asset in assets:
+                said(f"{name}/{asset}", asset, str(here))
+        for asset in execute(instance, definitions, source.slug, [LEADERBOARD, LEDGER], settings):
+            said(asset, asset, source.slug)
+    return found
 
 
 @pytest.fixture
@@ -74,7 +87,7 @@ def test_scores_that_change_reach_scorecard_and_leaderboard(tmp_path, stub_score
     again = run(tmp_path / "home", tmp_path, "stories260k", [str(text)])
     for key in ("cut/eval_own", "cut/scorecard", "leaderboard"):
         assert again[key]["cache"] == "computed" and again[key]["data_version"] != first[key]["data_version"], key
-    card = ArtifactStore(home=str(tmp_path / "home")).recall(dg.AssetKey(["cut", "scorecard"]), "stories260k")
+    card = ArtifactStore(home=str(tmp_path / "home")).recall("scorecard", "stories260k|cut")
     assert json.loads((card.path / "scorecard.json").read_text())["scores"]["own"]["perplexity@512"] == 20.0
     hits = run(tmp_path / "home", tmp_path, "stories260k", [str(text)])
     assert {entry["cache"] for entry in hits.values()} == {"hit"}
@@ -188,7 +201,7 @@ def test_what_was_run_is_what_is_described(tmp_path, stub_scores, monkeypatch):
     record = json.loads((tmp_path / "out" / "compression.json").read_text())
     assert record["recipe"]["stages"][1]["quantize"]["scheme"] == "W8A16"
     assert "scheme: W8A16" in (tmp_path / "out" / "README.md").read_text()
-    assert list(record["lineage"]) == ["base_model", "cut/merge_plan", "cut/merged_weights", "cut/quantized_weights"]
+    assert list(record["lineage"]) == ["base_model", "merge_plan", "merged_weights", "quantized_weights"]
     board = CliRunner().invoke(main, ["leaderboard", "--home", str(tmp_path / "home")]).stdout
     assert "cut was run with another form of its recipe" in board
     victim = next((tmp_path / "home" / "artifacts" / "quantized_weights").rglob("*.safetensors"))
@@ -205,26 +218,34 @@ stages:
   - recover: {method: least-squares}
   - sparsify: {method: sparsegpt, sparsity: 0.5}
   - quantize: {method: gptq, scheme: W8A16, group_size: 32}
-evaluate: [heldout_stories]
 """
 
 
 def test_two_homes_two_paths_two_hash_seeds_equal_bytes(tmp_path):
-    """Nothing of the machine is in an artifact: every file has equal bytes, the board and the ledger too."""
-    found = []
-    for seed, name in (("1", "one"), ("2", "another place")):
-        desk = tmp_path / name
+    """Nothing of the machine is in an artifact: every file has equal bytes, the board and the ledger too.
+
+    One run is a new interpreter with a hash seed of its own, the other a child of a server that hashes at random.
+    """
+    desks = [tmp_path / "one", tmp_path / "another place"]
+    wanted = {}
+    for desk in desks:
         (desk / "recipes").mkdir(parents=True)
         (desk / "recipes" / "many.yaml").write_text(MANY)
+        (desk / "cat.txt").write_text(TEXT)
         model = shutil.copytree(PROJECT / "models" / "stories260k", desk / "stories")
-        environment = {"PATH": "/usr/bin:/bin", "HOME": str(desk), "COMPRESSION_DAGS_RECIPES": str(desk / "recipes")}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-m", "compression_dags.cli", "run", "-m", str(model), "-r", "many"]
-        done = subprocess.run(
-            [*command, "--home", str(desk / "home"), "--json"],
-            capture_output=True, text=True, env=environment, cwd=PROJECT, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+        wanted[desk] = ("run", "-m", str(model), "-r", "many", "--tasks", str(desk / "cat.txt"))
+    here, there = desks
+    child = Run(here, "home", *wanted[here])
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(there), "COMPRESSION_DAGS_RECIPES": str(there / "recipes")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "compression_dags.cli", *wanted[there], "--home", str(there / "home")],
+        capture_output=True, text=True, env=environment, cwd=PROJECT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert child.ends() == 0, child.said()[-2000:]
+    found = []
+    for desk in desks:
         manifests = (desk / "home" / "artifacts").rglob("manifest.json")
         read = [json.loads(path.read_text()) for path in manifests]
         found.append({(m["request"]["kind"], m["fingerprint"]): (m["digest"], m["files"]) for m in read})

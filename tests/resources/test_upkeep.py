@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import dagster as dg
 import pytest
 
+from compression_dags.cli.store import prune_store
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Request
 from compression_dags.resources import upkeep
@@ -34,7 +34,7 @@ def stored(home: Path, version: str, *, named: bool = False, days: float = 2) ->
     store = ArtifactStore(home=str(home))
     artifact = store.produce(replace(REQUEST, version=version), writes(version)).artifact
     if named:
-        store.remember(dg.AssetKey(["family", f"thing_{version}"]), "m", artifact)
+        store.remember(f"thing_{version}", "m|r", artifact)
     manifest = artifact.path / "manifest.json"
     manifest.chmod(0o644)
     then = time.time() - days * upkeep.DAY
@@ -127,21 +127,85 @@ def test_read_only_files_and_folders_can_be_removed(tmp_path):
 def test_handles_of_what_is_gone_go_and_damaged_ones_stay(tmp_path):
     path = stored(tmp_path, "1", named=True)
     (handle,) = (tmp_path / "handles").rglob("*.json")
-    (handle.parent / "m2.json").write_text("{")
-    (handle.parent / "m.1234").write_text("{")
+    (handle.parent / "m2|r.json").write_text("{")
+    (handle.parent / "m|r.1234").write_text("{")
     upkeep._delete(path, upkeep.Pruned())
     assert removable(tmp_path) == {}
     aged(tmp_path / "handles")
-    assert removable(tmp_path) == {"handles/family/thing_1/m.json": "handle of an artifact that is gone"}
-    assert upkeep.prune(tmp_path).left_alone == ["handles/family/thing_1/m2.json"] and not handle.exists()
+    assert removable(tmp_path) == {"handles/thing_1/m|r.json": "handle of an artifact that is gone"}
+    assert upkeep.prune(tmp_path).left_alone == ["handles/thing_1/m2|r.json"] and not handle.exists()
 
 
 def test_handles_of_unwanted_assets_go_with_their_artifacts(tmp_path):
     kept, gone = stored(tmp_path, "1", named=True), stored(tmp_path, "2", named=True)
     assert removable(tmp_path) == {}
-    removed = upkeep.prune(tmp_path, wanted=lambda key: key == ("family", "thing_1")).removed
+    removed = upkeep.prune(tmp_path, wanted=lambda key, partition: (key, partition) == (("thing_1",), "m|r")).removed
     assert [item.reason for item in removed] == ["handle of a recipe that is gone", "no asset names it"]
-    assert kept.exists() and not gone.exists() and not (tmp_path / "handles" / "family" / "thing_2").exists()
+    assert kept.exists() and not gone.exists() and not (tmp_path / "handles" / "thing_2").exists()
+
+
+def old_handle(home: Path, family: str, asset: str, model: str, artifact: Path) -> Path:
+    """A handle as a home of before the grid has it: a recipe, or a calibration set, comes first."""
+    path = home / "handles" / family / asset / f"{model}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"kind": artifact.parent.name, "fingerprint": artifact.name}))
+    return path
+
+
+OWN = "name: cut-it\ncalibration: {sequences: 8, length: 64}\nstages: [merge: {method: shortgpt, ratio: 0.2}]\n"
+
+
+def test_handles_of_both_forms_keep_their_artifacts_while_their_recipe_is_there(tmp_path, monkeypatch):
+    home, folder = tmp_path / "home", tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "cut-it.yaml").write_text(OWN)
+    monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(folder))
+    store = ArtifactStore(home=str(home))
+    present, gone = {}, {}
+    for name, partition, kept in (
+        ("merge_plan", "m|cut-it", True),
+        ("merge_plan", "m|cut-it@4x64", True),
+        ("merge_plan", "m|baseline", True),
+        ("recipe", "cut-it", True),
+        ("leaderboard", "m", True),
+        ("alternatives.calibration_tokens", "m|c4_sample_4x64-12ab", True),
+        ("merge_plan", "cut-it|lost", False),
+        ("recipe", "lost", False),
+    ):
+        path = stored(home, f"{name} {partition}")
+        store.remember(name, partition, store.manifest_of("toy", path.name))
+        (present if kept else gone)[f"{name} {partition}"] = path
+    for family, kept in (
+        ("cut_it", True), ("baseline", True), ("c4_sample_8x64", True), ("c4_sample_4x64", True), ("lost", False),
+        ("c4_sample_9x64", False),
+    ):  # fmt: skip
+        path = stored(home, f"old {family}")
+        old_handle(home, family, "alternatives" if family == "c4_sample_4x64" else "thing", "m", path)
+        (present if kept else gone)[f"old {family}"] = path
+    assert prune_store(home, delete=False, days=1, recipes_gone=False, wait=False).removed == []
+    prune_store(home, delete=True, days=1, recipes_gone=True, wait=False)
+    assert [name for name, path in present.items() if not path.exists()] == []
+    assert [name for name, path in gone.items() if path.exists()] == []
+
+
+def test_a_forgotten_model_takes_its_own_handles_along(tmp_path):
+    """Not those of a recipe of its name, nor of models whose names begin alike; old handles too."""
+    store, artifact = ArtifactStore(home=str(tmp_path)), stored(tmp_path, "1")
+    found = store.manifest_of("toy", artifact.name)
+    for asset, partition in (
+        ("base_model", "m"), ("base_model", "m.x"), ("leaderboard", "m"), ("recipe", "m"), ("merge_plan", "m|m"),
+        ("merge_plan", "m|r"), ("merge_plan", "m.x|m"), ("merge_plan", "mm|m"), ("alternatives.tokens", "m|c4"),
+    ):  # fmt: skip
+        store.remember(asset, partition, found)
+    for model in ("m", "m.x", "mm"):
+        old_handle(tmp_path, "m", "merge_plan", model, artifact)
+    store.forget("m")
+    handles = tmp_path / "handles"
+    assert sorted(str(p.relative_to(handles))[: -len(".json")] for p in handles.rglob("*.json")) == [
+        "base_model/m.x", "m/merge_plan/m.x", "m/merge_plan/mm", "merge_plan/m.x|m", "merge_plan/mm|m", "recipe/m",
+    ]  # fmt: skip
+    store.forget("[m]*")  # a name is no pattern
+    assert len(list(handles.rglob("*.json"))) == 6
 
 
 def test_nothing_goes_while_a_run_works_and_a_run_waits_for_the_end(tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import dagster as dg
 
-from compression_dags.assets.base_models import base_models
+from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.publishing import GPU_POOL
-from compression_dags.cli.run import execute, prepare_instance
+from compression_dags.cli.session import execute, prepare_instance, session
 from compression_dags.definitions import Settings
 from compression_dags.paths import PROJECT
 
@@ -20,15 +20,32 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
     [
         "accelerate",
+        "compressed_tensors.linear.compressed_linear",
         "compressed_tensors.quantization",
+        "compression_dags.calibration.workers",
+        "compression_dags.cli.main",
         "compression_dags.cli.run",
         "compression_dags.definitions",
+        "compression_dags.depth.workers",
+        "compression_dags.evaluation.harness",
+        "compression_dags.evaluation.perplexity",
+        "compression_dags.quantization.workers",
+        "compression_dags.recovery.workers",
+        "compression_dags.similarity.workers",
+        "compression_dags.sparsity.workers",
+        "dagster._core.execution.execute_in_process",
+        "dagster._core.executor.in_process",
+        "dagster._core.storage.local_compute_log_manager",
+        "dagster._core.storage.root",
         "dagster._core.storage.sqlite_storage",
+        "matplotlib.backends.backend_agg",
         "matplotlib.figure",
         "pandas",
+        "pyarrow.dataset",
         "pyarrow.parquet",
         "scipy.stats",
         "sympy",
+        "upath.implementations.local",
         "transformers.models.llama.modeling_llama",
         __name__,
     ]
@@ -86,7 +103,10 @@ class Run:
 
 
 def _main(recipes: str, log: str, arguments: tuple[str, ...]) -> None:
+    import torch
+
     os.environ.update(COMPRESSION_DAGS_RECIPES=recipes, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)  # the server has imported it already: the variable says nothing to this process
     os.chdir(PROJECT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     from compression_dags.cli.main import main
@@ -98,11 +118,18 @@ def _main(recipes: str, log: str, arguments: tuple[str, ...]) -> None:
 def pooled(home: Path, body: Callable[[], None] = lambda: None) -> dg.Definitions:
     """One asset in the pool `gpu` that calls `body`."""
 
-    @dg.asset(partitions_def=base_models, pool=GPU_POOL, required_resource_keys={"store"})
+    @dg.asset(partitions_def=BASE_MODELS, pool=GPU_POOL, required_resource_keys={"store"})
     def thing() -> None:
         body()
 
     return dg.Definitions(assets=[thing], resources=Settings(home).resources(), executor=dg.in_process_executor)
+
+
+def run_pooled(home: Path, body: Callable[[], None] = lambda: None) -> None:
+    """Run that asset as the command line runs one."""
+    settings = Settings(home)
+    with session(settings, "m") as instance:
+        execute(instance, pooled(home, body), "m", ["thing"], settings)
 
 
 def hang_in_pool(home: Path, marker: Path, old: bool) -> None:
@@ -112,11 +139,10 @@ def hang_in_pool(home: Path, marker: Path, old: bool) -> None:
         marker.touch()
         time.sleep(600)
 
-    definitions = pooled(home, body)
     if not old:
-        execute(definitions, "m", [dg.AssetKey("thing")], Settings(home))
+        run_pooled(home, body)
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
     with dg.DagsterInstance.get() as instance:
-        instance.add_dynamic_partitions(base_models.name or "", ["m"])
-        job = definitions.resolve_implicit_global_asset_job_def()
+        instance.add_dynamic_partitions(BASE_MODELS.name or "", ["m"])
+        job = pooled(home, body).resolve_implicit_global_asset_job_def()
         job.execute_in_process(instance=instance, partition_key="m")
