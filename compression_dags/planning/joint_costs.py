@@ -140,7 +140,7 @@ def quantized(
     is wanted.
     """
     rows = chosen_rows(blocks, even_rows(blocks, MORE_ROWS * options.rows))
-    on: dict[str, Any] = {"device": device, "dtype": dtype, "track": progress}
+    on: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress}
     with tempfile.TemporaryDirectory() as folder:
         rounding = stage.quantize(source, Path(folder) / "quantized", blocks=rows, **on).rounding
     names = {f"{name}.weight": name for name in rounding.choices}

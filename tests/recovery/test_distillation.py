@@ -31,7 +31,7 @@ def cut(stories, tmp_path_factory):
 
 def distilled(kind, cut, folder, resume=None, progress=None, **options):
     source, plan, merged = cut
-    more = {"track": progress} if progress else {}
+    more = {"progress": progress} if progress else {}
     return kind(**{**SMALL, **options}).recover(source, merged, plan, NO_BLOCKS, folder, resume=resume, **more)
 
 
