@@ -8,7 +8,7 @@ MODEL_DIR is a checkpoint directory. One calibration pass serves all methods; a 
 the weights that the one before it left. No Dagster is needed, so this runs on a machine that has only torch and
 transformers.
 
-    python benchmarks/depth_quality.py --tiny                                             # seconds on a CPU: does it run
+    python benchmarks/depth_quality.py --tiny      # seconds on a CPU: does it run
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ take one bit. `front` marks what no row as small or smaller beats. A planned rec
 other; `above_front` is its perplexity over the best hand-written one of its size or less. No Dagster is needed, so this
 runs on a machine that has only torch and transformers.
 
-    python benchmarks/recipe_quality.py --tiny                                            # seconds on a CPU: does it run
+    python benchmarks/recipe_quality.py --tiny      # seconds on a CPU: does it run
 """
 
 from __future__ import annotations

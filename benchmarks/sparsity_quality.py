@@ -9,7 +9,7 @@ seconds of plan and pruning, the perplexity, and the bytes that its weights need
 `--checkpoints` scores folders that other tools wrote from the same tokens (saved by `--tokens FILE.npy`), pruned ones
 or quantized ones. No Dagster is needed, so this runs on a machine that has only torch and transformers.
 
-    python benchmarks/sparsity_quality.py --tiny                                          # seconds on a CPU: does it run
+    python benchmarks/sparsity_quality.py --tiny      # seconds on a CPU: does it run
 """
 
 from __future__ import annotations

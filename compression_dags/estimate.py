@@ -1,7 +1,8 @@
 """What a run will take: seconds, memory and disk, from shapes and from what past runs in this home took.
 
-Without past runs the rates below are used, which docs/guide/evaluation.md says the origin of. They are meant to be right
-within a factor of two on two idle CPU cores, or on one H100. Reads manifests only; imports neither torch nor Dagster.
+Without past runs the rates below are used; docs/log/estimate-2026-11.md says where they come from. They are meant to be
+right within a factor of two on two idle CPU cores, or on one H100. Reads manifests only; imports neither torch nor
+Dagster.
 """
 
 from __future__ import annotations
