@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_streamed_pass_equals_the_stock_model(tiny_model, family):
     checkpoint = Checkpoint(tiny_model(family))
     blocks = random_blocks()
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
-    layers = model.get_submodule(checkpoint.architecture.layers)
+    layers: Any = model.get_submodule(checkpoint.architecture.layers)
     seen = []
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
