@@ -199,7 +199,7 @@ class Commands:
                 run.found = json.loads(done.stdout)
                 break
             line = _last_line(done.stderr)
-            bad = [n for n in left if f"{n.replace('-', '_')}__" in line or f" {n}:" in f" {line}"]
+            bad = [n for n in left if f"|{n}:" in line or f" {n}:" in f" {line}"]
             bad = bad or left
             run.failed |= dict.fromkeys(bad, line)
             left = [n for n in left if n not in bad]
@@ -214,7 +214,7 @@ class Commands:
 
     def tests(self) -> list[dict[str, str]]:
         """Outcome of each test that is marked `gpu`, run against the wheel."""
-        files = [p for p in (REPOSITORY / "tests").glob("test_*.py") if "mark.gpu" in p.read_text()]
+        files = [p for p in (REPOSITORY / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text()]
         report = self.work / "tests.xml"
         options = ["-m", "gpu", "-q", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), *options]
@@ -242,9 +242,10 @@ def _last_line(text: str) -> str:
 
 def chosen_layers(home: Path, assets: dict[str, dict[str, Any]]) -> Any:
     """The merge plan that a recipe followed, or None where it has none."""
-    keys = [entry["fingerprint"] for key, entry in assets.items() if key.endswith("/merge_plan")]
-    files = [home / "artifacts" / "merge_plan" / key / "plan.json" for key in keys]
-    return json.loads(files[0].read_text())["layers"] if files else None
+    if (plan := assets.get("merge_plan")) is None:
+        return None
+    file = home / "artifacts" / "merge_plan" / plan["fingerprint"] / "plan.json"
+    return json.loads(file.read_text())["layers"]
 
 
 def same_choice(a: Any, b: Any) -> bool:
