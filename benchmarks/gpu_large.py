@@ -72,7 +72,10 @@ def add(args: argparse.Namespace) -> float:
 
 def assets(home: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for every stored artifact, the oldest first, named by its asset where the run printed one."""
-    names = {e["fingerprint"]: key for r in found["recipes"].values() for key, e in r["assets"].items()}
+    names: dict[str, str] = {}
+    for recipe, said in found["recipes"].items():
+        for asset, entry in said["assets"].items():
+            names.setdefault(entry["fingerprint"], f"{asset} {recipe}")
     manifests = sorted((home / "artifacts").glob("*/*/manifest.json"), key=lambda p: p.stat().st_mtime)
     rows = []
     for path in manifests:

@@ -137,7 +137,7 @@ class Commands:
                 run.found = json.loads(done.stdout)
                 break
             line = _last_line(done.stderr)
-            bad = [n for n in left if f"{n.replace('-', '_')}__" in line or f" {n}:" in f" {line}"]
+            bad = [n for n in left if f"|{n}:" in line or f" {n}:" in f" {line}"]
             bad = bad or left
             run.failed |= dict.fromkeys(bad, line)
             left = [n for n in left if n not in bad]
@@ -152,7 +152,7 @@ class Commands:
 
     def tests(self) -> list[dict[str, str]]:
         """Outcome of each test that is marked `gpu`, run against the wheel."""
-        files = [p for p in (REPOSITORY / "tests").glob("test_*.py") if "mark.gpu" in p.read_text()]
+        files = [p for p in (REPOSITORY / "tests").rglob("test_*.py") if "mark.gpu" in p.read_text()]
         report = self.work / "tests.xml"
         options = ["-m", "gpu", "-q", "-rs", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml"), *options]

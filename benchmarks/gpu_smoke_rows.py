@@ -82,9 +82,10 @@ class Row:
 
 def chosen_layers(home: Path, assets: dict[str, dict[str, Any]]) -> Any:
     """The merge plan that a recipe followed, or None where it has none."""
-    keys = [entry["fingerprint"] for key, entry in assets.items() if key.endswith("/merge_plan")]
-    files = [home / "artifacts" / "merge_plan" / key / "plan.json" for key in keys]
-    return json.loads(files[0].read_text())["layers"] if files else None
+    if (plan := assets.get("merge_plan")) is None:
+        return None
+    file = home / "artifacts" / "merge_plan" / plan["fingerprint"] / "plan.json"
+    return json.loads(file.read_text())["layers"]
 
 
 def same_choice(a: Any, b: Any) -> bool:

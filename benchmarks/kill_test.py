@@ -7,7 +7,8 @@ starts an empty home, kills the process group of a run with SIGKILL after a rand
 after another), and runs the same command again. It must end well without help, and leave the artifacts of the
 uninterrupted run, which has a home of its own: kind, fingerprint, and the hash of each file.
 
-There is no --tiny: each kill is two runs of the command line. tests/resources/test_killed.py kills at chosen points.
+Only kills that hit a run at work count: after its first line, before its end. One that comes too early or too late is
+drawn again, from times that narrow down to those at which runs were at work.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,6 +46,8 @@ stages:
 """,
 }
 TEXT = "Once upon a time there was a little cat who liked to play in the garden with a red ball. " * 60
+#: How a kill may miss.
+EARLY, LATE = "nothing was said yet", "the run had ended"
 #: Tables over all runs: they name run ids and hosts of the moment.
 TABLES = {"leaderboard", "decision_ledger"}
 
@@ -73,10 +77,17 @@ def torture(desk: Path, kills: int, in_a_row: int, chance: random.Random) -> int
         return code
     whole, expected = time.monotonic() - start, stored(desk / "reference")
     print(f"uninterrupted: {whole:.0f} s, {len(expected)} artifacts")
-    wrong, home = 0, desk / "killed"
-    for number in range(1, kills + 1):
-        after = chance.uniform(0.0, whole)
-        at = killed(desk, home, after)
+    wrong, number, home, times = 0, 0, desk / "killed", Times(0.0, whole)
+    while number < kills:
+        after = times.draw(chance)
+        missed, at = killed(desk, home, after)
+        if missed:
+            print(f"     missed after {after:5.1f} s: {missed}", flush=True)
+            times = times.narrowed(after, missed)
+            if missed == LATE:  # nothing is left to do in this home
+                shutil.rmtree(home)
+            continue
+        number += 1
         print(f"{number:3d}  killed after {after:5.1f} s: {at}", flush=True)
         if number % in_a_row and number < kills:
             continue
@@ -105,8 +116,28 @@ def finish(desk: Path, home: Path) -> tuple[int, str]:
     return done.returncode, done.stderr[-2000:]
 
 
-def killed(desk: Path, home: Path, after: float) -> str:
-    """Kill a run after some seconds; what it said last."""
+@dataclass(frozen=True)
+class Times:
+    """Seconds after a start between which a run is at work."""
+
+    first: float
+    last: float
+
+    def draw(self, chance: random.Random) -> float:
+        return chance.uniform(self.first, self.last)
+
+    def narrowed(self, after: float, missed: str) -> Times:
+        """The same without half of what a kill that missed has shown to be too early or too late.
+
+        Runs differ in speed, so that one miss does not rule out all beyond it.
+        """
+        if missed == EARLY:
+            return replace(self, first=(self.first + after) / 2)
+        return replace(self, last=(self.last + after) / 2)
+
+
+def killed(desk: Path, home: Path, after: float) -> tuple[str, str]:
+    """Kill a run after some seconds: how it missed, empty if the run was at work; and what it said last."""
     words, environment = command(desk, home)
     log = desk / "log"
     with log.open("w") as said:
@@ -117,8 +148,9 @@ def killed(desk: Path, home: Path, after: float) -> str:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     lines = [line for line in log.read_text().splitlines() if line.strip()]
-    ended = "had ended; " if process.returncode == 0 else ""
-    return ended + (lines[-1] if lines else "nothing said yet")
+    missed = LATE if process.returncode == 0 else "" if lines else EARLY
+    failed = "" if process.returncode in {0, -signal.SIGKILL} else f"it failed by itself ({process.returncode}): "
+    return missed, failed + (lines[-1] if lines else "")
 
 
 def stored(home: Path) -> dict[str, dict[str, str]]:

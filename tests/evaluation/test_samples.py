@@ -111,7 +111,12 @@ def report(directory: Path, found: list[dict]) -> str:
 
 def model_card(directory: Path, card: dict) -> str:
     base = Artifact("base_model", "f", "d", directory, {**SIZE, "origin": "a/model"})
-    recipe = {"name": "cut", "description": "Cut", "stages": [{"merge": {"method": "reverse"}}]}
+    recipe = {
+        "name": "cut",
+        "description": "Cut",
+        "calibration": {"sequences": 1, "length": 8},
+        "stages": [{"merge": {"method": "reverse"}}],
+    }
     nothing = pd.DataFrame({"stage": [], "method": [], "action": []})
     write_card(directory, recipe, "a", base, replace(base, kind="merged_weights"), {}, card, nothing)
     assert json.loads((directory / "compression.json").read_text())["samples"] == card["samples"]
