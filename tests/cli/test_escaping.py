@@ -57,7 +57,7 @@ every_text = pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 DANGEROUS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
 SIZE = {"layers": 4, "parameters": 100, "bytes": 400}
 
-SIZE = {"sequences": 1, "length": 8}
+CALIBRATION = {"sequences": 1, "length": 8}
 
 
 def cards(text: str) -> list[dict]:
@@ -97,7 +97,7 @@ def test_the_report(text: str, tmp_path: Path, monkeypatch):
 def test_the_model_card(text: str, tmp_path: Path):
     base = Artifact("base_model", "f", "d", tmp_path, {**SIZE, "origin": text, "licence": text})
     stages = [{"quantize": {"method": text, "ignore": [text]}}]
-    recipe = {"name": text, "description": text, "calibration": SIZE, "stages": stages}
+    recipe = {"name": text, "description": text, "calibration": CALIBRATION, "stages": stages}
     name = cards(text)[1]["family"]
     rows = pd.DataFrame({"stage": [name], "method": [name], "action": [name]})
     write_card(tmp_path, recipe, text, base, replace(base, kind="w"), {}, cards(text)[1], rows)
@@ -112,7 +112,7 @@ def test_the_model_card(text: str, tmp_path: Path):
     fence = re.search("^(```+)yaml$", card, re.MULTILINE)
     assert fence
     block, after = card[fence.end() + 1 :].split(f"\n{fence[1]}\n", 1)
-    assert yaml.safe_load(block) == {"calibration": SIZE, "stages": stages}
+    assert yaml.safe_load(block) == {"calibration": CALIBRATION, "stages": stages}
     tables = [row for row in after.splitlines() if row.startswith("|")]
     assert {row.replace(r"\|", "").count("|") for row in tables} == {4, 5}  # no text opens or closes a cell
 
@@ -135,7 +135,7 @@ def test_the_base_model_is_a_hub_id_or_is_not_named(origin, stages, named, tmp_p
     recipe = {
         "name": "r",
         "description": "R",
-        "calibration": SIZE,
+        "calibration": CALIBRATION,
         "stages": [{name: {"method": "m"}} for name in stages],
     }
     none = pd.DataFrame({"stage": [], "method": [], "action": []})
@@ -263,7 +263,14 @@ def test_a_number_that_is_none_is_said_in_the_card(tmp_path: Path):
     base = Artifact("base_model", "f", "d", tmp_path, dict(SIZE))
     none = pd.DataFrame({"stage": [], "method": [], "action": []})
     write_card(
-        tmp_path, {"name": "r", "description": "R", "calibration": SIZE, "stages": []}, "s", base, base, {}, card, none
+        tmp_path,
+        {"name": "r", "description": "R", "calibration": CALIBRATION, "stages": []},
+        "s",
+        base,
+        base,
+        {},
+        card,
+        none,
     )
     text = (tmp_path / "README.md").read_text()
     assert "| t | acc | nan |" in text and "| t | perplexity | inf |" in text

@@ -316,16 +316,12 @@ def test_the_ui_loads_what_is_good(desk):
 
 def test_one_recovery_too_many_is_refused_with_its_place(desk):
     """Each is an asset of its own, and there are so many."""
-    recover = "  - recover: {method: least-squares}\n"
-    (desk / "recipes" / "try-20.yaml").write_text(GOOD + MOST_RECOVERIES * recover)
-    assert (
-        len(load_recipe(desk / "recipes" / "try-20.yaml").recoveries)
-        == sum(name.startswith("recovered_") for name in TABLE)
-        == 3
-    )
-    (desk / "recipes" / "try-20.yaml").write_text(GOOD + 4 * recover)
-    said = refused("run", "-m", "stories260k", "-r", "try-20")
-    assert "try-20.yaml:7: stages.4: one recovery too many; a recipe may have at most 3" in said
+    path, recover = desk / "recipes" / "many.yaml", "  - recover: {method: least-squares}\n"
+    path.write_text(GOOD.replace("try-20", "many") + MOST_RECOVERIES * recover)
+    assert len(load_recipe(path).recoveries) == MOST_RECOVERIES == sum(n.startswith("recovered_") for n in TABLE)
+    path.write_text(path.read_text() + recover)
+    said = refused("run", "-m", "stories260k", "-r", "many")
+    assert "many.yaml:7: stages.4: one recovery too many; a recipe may have at most 3" in said
     assert not (desk / "home").exists()
 
 
