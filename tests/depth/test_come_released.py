@@ -120,7 +120,7 @@ def test_released_plans_equal_nested_merging(tiny_model, family):
             seen.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(concat_search, "Search", Spy)
+        patch.setattr("compression_dags.depth.concat.come_released_search.Search", Spy)
         plan, rows = ComeReleased(layers=5).plan(source.shape, nothing, probe)
     assert any(len(x.sources) > 2 for x in plan.layers) and any("queries" in k for k in plan.tensors)
     # merge step by step, whole layers at a time, with the selections that the ledger's steps imply
