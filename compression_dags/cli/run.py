@@ -140,7 +140,7 @@ def run_recipes(
     made: dict[str, dict[str, dict[str, Any]]] = {}
     failed: list[Exception] = []
     with session(settings, plan.source.slug) as instance:
-        report(instance, BASE, plan.source.slug, base)
+        report(instance, BASE, {plan.source.slug: base})
         register(instance, plan.planner.store, {r.name: r for r in plan.recipes})
         for recipe in plan.recipes:
             here, assets = Place(plan.source.slug, recipe.name), selection(recipe, plan.tasks[recipe.name])
@@ -200,7 +200,7 @@ def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
     check_model(source, [], settings)
     produced = admit(source, settings)
     with session(settings, source.slug) as instance:
-        report(instance, BASE, source.slug, produced)
+        report(instance, BASE, {source.slug: produced})
     return produced.artifact
 
 
