@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 import pandas as pd
+from dagster._core.events import DagsterEventType
 
 from compression_dags.provenance.artifacts import DECISIONS, Artifact
 from compression_dags.provenance.decisions import read_decisions
@@ -42,17 +43,17 @@ def publish(
     return dg.MaterializeResult(asset_key=asset, metadata=metadata, data_version=dg.DataVersion(artifact.digest))
 
 
-def report(instance: dg.DagsterInstance, asset: str, partition: str, produced: Produced) -> None:
-    """Tell Dagster of an artifact that was made outside a run; nothing if it knows this version already."""
-    event = instance.get_latest_data_version_record(dg.AssetKey(asset), partition_key=partition)
-    known = event.asset_materialization if event else None
-    if produced.hit and known and (known.tags or {}).get(VERSION_TAG) == produced.artifact.digest:
-        return
-    instance.report_runless_asset_event(
-        dg.AssetMaterialization(
-            asset, partition=partition, metadata=metadata_of(produced), tags={VERSION_TAG: produced.artifact.digest}
-        )
+def report(instance: dg.DagsterInstance, asset: str, made: Mapping[str, Produced]) -> None:
+    """Tell Dagster of artifacts (partition → how it came) that were made outside a run, but for versions it knows."""
+    known = instance.event_log_storage.get_latest_tags_by_partition(
+        dg.AssetKey(asset), DagsterEventType.ASSET_MATERIALIZATION, [VERSION_TAG], list(made)
     )
+    for partition, produced in made.items():
+        tags = {VERSION_TAG: produced.artifact.digest}
+        if not produced.hit or known.get(partition) != tags:
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(asset, partition=partition, metadata=metadata_of(produced), tags=tags)
+            )
 
 
 def state_of(produced: Produced) -> str:

@@ -77,5 +77,5 @@ def register(instance: dg.DagsterInstance, store: ArtifactStore, recipes: Mappin
     for name, each in recipes.items():
         found[name] = produced = make(store, each)
         store.remember(RECIPE, name, replace(produced.artifact, recipe=each.as_run()))
-        report(instance, RECIPE, name, produced)
+    report(instance, RECIPE, found)
     return found

@@ -22,6 +22,5 @@ def register_home(instance: dg.DagsterInstance, store: ArtifactStore, hub: Model
     stored = {slug: artifact for slug in hub.registered() if (artifact := store.recall(BASE, slug))}
     if missing := set(stored) - set(instance.get_dynamic_partitions(BASE_MODELS.name or "")):
         instance.add_dynamic_partitions(BASE_MODELS.name or "", sorted(missing))
-    for slug, artifact in stored.items():
-        report(instance, BASE, slug, Produced(artifact, True, 0.0))
+    report(instance, BASE, {slug: Produced(artifact, True, 0.0) for slug, artifact in stored.items()})
     return register(instance, store, {BASELINE: BASELINE_RECIPE, **shown_recipes()})

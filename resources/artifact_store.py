@@ -232,8 +232,12 @@ class ArtifactStore(dg.ConfigurableResource):
         """
         handle: dict[str, Any] = {"kind": artifact.kind, "fingerprint": artifact.fingerprint}
         if artifact.recipe:
-            handle["recipe"] = artifact.recipe
-        replace_json(self._handle_file(asset, partition), handle)
+            handle["recipe"] = json.loads(json.dumps(artifact.recipe))
+        path = self._handle_file(asset, partition)
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(path.read_text()) == handle:
+                return  # as it is: a home of many recipes is looked at often
+        replace_json(path, handle)
 
     def recall(self, asset: str, partition: str) -> Artifact | None:
         """The artifact that an asset partition last was, if it is still stored whole."""

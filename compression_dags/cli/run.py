@@ -140,7 +140,7 @@ def run_recipes(
     base = plan.base or admit(plan.source, settings)
     announce(lambda: foresee(plan, base.artifact))
     with session(settings, plan.source.slug) as instance:
-        report(instance, BASE, plan.source.slug, base)
+        report(instance, BASE, {plan.source.slug: base})
         register(instance, plan.planner.store, {r.name: r for r in plan.recipes})
         made, failed = _made(instance, plan)
         if made:
@@ -240,7 +240,7 @@ def add_model(model: str, settings: Settings, name: str | None) -> Artifact:
     check_model(source, [], settings)
     produced = admit(source, settings)
     with session(settings, source.slug) as instance:
-        report(instance, BASE, source.slug, produced)
+        report(instance, BASE, {source.slug: produced})
     return produced.artifact
 
 

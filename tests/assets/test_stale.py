@@ -68,8 +68,8 @@ def test_an_edited_ratio_makes_exactly_its_partitions_stale(tmp_path, folder):
             return {asset: metadata["cache"] for asset, metadata in said.items()}
 
         instance.add_dynamic_partitions("base_model", list(MODELS))
-        for name in MODELS:
-            report(instance, BASE, name, import_base_model(store, hub, hub.resolve("stories260k", name)))
+        imported = {name: import_base_model(store, hub, hub.resolve("stories260k", name)) for name in MODELS}
+        report(instance, BASE, imported)
         assert tick() == "changed: baseline, cut-a-b, cut-a"
         assert set(statuses(instance, definitions, "merge_plan").values()) == {"MISSING"}
         for model in MODELS:

@@ -123,6 +123,6 @@ def test_a_run_killed_inside_a_pooled_asset_holds_nothing_up(tmp_path, old):
         statuses = {run.run_id: run.status.value for run in instance.get_runs()}
         assert statuses.pop(dead) == "FAILURE" and list(statuses.values()) == ["SUCCESS"]
         said = [entry.dagster_event.message for entry in instance.all_logs(dead, of_type=DagsterEventType.RUN_FAILURE)]
-        assert len(said) == 1 and "its process ended before the run did" in said[0]
+        assert len(said) == 1 and "its process ended before the run did" in str(said[0])
         assert instance.event_log_storage.get_concurrency_info("gpu").active_slot_count == 0
     assert not list((home / "locks" / "runs").iterdir())

@@ -53,7 +53,7 @@ def run(home: Path, folder: Path, model: str, tasks=("heldout_stories",)) -> dic
             version = {"data_version": event.tags["dagster/data_version"]}
             found[name] = {key: value.value for key, value in event.metadata.items()} | version
 
-        report(instance, BASE, source.slug, admit(source, settings))
+        report(instance, BASE, {source.slug: admit(source, settings)})
         instance.add_dynamic_partitions("base_model", [source.slug])
         said(BASE, BASE, source.slug)
         register(instance, store, recipes)
