@@ -74,11 +74,12 @@ def _present(home: Path) -> Wanted:
     families |= {path.parent.name for path in (home / "handles").glob(f"*/{ALTERNATIVES}")}
 
     def wanted(key: tuple[str, ...], partition: str) -> bool:
-        if len(key) > 1:
-            return key[0] in families
-        if key[0].startswith(f"{ALTERNATIVES}."):
+        first, *more = key
+        if more:
+            return first in families
+        if first.startswith(f"{ALTERNATIVES}."):
             return True
-        name = partition if key == (RECIPE,) else partition.partition("|")[2]
+        name = partition if first == RECIPE else partition.partition("|")[2]
         return not name or name.partition("@")[0] in known
 
     return wanted

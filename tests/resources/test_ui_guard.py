@@ -234,7 +234,7 @@ def test_the_postgres_template(tmp_path, monkeypatch):
     """SQLAlchemy 2.1 reads `postgresql://` as another driver than the one that dagster-postgres needs."""
     import yaml
 
-    from compression_dags.cli.run import POSTGRES_URL, prepare_instance
+    from compression_dags.cli.session import POSTGRES_URL, prepare_instance
 
     monkeypatch.setenv(POSTGRES_URL, "postgresql://me:secret@db:5432/dags")
     written = (prepare_instance(tmp_path) / "dagster.yaml").read_text()
