@@ -8,7 +8,7 @@ MODEL_DIR is a checkpoint directory. One calibration pass serves all methods; a 
 the weights that the one before it left. No Dagster is needed, so this runs on a machine that has only torch and
 transformers.
 
-    python benchmarks/depth_quality.py --tiny      # seconds on a CPU: does it run
+    python benchmarks/depth_quality.py --tiny  # seconds on a CPU: does it run
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload, load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
-from compression_dags.depth.plan import Evidence, MergePlan, MergeStage, ProbeContext, keep_only
+from compression_dags.depth.plan import MergePlan, keep_only
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.evaluation.perplexity import perplexity
 from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.paths import PROJECT
 from compression_dags.recovery.stage import RecoverStage
 from compression_dags.registry import METHODS
-from compression_dags.similarity.evidence import read_evidence, write_similarity
+from compression_dags.similarity.evidence import Evidence, read_evidence
+from compression_dags.similarity.tables import write_similarity
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
 #: What `--tiny` asks for: a shipped model of five layers on a few windows.
@@ -175,7 +177,7 @@ class Study:
     def run(self, stage: MergeStage, removed: int, options: dict[str, Any]) -> None:
         start = time.monotonic()
         probe = ProbeContext(self.base, self.blocks, **self.on)
-        plan, decisions = stage.plan(self.base.facts, self.evidence, probe)
+        plan, decisions = stage.plan(self.base.shape, self.evidence, probe)
         seconds = round(time.monotonic() - start, 1)
         with tempfile.TemporaryDirectory() as folder:
             merged = apply_plan(self.base, plan, Path(folder, "merged"))

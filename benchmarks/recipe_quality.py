@@ -1,7 +1,7 @@
 """Quality at equal bytes: perplexity and size of recipes (merged, sparse, quantized, composed), and of planned ones.
 
     python benchmarks/recipe_quality.py MODEL_DIR --device cuda --out recipes.json \
-        --recipes recipes/gptq-w4.yaml recipes/shortgpt-20-ls-sparsegpt-50-gptq-w4.yaml \
+        --recipes gptq-w4 shortgpt-20-ls-sparsegpt-50-gptq-w4 \
         --stages '{"rtn-w8": [{"quantize": {"method": "rtn", "scheme": "W8A16"}}]}' \
         --budgets 120MB 100MB --bits 4.25 --bank '{"schemes": ["W8A16", "W4A16", "W3A16"]}'
 
@@ -11,7 +11,7 @@ take one bit. `front` marks what no row as small or smaller beats. A planned rec
 other; `above_front` is its perplexity over the best hand-written one of its size or less. No Dagster is needed, so this
 runs on a machine that has only torch and transformers.
 
-    python benchmarks/recipe_quality.py --tiny      # seconds on a CPU: does it run
+    python benchmarks/recipe_quality.py --tiny  # seconds on a CPU: does it run
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli.plan import parse_budget
 from compression_dags.depth.apply import apply_plan
-from compression_dags.depth.plan import MergePlan, MergeStage, ProbeContext
+from compression_dags.depth.plan import MergePlan
+from compression_dags.depth.stage import MergeStage, ProbeContext
 from compression_dags.planning.budget_solver import Measure, solve
 from compression_dags.planning.candidate_table import measure_bank
-from compression_dags.planning.candidates import CandidateOptions, CandidateTable
+from compression_dags.planning.candidates import CandidateTable
 from compression_dags.planning.mixed import plan_schemes
+from compression_dags.planning.options import CandidateOptions
 from compression_dags.planning.recipe_writer import recipe_of, recipe_text
-from compression_dags.quantization.schemes import QuantizeStage
-from compression_dags.recipes import Recipe, load_recipe
+from compression_dags.quantization.stage import QuantizeStage
+from compression_dags.recipes import Recipe, load_recipe, load_recipes, pick_recipes
 from compression_dags.recovery.stage import RecoverStage
 from compression_dags.sparsity.evidence import PruneProbe, fresh_evidence
 from compression_dags.sparsity.stage import SparsifyStage
@@ -59,7 +61,7 @@ def main() -> None:
     record = recorder(args, rows)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        recipes = [load_recipe(path) for path in args.recipes]
+        recipes = pick_recipes(load_recipes(), args.recipes)
         recipes += [_written(work / f"{name}.yaml", name, stages) for name, stages in args.stages.items()]
         args.merges = [r.merge.options() for r in recipes if r.merge]
         study = RecipeStudy(args, record, work)
@@ -74,7 +76,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--recipes", type=Path, nargs="*", default=[])
+    parser.add_argument("--recipes", nargs="*", default=[], help="names, as `run -r` takes them")
     parser.add_argument("--stages", type=json.loads, default={}, help="JSON: name → list of stages")
     parser.add_argument("--budgets", nargs="*", default=[], help="bytes of all tensors, for the planner: 120MB")
     parser.add_argument("--bits", nargs="*", default=[], help="bits a weight, for the planner")
@@ -142,7 +144,7 @@ class RecipeStudy(Study):
     def _applied(self, stage: Stage, before: Made, folder: Path) -> tuple[Checkpoint, MergePlan | None, Row]:
         source, plan = before.checkpoint, before.plan
         if isinstance(stage, MergeStage):
-            plan, _ = stage.plan(source.facts, self.evidence, ProbeContext(source, self.blocks, **self.on))
+            plan, _ = stage.plan(source.shape, self.evidence, ProbeContext(source, self.blocks, **self.on))
             return apply_plan(source, plan, folder), plan, {}
         if isinstance(stage, RecoverStage):
             assert plan is not None

@@ -9,7 +9,7 @@ seconds of plan and pruning, the perplexity, and the bytes that its weights need
 `--checkpoints` scores folders that other tools wrote from the same tokens (saved by `--tokens FILE.npy`), pruned ones
 or quantized ones. No Dagster is needed, so this runs on a machine that has only torch and transformers.
 
-    python benchmarks/sparsity_quality.py --tiny      # seconds on a CPU: does it run
+    python benchmarks/sparsity_quality.py --tiny  # seconds on a CPU: does it run
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.evaluation.perplexity import cut_windows, perplexity_of
 from compression_dags.evaluation.tasks import PerplexityTask
 from compression_dags.planning.mixed import plan_schemes
-from compression_dags.quantization.schemes import QuantizeStage
+from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.registry import METHODS
-from compression_dags.similarity.redundancy import compute_redundancy
+from compression_dags.similarity.redundancy_tables import compute_redundancy
 from compression_dags.sparsity.allocation import SparsityEvidence
 from compression_dags.sparsity.evidence import PruneProbe
-from compression_dags.sparsity.stage import Sparsified, SparsifyStage, all_matrices
+from compression_dags.sparsity.results import Sparsified
+from compression_dags.sparsity.stage import SparsifyStage, all_matrices
 
 WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_dags.heartbeat import spoken
+from compression_dags.registry import stage_kinds
 
 #: Multiply-adds a second of a pass over tokens, and seconds before anything is computed (imports, the graph).
 SPEED = {"cpu": 6e10, "cuda": 3e14}
@@ -57,7 +58,7 @@ RATES: dict[str, tuple[float, float, float]] = {
     "samples": (1.0, 0.1, 0.0),
     "other": (0.2, 0.0, 0.0),
 }
-WEIGHTS = ("merged_weights", "recovered_weights", "sparse_weights", "quantized_weights")
+WEIGHTS = tuple(kind.name for kinds in stage_kinds().values() for kind in kinds if kind.weights)
 #: Resident memory without a model: Python, torch, transformers, Dagster.
 BARE_BYTES = 850e6
 #: Past runs that are read, the latest of a kind.
@@ -74,7 +75,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Step:
+class Work:
     """One asset of a run.
 
     Attributes:
@@ -125,7 +126,7 @@ class Past:
     memory: float = 0.0
 
 
-def estimate(model: Model, steps: Iterable[Step], device: str, past: Past | None = None) -> Estimate:
+def estimate(model: Model, steps: Iterable[Work], device: str, past: Past | None = None) -> Estimate:
     """The sum over the steps that are not stored."""
     listed, past = list(steps), past or Past()
     missing = [s for s in listed if not s.stored]
@@ -145,7 +146,7 @@ def predicted(kind: str, method: str, tokens: int, model: Model, device: str) ->
     return fixed + a_layer * model.layers + moved + passes * work / SPEED[device]
 
 
-def _disk(step: Step, model: Model) -> float:
+def _disk(step: Work, model: Model) -> float:
     """Bytes that a step leaves: a checkpoint, or the states of some thousand tokens; others are small."""
     if step.kind in (*WEIGHTS, "base_model"):
         return model.bytes

@@ -75,7 +75,7 @@ class Accelerator(dg.ConfigurableResource):
         Raises:
             InputError: torch can use none, or not the one that was asked for.
         """
-        import torch
+        import torch  # noqa: PLC0415 - definitions load without it
 
         if not torch.cuda.is_available():
             raise InputError("a CUDA device is present but torch cannot use it; run with --device cpu")
@@ -94,7 +94,7 @@ class Accelerator(dg.ConfigurableResource):
         if self.kind == "cpu":
             yield Device("cpu", self.compute_dtype)
             return
-        import torch
+        import torch  # noqa: PLC0415 - definitions load without it
 
         with _first_free(Path(self.home) / "locks", self._indices()) as index:
             torch.cuda.init()  # a fresh process has no statistics to reset before this

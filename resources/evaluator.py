@@ -9,9 +9,12 @@ from typing import Any
 
 import dagster as dg
 
+from compression_dags.evaluation.known import check_dense
+from compression_dags.evaluation.samples import continuations, has_tokenizer
 from compression_dags.evaluation.tasks import HarnessTask, PerplexityTask, Task, data_digest
 from compression_dags.paths import PROJECT
 from compression_dags.resources.accelerator import Accelerator, Device
+from compression_dags.stage import bar
 
 
 class Evaluator(dg.ConfigurableResource):
@@ -51,20 +54,20 @@ class Session:
 
     @functools.cached_property
     def model(self) -> Any:
-        from compression_dags.checkpoints.gate import load_stock
+        from compression_dags.checkpoints.gate import load_stock  # noqa: PLC0415 - torch, where something is scored
 
         return load_stock(self.checkpoint, device=self.device.name, dtype=self.device.dtype)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # noqa: PLC0415 - definitions load without it
 
         return AutoTokenizer.from_pretrained(self.checkpoint, local_files_only=True)
 
     @functools.cached_property
     def harness_scores(self) -> dict[str, dict[str, float]]:
         """All lm-eval tasks in one call."""
-        from compression_dags.evaluation.harness import run_harness
+        from compression_dags.evaluation.harness import run_harness  # noqa: PLC0415 - lm-eval takes seconds
 
         tasks = [t for t in self.tasks if isinstance(t, HarnessTask)]
         return run_harness(self.model, self.tokenizer, tasks, self.folders)
@@ -72,8 +75,7 @@ class Session:
     def score(self, task: Task, directory: Path) -> dict[str, float]:
         """Metrics of one task; a perplexity's per-window losses go into `directory`."""
         if isinstance(task, PerplexityTask):
-            from compression_dags.evaluation.perplexity import perplexity
-            from compression_dags.stage import bar
+            from compression_dags.evaluation.perplexity import perplexity  # noqa: PLC0415 - torch
 
             result = perplexity(
                 self.model,
@@ -90,14 +92,10 @@ class Session:
 
     def samples(self) -> list[str] | None:
         """Continuations of the fixed prompts; None of a model without a tokenizer."""
-        from compression_dags.evaluation.samples import continuations, has_tokenizer
-
         return continuations(self.model, self.tokenizer) if has_tokenizer(self.checkpoint) else None
 
     def guard(self, slug: str, task: Task, metrics: dict[str, float]) -> None:
         """Stop the run when a known dense model scores far from its known value."""
-        from compression_dags.evaluation.known import check_dense
-
         check_dense(slug, task.name, metrics)
 
 

@@ -215,7 +215,7 @@ class ModelHub(dg.ConfigurableResource):
         Raises:
             InputError: no such repository or revision, or offline and never seen here.
         """
-        from huggingface_hub import constants
+        from huggingface_hub import constants  # noqa: PLC0415 - a second, for models of the hub alone
 
         if revision and _COMMIT.fullmatch(revision):
             return revision
@@ -311,7 +311,7 @@ def _ask_hub(repository: str, revision: str | None) -> tuple[str | None, str]:
     Raises:
         InputError: the hub answers that there is no such model or revision.
     """
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi, errors  # noqa: PLC0415 - likewise
 
     try:
         return HfApi().model_info(repository, revision=revision, timeout=15).sha, ""
@@ -325,7 +325,7 @@ def _ask_hub(repository: str, revision: str | None) -> tuple[str | None, str]:
 
 def _snapshot(repository: str, revision: str | None, offline: str | None = None) -> Path:
     """Files of a hub model in huggingface_hub's own cache: weights as safetensors, no code, no pickles."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, snapshot_download  # noqa: PLC0415 - likewise
 
     local = bool(offline) or constants.HF_HUB_OFFLINE
     wanted = {"allow_patterns": _HUB_FILES, "ignore_patterns": _NOT_HUB_FILES, "local_files_only": local}
