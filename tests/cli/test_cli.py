@@ -247,7 +247,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ('RuntimeError("it broke")', "failed: merge_plan stories260k|cut-two: RuntimeError: it broke  (run "),
+        ('RuntimeError("it broke")', "failed: merge_plan stories260k|cut-two: RuntimeError: it broke (run "),
         ('__import__("compression_dags.errors").errors.InputError("no")', "failed: stories260k|cut-two: no; done: "),
     ],
 )
