@@ -1,6 +1,6 @@
 """Rotary position embedding of queries and keys, as one Triton kernel on a GPU: each value is read and written once."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch

@@ -4,7 +4,7 @@ As in `sweep_triton.py`, a tile's weights stay in registers from the first colum
 steps and zero points come expanded to columns, so that groups may lie in any order.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch

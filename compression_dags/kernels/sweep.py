@@ -4,7 +4,7 @@ Rows are independent within a block, so a tile's weights stay in registers from 
 read and written once. N:M groups choose their mask inside the walk, from the updated weights.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

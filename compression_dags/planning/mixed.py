@@ -56,9 +56,8 @@ def plan_schemes(
     for (layer, group), choice in chosen_schemes(solution, table).items():
         names = [architecture.layer_prefix(layer) + p for p in architecture.group(group)]
         columns = {source.tensors[f"{name}.weight"].shape[1] for name in names}.pop()
-        if choice is not None:
-            fitted = choice.fitted(columns)
-            choices |= {name: fitted for name in names if fitted and name in allowed}
+        fitted = choice.fitted(columns) if choice is not None else None
+        choices |= {name: fitted for name in names if fitted and name in allowed}
         costs = {a.label: a.cost for a in tried[layer, group]}
         value = next(a.cost for a in tried[layer, group] if a.choice == choice)
         action = "keep" if choice is None else "quantize"
@@ -73,7 +72,7 @@ def plan_schemes(
                 value,
                 "KL with this alone (nats a token)",
                 _reason(stage.bits, choice, columns, tried[layer, group]),
-                {"scheme": None if choice is None else choice.fitted(columns).scheme, "costs": costs},
+                {"scheme": fitted.scheme if fitted else None, "costs": costs},
             )
         )
     return SchemePlan(choices, solution.bits, solution.cost), rows
