@@ -9,6 +9,8 @@ uninterrupted run, which has a home of its own: kind, fingerprint, and the hash 
 
 Only kills that hit a run at work count: after its first line, before its end. One that comes too early or too late is
 drawn again, from times that narrow down to those at which runs were at work.
+
+There is no --tiny: it is minutes of runs and kills.
 """
 
 from __future__ import annotations

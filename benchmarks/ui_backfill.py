@@ -5,6 +5,8 @@
 Makes a home with three base models and six recipes in a new folder, runs them all, opens the UI (`compression-dags ui`)
 on it, and sends the mutation that the UI's button sends, through the guard. Then waits until GraphQL says that every
 partition is materialized, and that one `summarise` run a base model has updated its leaderboard. Prints one JSON line.
+
+There is no --tiny: it starts the UI, its daemon and 18 runs.
 """
 
 import argparse

@@ -311,7 +311,7 @@ def test_the_ui_loads_what_is_good(desk):
     for content in ('["heldout_stories", " heldout_c4", "gone.txt", 3]', "{", '{"a": [1], "b": "gone.txt"}', "\0", "3"):
         (home / FILE).write_text(content)
         assert {"compress", "evaluate", "summarise"} <= set(defs().get_repository_def().job_names)
-    assert set(Planner([], Settings(home).resources()).recipes()) == {"try-20", longest}
+    assert set(Planner([], Settings(home).resources()).recipes()) == {"baseline", "try-20", longest}
 
 
 def test_one_recovery_too_many_is_refused_with_its_place(desk):
