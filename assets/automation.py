@@ -1,14 +1,11 @@
 """Jobs, and what starts them: new base models, changed recipes, ended runs, the first of a month."""
 
-import json
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
 import dagster as dg
 
-from compression_dags.assets.base_models import REFERENCE
 from compression_dags.assets.evaluation import SAMPLES, eval_key
 from compression_dags.assets.grid import COMPRESSED, TABLE
 from compression_dags.assets.partitions import BASE_MODELS, Place
@@ -17,10 +14,10 @@ from compression_dags.assets.registration import register_home
 from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
+from compression_dags.assets.watching import new_base_models_sensor
 from compression_dags.evaluation.tasks import Task
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import ModelHub
-from compression_dags.resources.model_imports import check, stamp_of
 from compression_dags.step import BASE
 
 _ENDS = ("SUCCESS", "FAILURE", "CANCELED")
@@ -62,7 +59,7 @@ def automation(tasks: Sequence[Task], settings: Settings) -> tuple[list, list, l
     )
     planner = Planner(tasks, settings.resources())
     sensors = [
-        _new_base_models(add, settings),
+        new_base_models_sensor(add, settings.home, settings.watch),
         _compress_new_models(add, compress, planner),
         _recipes_changed(settings),
         *(_summarise_after(summarise, status) for status in _ENDS),
@@ -103,26 +100,24 @@ def _recompress_monthly(job: Any, planner: Planner) -> dg.ScheduleDefinition:
     def recompress_monthly(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
         """Every base model through every recipe that is shown, where the store lacks something."""
         when = f"{context.scheduled_execution_time:%Y-%m}"
-        for slug in context.instance.get_dynamic_partitions(BASE_MODELS.name or ""):
-            yield from _requests(planner, slug, when, context.instance, context.log)
+        slugs = context.instance.get_dynamic_partitions(BASE_MODELS.name or "")
+        yield from _requests(planner, slugs, when, context)
 
     return recompress_monthly
 
 
-def _requests(planner: Planner, slug: str, key: str, instance: dg.DagsterInstance, log: Any) -> Iterator[dg.RunRequest]:
+def _requests(planner: Planner, slugs: Sequence[str], key: str, context: Any) -> Iterator[dg.RunRequest]:
     """A run for every recipe that a base model lacks; those that cannot work on it are named in the log."""
     recipes = planner.recipes()
-    register(instance, planner.store, recipes)
-    for name, recipe in recipes.items():
-        here = Place(slug, name)
-        if (reason := planner.unfit(recipe, slug)) is not None:
-            log.info("%s is not applicable: %s", here, reason)
-        elif planner.missing(recipe, slug):
-            yield dg.RunRequest(
-                run_key=f"{here}-{key}",
-                partition_key=here.key,
-                asset_selection=[dg.AssetKey(asset) for asset in planner.selection(recipe, slug)],
-            )
+    register(context.instance, planner.store, recipes)
+    for slug in slugs:
+        for recipe, assets in planner.outstanding(slug, recipes):
+            here = Place(slug, recipe.name)
+            if isinstance(assets, str):
+                context.log.info("%s is not applicable: %s", here, assets)
+                continue
+            chosen = [dg.AssetKey(asset) for asset in assets]
+            yield dg.RunRequest(run_key=f"{here}-{key}", partition_key=here.key, asset_selection=chosen)
 
 
 def _compress_new_models(monitored: Any, compress: Any, planner: Planner) -> dg.SensorDefinition:
@@ -135,9 +130,7 @@ def _compress_new_models(monitored: Any, compress: Any, planner: Planner) -> dg.
     def compress_new_models(context: dg.RunStatusSensorContext) -> Any:
         """Every recipe that is shown, on a base model that was just imported."""
         slug = context.dagster_run.tags.get("dagster/partition")
-        found = (
-            list(_requests(planner, slug, context.dagster_run.run_id, context.instance, context.log)) if slug else []
-        )
+        found = list(_requests(planner, [slug], context.dagster_run.run_id, context)) if slug else []
         return found or dg.SkipReason(f"nothing is missing of {slug}")
 
     return compress_new_models
@@ -153,68 +146,3 @@ def _recipes_changed(settings: Settings) -> dg.SensorDefinition:
         return dg.SkipReason(f"changed: {', '.join(changed)}" if changed else f"{len(made)} recipes are as they were")
 
     return recipes_changed
-
-
-def _new_base_models(job: Any, settings: Settings) -> dg.SensorDefinition:
-    @dg.sensor(job=job, name="new_base_models", minimum_interval_seconds=300)
-    def new_base_models(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        """Imports models that appear in the watched folder or list (`COMPRESSION_DAGS_WATCH`).
-
-        A refused one is tried again when its files change.
-        """
-        if not settings.watch:
-            return dg.SkipReason("COMPRESSION_DAGS_WATCH names no folder or list of models")
-        hub, store = ModelHub(home=str(settings.home)), ArtifactStore(home=str(settings.home))
-        known = set(context.instance.get_dynamic_partitions(BASE_MODELS.name or ""))
-        asked, requests, refused = _asked(context.cursor), [], []
-        for reference in hub.watch(settings.watch):
-            try:
-                slug, stamp = _new_model(hub, store, reference, known, asked)
-            except ValueError as error:
-                refused.append(f"{reference}: {error}")
-                continue
-            if stamp:
-                asked[slug] = stamp
-                requests.append((slug, stamp, reference))
-        for line in refused:
-            context.log.warning(line)
-        if not requests:
-            return dg.SkipReason(f"no new base model in {settings.watch}" + "; refused: ".join(["", *refused]))
-        return dg.SensorResult(
-            run_requests=[
-                dg.RunRequest(run_key=f"{slug}-{stamp}", partition_key=slug, tags={REFERENCE: reference})
-                for slug, stamp, reference in requests
-            ],
-            dynamic_partitions_requests=[BASE_MODELS.build_add_request([slug for slug, _, _ in requests])],
-            cursor=json.dumps(asked),
-        )
-
-    return new_base_models
-
-
-def _asked(cursor: str | None) -> dict[str, str]:
-    """Slug → stamp of the files for which a run was requested last."""
-    try:
-        found = json.loads(cursor or "{}")
-    except ValueError:
-        found = {}
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-
-
-def _new_model(
-    hub: ModelHub, store: ArtifactStore, reference: str, known: set[str], asked: dict[str, str]
-) -> tuple[str, str | None]:
-    """(slug, stamp of the files to import; None if the model is there, or these files were asked for before).
-
-    Raises:
-        InputError: the reference means nothing, or the model is refused by its headers.
-    """
-    source = hub.resolve(reference)
-    slug, registered = source.slug, source.slug in hub.registered()
-    if slug in known and (registered or slug not in asked or store.recall(BASE, slug)):
-        return slug, None
-    check(hub, source)
-    stamp = stamp_of(source)
-    if slug in known and source.kind in {"hub", "wheel"}:
-        stamp += f"-{date.today()}"  # its download failed: once more each day
-    return slug, None if asked.get(slug) == stamp else stamp

@@ -29,19 +29,20 @@ def _analysis() -> dict[str, Kind]:
     """The shared analysis, of which only what a recipe's steps read is ever made."""
     tokens, activations = ANALYSIS
     found = [
-        Kind(tokens, "The recipe's calibration set: exact counts of tokens, seeded.", (BASE,)),
+        Kind(tokens, "The recipe's calibration set: exact counts of tokens, seeded.", (BASE,), gpu=False),
         Kind(
             activations,
             "One streamed pass over the calibration tokens: block influence, angular distances, hidden states of "
             "sampled tokens, channel norms of every projection input.",
             (BASE, tokens),
         ),
-        *(Kind(f"similarity_{name}", about, (activations,)) for name, about in MEASURES.items()),
+        *(Kind(f"similarity_{name}", about, (activations,), gpu=False) for name, about in MEASURES.items()),
         Kind(
             REDUNDANCY,
             "How much the inputs, outputs and gates of every two layers, and of every two modules, hold of each other "
             "(ALS): as printed, centred, and debiased.",
             (activations,),
+            gpu=False,
         ),
     ]
     return {kind.name: kind for kind in found}
@@ -82,7 +83,7 @@ def step_asset(kind: Kind, group: str) -> dg.AssetsDefinition:
         kinds={"safetensors"} if kind.weights else {"parquet"} if name.endswith("_plan") else {"torch"},
         code_version=WRITER_VERSION if name == "merged_weights" else None,
         description=kind.about,
-        pool=GPU_POOL,
+        pool=GPU_POOL if kind.gpu else None,
     )
     def materialize(
         context: dg.AssetExecutionContext, store: ArtifactStore, accelerator: Accelerator

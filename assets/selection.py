@@ -1,6 +1,6 @@
 """Which assets a recipe takes on a base model, and which of them the store lacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,25 +77,20 @@ class Planner:
         found.resolve(lambda: evaluation_book(recipes_folder()))
         return {BASELINE: BASELINE_RECIPE, **found}
 
-    def wanted(self, recipe: Recipe, slug: str) -> list[str]:
-        return [name for name in names_of_tasks(evaluation_book(recipes_folder()), recipe, slug) if name in self.tasks]
-
-    def selection(self, recipe: Recipe, slug: str) -> list[str]:
-        return selection(recipe, self.wanted(recipe, slug))
-
-    def unfit(self, recipe: Recipe, slug: str) -> str | None:
-        """Why a recipe cannot work on a base model; None if it can, or if the model is not stored."""
-        base = self.store.recall(BASE, slug)
-        try:
-            recipe.check(Checkpoint(base.checkpoint).shape) if base else None
-        except InputError as error:
-            return str(error)
-        return None
-
-    def missing(self, recipe: Recipe, slug: str) -> list[str]:
-        """Assets of a recipe on a base model that are not stored, or not noted as this partition's."""
-        base = self.store.recall(BASE, slug)
-        return [each.asset for each in self.foreseen(recipe, self.wanted(recipe, slug), base, slug) if not each.stored]
+    def outstanding(self, slug: str, recipes: Mapping[str, Recipe]) -> Iterator[tuple[Recipe, list[str] | str]]:
+        """Recipes of which a base model lacks something, each with the assets of its run; or why it cannot work."""
+        base, book = self.store.recall(BASE, slug), evaluation_book(recipes_folder())
+        shape = Checkpoint(base.checkpoint).shape if base else None
+        for recipe in recipes.values():
+            try:
+                if shape:
+                    recipe.check(shape)
+            except InputError as error:
+                yield recipe, str(error)
+                continue
+            tasks = [name for name in names_of_tasks(book, recipe, slug) if name in self.tasks]
+            if not all(each.stored for each in self.foreseen(recipe, tasks, base, slug)):
+                yield recipe, selection(recipe, tasks)
 
     def foreseen(self, recipe: Recipe, tasks: Sequence[str], base: Artifact | None, slug: str) -> list[Foreseen]:
         """Every asset of a run but `compressed_model`, which is one of the others.

@@ -14,7 +14,6 @@ from compression_dags.heartbeat import tracked
 from compression_dags.options import Options
 from compression_dags.step import Chain, Kind, Step, worker
 
-__all__ = ["Named", "Progress", "Stage", "StatisticKind", "Target", "bar", "implementation", "silent", "worker"]
 T = TypeVar("T")
 #: What a calibrated method needs of its inputs x: nothing, the mean of x² a channel, Σ x xᵀ, max |x| a channel, or the
 #: last two.

@@ -74,12 +74,14 @@ class Kind:
         about: what it is, for people.
         reads: every role that a step of this kind may read; which a recipe's step reads, it says itself.
         weights: whether it holds the recipe's weights.
+        gpu: whether steps of this kind may compute on the accelerator.
     """
 
     name: str
     about: str
     reads: tuple[str, ...]
     weights: bool = False
+    gpu: bool = True
 
 
 @dataclass(frozen=True)

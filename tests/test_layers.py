@@ -16,7 +16,7 @@ import pytest
 
 import compression_dags
 from compression_dags.paths import PROJECT
-from compression_dags.stage import worker
+from compression_dags.step import worker
 
 #: From the bottom up. A part imports itself and layers below its own, never its neighbours or what lies above.
 LAYERS = (

@@ -88,10 +88,13 @@ def prepare_ui(home: Path, read_only: bool) -> None:
     Raises:
         InputError: the recipes folder cannot be read.
     """
-    reap_runs(home)
-    if not read_only:
-        with working(home), opened(home) as instance:
-            register_home(instance, ArtifactStore(home=str(home)), ModelHub(home=str(home)))
+    if read_only:
+        reap_runs(home)
+        return
+    configure_logging()
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
+    with working(home), opened(home) as instance:  # opening marks the dead runs
+        register_home(instance, ArtifactStore(home=str(home)), ModelHub(home=str(home)))
 
 
 @contextlib.contextmanager

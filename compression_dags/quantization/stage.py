@@ -18,8 +18,8 @@ from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
 from compression_dags.quantization.schemes import check_together, input_dimensions, matches
-from compression_dags.stage import Progress, Stage, StatisticKind, Target, implementation, silent, worker
-from compression_dags.step import WEIGHTS, Chain, Kind, Step
+from compression_dags.stage import Progress, Stage, StatisticKind, Target, implementation, silent
+from compression_dags.step import WEIGHTS, Chain, Kind, Step, worker
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from compression_dags.calibration.steps import calibration_steps
 from compression_dags.planning.steps import quantization_plan
 from compression_dags.quantization.stage import QuantizeStage
 from compression_dags.similarity.steps import similarity_steps
-from compression_dags.step import BASE, WEIGHTS, Chain, Step
+from compression_dags.step import BASE, Chain, Step
 
 if TYPE_CHECKING:
     from compression_dags.recipes import Recipe
@@ -46,6 +46,3 @@ def _stage_steps(recipe: Recipe) -> list[Step]:
         merged, recovered = stage.stage == "merge", stage.stage == "recover"
         chain = replace(chain, merged=chain.merged or merged, recoveries=chain.recoveries + recovered)
     return found
-
-
-__all__ = ["WEIGHTS", "last_weights", "steps_of"]

@@ -66,19 +66,8 @@ class Recipe:
 
     @property
     def sparsity_reads(self) -> tuple[str, ...]:
-        """Shared analysis that the sparsity plan reads.
-
-        The stored statistics are those of the base model. Weights that were merged or recovered before get a
-        calibration pass of their own, from the tokens; so does whatever prunes to compare candidates.
-        """
-        if self.sparsify is None:
-            return ()
-        allocation = self.sparsify.allocation
-        reads = allocation.reads_statistics or bool(allocation.needs)
-        if allocation.measures or (reads and self.merge):
-            return ("calibration_tokens",)
-        found = ["calibration_activations"] * allocation.reads_statistics
-        return (*found, *(f"similarity_{need}" for need in allocation.needs))
+        """Shared analysis that the sparsity plan reads: see `SparsifyStage.plan_reads`."""
+        return self.sparsify.plan_reads(merged=self.merge is not None) if self.sparsify else ()
 
     @property
     def reads_tokens(self) -> bool:

@@ -19,7 +19,7 @@ def plan_identity(stage: SparsifyStage, reads: Sequence[str], samples: int, seed
     pass of the plan's own hangs on that pass: the tokens that are sampled, and its version.
 
     Args:
-        reads: `Recipe.sparsity_reads`.
+        reads: `SparsifyStage.plan_reads`.
     """
     allocation = stage.allocation
     found: dict[str, Any] = dict(stage.plan_options())

@@ -25,8 +25,8 @@ from compression_dags.sparsity.allocation import (
 from compression_dags.sparsity.allocators import AnyAllocation
 from compression_dags.sparsity.allocators.uniform import Uniform
 from compression_dags.sparsity.identity import plan_identity
-from compression_dags.stage import Progress, Stage, StatisticKind, Target, implementation, silent, worker
-from compression_dags.step import ANALYSIS, WEIGHTS, Chain, Kind, Step
+from compression_dags.stage import Progress, Stage, StatisticKind, Target, implementation, silent
+from compression_dags.step import ANALYSIS, WEIGHTS, Chain, Kind, Step, worker
 
 if TYPE_CHECKING:
     from compression_dags.calibration.corpora import TokenBlocks

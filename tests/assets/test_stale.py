@@ -12,6 +12,7 @@ from dagster._core.loader import LoadingContextForTest
 from compression_dags.assets.base_models import import_base_model
 from compression_dags.assets.partitions import Place
 from compression_dags.assets.publishing import report
+from compression_dags.assets.registration import register_home
 from compression_dags.cli.session import execute
 from compression_dags.definitions import Settings, build
 from compression_dags.recipes import load_recipes
@@ -92,3 +93,16 @@ def test_an_edited_ratio_makes_exactly_its_partitions_stale(tmp_path, folder):
         assert set(second.values()) == {"hit"}  # the same weights under another name
         for asset in ("merge_plan", "merged_weights"):
             assert set(statuses(instance, definitions, asset).values()) == {"FRESH"}, asset
+
+
+def test_a_recipe_that_is_a_partition_follows_its_file_though_it_is_not_shown(tmp_path, folder):
+    """A study or a derived recipe that somebody ran; keys without a recipe are left alone."""
+    home = str(tmp_path / "home")
+    store, derived = ArtifactStore(home=home), f"{EDITED}@16x64"
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions("recipe", [derived, "gone", f"{EDITED}@1x1"])
+        first = register_home(instance, store, ModelHub(home=home))
+        assert set(first) == {"baseline", *RECIPES, derived}
+        say(folder, EDITED, 0.4)
+        again = register_home(instance, store, ModelHub(home=home))
+        assert {name for name, produced in again.items() if not produced.hit} == {EDITED, derived}

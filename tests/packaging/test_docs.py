@@ -46,8 +46,8 @@ def test_links_lead_somewhere(page: Path):
 
 
 def test_pages_that_code_names_exist():
-    folders = ("compression_dags", "assets", "resources", "benchmarks", "tests")
-    files = [p for name in folders for kind in ("*.py", "*.sh") for p in (PROJECT / name).rglob(kind)]
+    folders = ("compression_dags", "assets", "resources", "benchmarks", "tests", "recipes")
+    files = [p for name in folders for kind in ("*.py", "*.sh", "*.yaml") for p in (PROJECT / name).rglob(kind)]
     missing = {
         f"{path.relative_to(PROJECT)}: {name}"
         for path in [*files, PROJECT / "README.md"]

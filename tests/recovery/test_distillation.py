@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from compression_dags.calibration import corpora
-from compression_dags.calibration.corpora import Calibration, TokenBlocks, read_documents, training_windows
+from compression_dags.calibration.corpora import Calibration, TokenBlocks, read_documents
+from compression_dags.calibration.training_windows import MAX_EPOCHS, training_windows
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
@@ -198,9 +199,9 @@ def test_training_windows_share_cycle_and_hold_out(stories, tmp_path):
     held = {row.tobytes() for row in found.held}
     assert not held & {found.ids[i].tobytes() for i in found.order}
     seen = np.bincount(found.order, minlength=len(found.ids))
-    assert seen.max() <= corpora.MAX_EPOCHS and sum(found.corpora.values()) == 400
+    assert seen.max() <= MAX_EPOCHS and sum(found.corpora.values()) == 400
     few = found.corpora[str(small)]
-    assert few == 200 or (few % corpora.MAX_EPOCHS == 0 and seen.max() == corpora.MAX_EPOCHS)
+    assert few == 200 or (few % MAX_EPOCHS == 0 and seen.max() == MAX_EPOCHS)
     again = training_windows(["c4-sample", str(small)], tokenizer, length=64, tokens=64 * 400, held_windows=10, seed=3)
     assert np.array_equal(found.order, again.order) and np.array_equal(found.ids, again.ids)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from compression_dags.calibration.corpora import TokenBlocks, TrainingWindows, training_windows
+from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.calibration.training_windows import TrainingWindows, training_windows
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.plan import MergePlan
 from compression_dags.errors import InputError
