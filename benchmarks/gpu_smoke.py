@@ -62,7 +62,7 @@ def installed() -> Path:
 
 def write_models(folder: Path, package: Path, wanted: Iterable[str]) -> dict[str, Path]:
     """Name → directory of each wanted model."""
-    sys.path.append(str(REPOSITORY / "tests"))
+    sys.path.append(str(REPOSITORY / "tests" / "support"))
     from models import FAMILIES, tiny
 
     asked = list(wanted) or [STORIES, *FAMILIES]
