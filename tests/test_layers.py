@@ -158,6 +158,7 @@ def test_imports_inside_functions_are_few_and_say_why():
     assert count <= MOST_INNER
 
 
+@functools.cache
 def named_workers() -> dict[str, str]:
     """Method → the worker that it names."""
     from compression_dags.registry import METHODS
@@ -168,6 +169,7 @@ def named_workers() -> dict[str, str]:
     return {name: implementation for name, implementation in found.items() if implementation}
 
 
+@functools.cache
 def strings() -> dict[str, str]:
     """Place → every other worker that a module names in a string."""
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from forked import command_line
 
 from compression_dags.paths import PROJECT
 
@@ -33,11 +34,12 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
-assert not any(info.values()), info
-ids = AutoTokenizer.from_pretrained(sys.argv[1])("Once upon a time", return_tensors="pt").input_ids
-with torch.inference_mode():
-    print(float(model(ids).logits.double().sum()))
+for path in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = AutoTokenizer.from_pretrained(path)("Once upon a time", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        print(float(model(ids).logits.double().sum()))
 """
 
 
@@ -51,11 +53,10 @@ def desk(tmp_path_factory):
     return folder
 
 
-def cli(desk, *arguments, check=None, home="home"):
+def cli(desk, *arguments, check=None, home="home", code=""):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(desk), "COMPRESSION_DAGS_RECIPES": str(desk / "recipes")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "compression_dags.cli", *arguments, "--home", str(desk / home)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT, timeout=300)
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = command_line(*arguments, "--home", str(desk / home), environment=environment, code=code)
     if check is not None:
         assert done.returncode == check, (done.returncode, done.stdout[-800:], done.stderr[-3000:])
     return done
@@ -104,18 +105,20 @@ def test_human_output_has_table_report_and_ui_line(desk, ran):
     assert "<h2>What they write</h2>" in html and "The capital of France is" in html
 
 
-@pytest.mark.parametrize("recipe", ["cut-20-ls", "cut-20-ls-w8"])
-def test_export_loads_where_this_project_cannot_be_imported(desk, ran, tmp_path, recipe):
-    target = tmp_path / "out"
-    cli(desk, "export", "-m", "stories260k", "-r", recipe, "--to", str(target), check=0)
-    alone = [
-        subprocess.run(
-            [sys.executable, "-c", LOADS_ALONE, where], capture_output=True, text=True, cwd=tmp_path, timeout=120
-        )
-        for where in (str(target), ran["recipes"][recipe]["checkpoint"])
-    ]
-    assert all(a.returncode == 0 for a in alone), alone[0].stderr[-2000:]
-    assert alone[0].stdout == alone[1].stdout
+def test_exports_load_where_this_project_cannot_be_imported(desk, ran, tmp_path):
+    for recipe in ("cut-20-ls", "cut-20-ls-w8"):
+        cli(desk, "export", "-m", "stories260k", "-r", recipe, "--to", str(tmp_path / recipe), check=0)
+        described(desk, tmp_path / recipe, recipe)
+    paths = [p for r in ("cut-20-ls", "cut-20-ls-w8") for p in (str(tmp_path / r), ran["recipes"][r]["checkpoint"])]
+    command = [sys.executable, "-c", LOADS_ALONE, *paths]
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    exported, stored, exported_w8, stored_w8 = alone.stdout.split()
+    assert exported == stored and exported_w8 == stored_w8 and exported != exported_w8
+
+
+def described(desk, target, recipe):
+    """The export says what it is, names no path, and is not overwritten."""
     record = json.loads((target / "compression.json").read_text())
     assert record["recipe"]["name"] == recipe and record["lineage"]["base_model"]["digest"]
     card = (target / "README.md").read_text()
@@ -256,11 +259,9 @@ def test_a_recipe_that_fails_does_not_keep_the_others_from_being_done(desk, ran,
     stages = {"cut-two": "  - merge: {method: shortgpt, layers: 2}", "w8": "  - quantize: {method: rtn, scheme: W8A16}"}
     for name, text in stages.items():
         (desk / "recipes" / f"{name}.yaml").write_text(SMALL.format(name=name, stages=text))
-    arguments = ["run", "-m", "stories260k", "-r", "cut-two", "-r", "w8", "--json", "--home", str(desk / "home")]
-    environment = {**os.environ, "COMPRESSION_DAGS_RECIPES": str(desk / "recipes")}
-    command = [sys.executable, "-c", FAILS.format(error=error), *arguments]
-    done = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and done.stdout == "", done.stderr[-2000:]
+    arguments = ("run", "-m", "stories260k", "-r", "cut-two", "-r", "w8", "--json")
+    done = cli(desk, *arguments, code=FAILS.format(error=error), check=1)
+    assert done.stdout == "", done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith(("failed: ", "error: "))]
     assert len(lines) == 1 and lines[0].startswith(says) and lines[0].endswith("; done: w8"), lines
     assert "failed    stories260k|cut-two" in done.stderr

@@ -52,8 +52,14 @@ def story(stories):
     return source, blocks, evidence_of(source, blocks)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "opt"])
-@pytest.mark.parametrize("form", ["concat", "mean"])
+@pytest.mark.parametrize(
+    ("form", "family"),
+    [
+        *itertools.product(["concat"], ["llama", "qwen2", "qwen3", "gemma3_text", "opt"]),
+        ("mean", "llama"),
+        ("mean", "opt"),
+    ],
+)
 def test_merged_weights_differ_from_both_parents_and_either_drop(tiny_model, tmp_path, family, form):
     source = Checkpoint(tiny_model(family, layers=5))
     kinds = [source.shape.kind(i) for i in range(5)]

@@ -404,9 +404,11 @@ def test_the_command(model, tmp_path, monkeypatch):
     assert found[0]["bytes"] <= 700e3 and found[1]["bits_per_weight"] <= 8 and found[2]["bits_per_weight"] <= 7
     assert found[1]["predicted_kl"] <= found[2]["predicted_kl"]
     monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path / "recipes"))
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little cat. " * 100)
     ran = run.invoke(
         main,
-        ["run", "-m", str(model), "-r", found[2]["recipe"], "--tasks", "heldout_stories", "--home", home, "--json"],
+        ["run", "-m", str(model), "-r", found[2]["recipe"], "--tasks", str(text), "--home", home, "--json"],
         catch_exceptions=False,
     )
     assert ran.exit_code == 0, ran.output

@@ -8,7 +8,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster._core.events import DagsterEventType
-from home_runs import CHAIN, TEXT, Run, hang_in_pool, run_pooled, server_process
+from forked import server_process
+from home_runs import CHAIN, TEXT, Run, hang_in_pool, run_pooled
 
 from compression_dags.provenance.artifacts import describe_files
 from compression_dags.resources.home import run_lock

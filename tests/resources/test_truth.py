@@ -122,18 +122,22 @@ def flip(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-@pytest.mark.parametrize("where", ["base_model", "cut/quantized_weights", "cut/eval_heldout_stories"])
-def test_a_flipped_byte_is_found_before_use_kept_aside_and_built_again(tmp_path, stub_scores, where):
+def test_a_flipped_byte_is_found_before_use_kept_aside_and_built_again(tmp_path, stub_scores):
     first = run(tmp_path / "home", tmp_path, "stories260k")
-    directory = Path(first[where]["path"])
-    victim = next(directory.rglob("*.safetensors"), directory / "metrics.json")
-    good = victim.read_bytes()
-    flip(victim)
+    places = {
+        where: Path(first[where]["path"])
+        for where in ("base_model", "cut/quantized_weights", "cut/eval_heldout_stories")
+    }
+    victims = {where: next(path.rglob("*.safetensors"), path / "metrics.json") for where, path in places.items()}
+    good = {where: victim.read_bytes() for where, victim in victims.items()}
+    for victim in victims.values():
+        flip(victim)
     again = run(tmp_path / "home", tmp_path, "stories260k")
-    assert again[where]["cache"] == "rebuilt" and victim.name in again[where]["damage"]
-    assert victim.read_bytes() == good and again[where]["data_version"] == first[where]["data_version"]
-    (aside,) = directory.parent.glob("*.damaged-*")
-    assert aside.name.startswith(directory.name)
+    assert {key for key, entry in again.items() if entry["cache"] != "hit"} == set(places)
+    for where, victim in victims.items():
+        assert again[where]["cache"] == "rebuilt" and victim.name in again[where]["damage"]
+        assert victim.read_bytes() == good[where] and again[where]["data_version"] == first[where]["data_version"]
+        (_aside,) = places[where].parent.glob(f"{places[where].name}.damaged-*")
     assert {entry["cache"] for entry in run(tmp_path / "home", tmp_path, "stories260k").values()} == {"hit"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import dagster_caches
 
 from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.recipe import register
@@ -20,6 +21,7 @@ from compression_dags.paths import PROJECT
 from compression_dags.recipes import BASELINE_RECIPE, Recipe, load_recipes
 from compression_dags.resources.model_hub import ModelHub
 
+dagster_caches.install()
 RECIPES = PROJECT / "recipes"
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 #: Recipe, or `base_model` and `summary` → asset → metadata and `data_version`.

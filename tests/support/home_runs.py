@@ -1,55 +1,17 @@
-"""The command line in processes that start at once: children of a server that has imported everything already."""
+"""Runs on a home that a test can signal and wait for."""
 
-import contextlib
-import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
+from forked import logged, server_process
 
 from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.publishing import GPU_POOL
 from compression_dags.cli.session import execute, prepare_instance, session
 from compression_dags.definitions import Settings
-from compression_dags.paths import PROJECT
-
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    [
-        "accelerate",
-        "compressed_tensors.linear.compressed_linear",
-        "compressed_tensors.quantization",
-        "compression_dags.calibration.workers",
-        "compression_dags.cli.main",
-        "compression_dags.cli.run",
-        "compression_dags.definitions",
-        "compression_dags.depth.workers",
-        "compression_dags.evaluation.harness",
-        "compression_dags.evaluation.perplexity",
-        "compression_dags.quantization.workers",
-        "compression_dags.recovery.workers",
-        "compression_dags.similarity.workers",
-        "compression_dags.sparsity.workers",
-        "dagster._core.execution.execute_in_process",
-        "dagster._core.executor.in_process",
-        "dagster._core.storage.local_compute_log_manager",
-        "dagster._core.storage.root",
-        "dagster._core.storage.sqlite_storage",
-        "matplotlib.backends.backend_agg",
-        "matplotlib.figure",
-        "pandas",
-        "pyarrow.dataset",
-        "pyarrow.parquet",
-        "scipy.stats",
-        "sympy",
-        "upath.implementations.local",
-        "transformers.models.llama.modeling_llama",
-        __name__,
-    ]
-)
 
 TEXT = "Once upon a time there was a little cat who liked to play in the garden with a red ball. " * 60
 CHAIN = """name: chain
@@ -62,13 +24,6 @@ stages:
 """
 
 
-def server_process(target: Callable[..., None], *arguments: object):
-    """A started process that calls `target`, a function of a module."""
-    process = _SERVER.Process(target=target, args=arguments)
-    process.start()
-    return process
-
-
 class Run:
     """One `compression-dags` process on `desk/home`; what it says on standard error goes to `log`."""
 
@@ -76,7 +31,8 @@ class Run:
         self.log = desk / f"log-{time.monotonic_ns()}"
         self.log.touch()
         wanted = (*arguments, "--home", str(desk / home))
-        self.process = server_process(_main, str(desk / "recipes"), str(self.log), wanted)
+        environment = {"COMPRESSION_DAGS_RECIPES": str(desk / "recipes"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.process = server_process(logged, str(self.log), environment, wanted)
 
     def said(self) -> str:
         return self.log.read_text()
@@ -100,19 +56,6 @@ class Run:
         self.process.join(seconds)
         assert not self.process.is_alive(), "still running:\n" + self.said()[-2000:]
         return self.process.exitcode
-
-
-def _main(recipes: str, log: str, arguments: tuple[str, ...]) -> None:
-    import torch
-
-    os.environ.update(COMPRESSION_DAGS_RECIPES=recipes, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)  # the server has imported it already: the variable says nothing to this process
-    os.chdir(PROJECT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    from compression_dags.cli.main import main
-
-    with Path(log).open("a", buffering=1) as said, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        main(list(arguments))
 
 
 def pooled(home: Path, body: Callable[[], None] = lambda: None) -> dg.Definitions:
