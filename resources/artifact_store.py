@@ -72,6 +72,10 @@ class Produced:
     damage: tuple[str, ...] = ()
 
 
+#: Writes an artifact into its workplace and returns facts for display.
+Build = Callable[[Workplace], dict[str, Any]]
+
+
 class ArtifactStore(dg.ConfigurableResource):
     """Stage results under `<home>/artifacts/<kind>/<fingerprint>/`.
 
@@ -140,7 +144,7 @@ class ArtifactStore(dg.ConfigurableResource):
         found = map(read_manifest, (self.root / "artifacts").glob(f"*/{fingerprint}"))
         return next((manifest.get("run_id", "") for manifest in found if manifest), "")
 
-    def produce(self, request: Request, build: Callable[[Workplace], dict[str, Any]], run_id: str = "") -> Produced:
+    def produce(self, request: Request, build: Build, run_id: str = "") -> Produced:
         """The artifact of `request`: the stored one, or what `build` makes. `build` returns its facts.
 
         A stored one that is damaged is kept aside as `<fingerprint>.damaged-<time>` and built again.
