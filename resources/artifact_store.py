@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import json
 import logging
@@ -281,7 +282,13 @@ class ArtifactStore(dg.ConfigurableResource):
 
 def environment() -> dict[str, str]:
     """What is recorded, not hashed: interpreter, machine class, versions of the libraries that compute."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    return {"python": platform.python_version(), "machine": platform.machine(), **_libraries()}
+
+
+@functools.cache
+def _libraries() -> dict[str, str]:
+    """Versions of those that are installed, read once: a home's first start stores an artifact for each recipe."""
+    found = {}
     for name in ("torch", "transformers", "compressed-tensors", "scipy", "lm-eval", "dagster"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
