@@ -2,12 +2,11 @@
 
 import base64
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 from dagster._core.events import DagsterEventType
 
 from compression_dags.provenance.artifacts import DECISIONS, Artifact
@@ -38,22 +37,34 @@ def publish(
     """
     artifact = replace(produced.artifact, recipe=dict(recipe)) if recipe else produced.artifact
     store.remember(asset, partition, artifact)
-    logger.info("%-9s %s (%.1f s)", state_of(produced), f"{asset} {partition}", produced.seconds)
+    say(asset, partition, produced)
     metadata = {**metadata_of(produced), **(extra or {})}
     return dg.MaterializeResult(asset_key=asset, metadata=metadata, data_version=dg.DataVersion(artifact.digest))
 
 
 def report(instance: dg.DagsterInstance, asset: str, made: Mapping[str, Produced]) -> None:
     """Tell Dagster of artifacts (partition → how it came) that were made outside a run, but for versions it knows."""
-    known = instance.event_log_storage.get_latest_tags_by_partition(
-        dg.AssetKey(asset), DagsterEventType.ASSET_MATERIALIZATION, [VERSION_TAG], list(made)
-    )
+    known = known_versions(instance, asset, list(made))
     for partition, produced in made.items():
-        tags = {VERSION_TAG: produced.artifact.digest}
-        if not produced.hit or known.get(partition) != tags:
+        digest = produced.artifact.digest
+        if not produced.hit or known.get(partition) != digest:
+            tags = {VERSION_TAG: digest}
             instance.report_runless_asset_event(
                 dg.AssetMaterialization(asset, partition=partition, metadata=metadata_of(produced), tags=tags)
             )
+
+
+def known_versions(instance: dg.DagsterInstance, asset: str, partitions: Sequence[str]) -> dict[str, str]:
+    """Partition → data version of its latest materialization, of those partitions that have one; one query."""
+    found = instance.event_log_storage.get_latest_tags_by_partition(
+        dg.AssetKey(asset), DagsterEventType.ASSET_MATERIALIZATION, [VERSION_TAG], list(partitions)
+    )
+    return {partition: tags[VERSION_TAG] for partition, tags in found.items() if VERSION_TAG in tags}
+
+
+def say(asset: str, partition: str, produced: Produced) -> None:
+    """Log the one line that the command line shows of an asset."""
+    logger.info("%-9s %s (%.1f s)", state_of(produced), f"{asset} {partition}", produced.seconds)
 
 
 def state_of(produced: Produced) -> str:
@@ -61,16 +72,23 @@ def state_of(produced: Produced) -> str:
     return "hit" if produced.hit else "rebuilt" if produced.damage else "computed"
 
 
+def outcome_of(produced: Produced) -> dict[str, Any]:
+    """How an artifact came, as `run --json` says it: cache state, time, fingerprint."""
+    return {
+        "cache": state_of(produced),
+        "seconds": round(produced.seconds, 3),
+        "fingerprint": produced.artifact.fingerprint,
+    }
+
+
 def metadata_of(produced: Produced) -> dict[str, Any]:
     """Cache state, time, memory, fingerprint, facts and decisions of an artifact."""
     artifact = produced.artifact
     return {
-        "cache": state_of(produced),
-        "seconds": round(produced.seconds, 3),
+        **outcome_of(produced),
         "computed_seconds": artifact.seconds,
         "peak_memory_mb": artifact.peak_memory_mb,
         "peak_device_memory_mb": artifact.peak_device_memory_mb,
-        "fingerprint": artifact.fingerprint,
         "path": dg.MetadataValue.path(artifact.path),
         **({"damage": "kept aside: " + "; ".join(produced.damage)} if produced.damage else {}),
         **{name: value for name, value in artifact.facts.items() if isinstance(value, (int, float, str))},
@@ -94,7 +112,7 @@ def decisions_table(artifact: Artifact) -> dict[str, Any]:
                 "target": row["target"],
                 "action": row["action"],
                 "sources": ", ".join(map(str, row["sources"])),
-                "value": "" if pd.isna(row["value"]) else f"{row['value']:.6g}",
+                "value": "" if row["value"] is None or row["value"] != row["value"] else f"{row['value']:.6g}",
                 "unit": row["unit"],
                 "reason": row["reason"],
                 "evidence": row["evidence"],

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 
 from compression_dags.assets.grid import DECIDERS
 from compression_dags.assets.partitions import BASE_MODELS, Place
@@ -17,7 +16,7 @@ from compression_dags.provenance.decisions import join_ledger
 from compression_dags.recipes import BASELINE, recipe_of
 from compression_dags.reports.html import write_report
 from compression_dags.reports.scorecard import changes, leaderboard_frame
-from compression_dags.resources.artifact_store import ArtifactStore
+from compression_dags.resources.artifact_store import ArtifactStore, Build
 from compression_dags.step import BASE, SIMILARITIES
 
 LEADERBOARD, LEDGER = "leaderboard", "decision_ledger"
@@ -40,6 +39,35 @@ ABOUT = ("architecture", "licence")
 )
 def leaderboard(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
     here = context.partition_key
+    produced = store.produce(*_leaderboard_work(store, here), context.run_id)
+    return publish(store, LEADERBOARD, here, produced, extra=_table(produced.artifact))
+
+
+@dg.asset(
+    name=LEDGER,
+    partitions_def=BASE_MODELS,
+    group_name="results",
+    kinds={"parquet"},
+    code_version=LEDGER_VERSION,
+    deps=list(DECIDERS),
+    description="Every decision of every recipe on a base model, one row each, with its evidence.",
+)
+def decision_ledger(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
+    here = context.partition_key
+    return publish(store, LEDGER, here, store.produce(*_ledger_work(store, here), context.run_id))
+
+
+def summary_requests(store: ArtifactStore, base_model: str) -> dict[str, Request]:
+    """Asset → what determines it as the store is now, of both assets.
+
+    Raises:
+        InputError: the base model is not in the store.
+    """
+    return {LEADERBOARD: _leaderboard_work(store, base_model)[0], LEDGER: _ledger_work(store, base_model)[0]}
+
+
+def _leaderboard_work(store: ArtifactStore, here: str) -> tuple[Request, Build]:
+    """What determines the leaderboard now, and what makes it."""
     base = store.recall(BASE, here)
     if base is None:
         raise InputError(f"{BASE} of {here} is not in the store; materialize it first")
@@ -61,22 +89,11 @@ def leaderboard(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.M
         return {"recipes": len(cards) - (BASELINE in cards)}
 
     options = {"base_model": here, **about}
-    request = Request(LEADERBOARD, VERSION, options, {**inputs, "base_model": base.digest})
-    produced = store.produce(request, build, context.run_id)
-    return publish(store, LEADERBOARD, here, produced, extra=_table(produced.artifact))
+    return Request(LEADERBOARD, VERSION, options, {**inputs, "base_model": base.digest}), build
 
 
-@dg.asset(
-    name=LEDGER,
-    partitions_def=BASE_MODELS,
-    group_name="results",
-    kinds={"parquet"},
-    code_version=LEDGER_VERSION,
-    deps=list(DECIDERS),
-    description="Every decision of every recipe on a base model, one row each, with its evidence.",
-)
-def decision_ledger(context: dg.AssetExecutionContext, store: ArtifactStore) -> dg.MaterializeResult:
-    here = context.partition_key
+def _ledger_work(store: ArtifactStore, here: str) -> tuple[Request, Build]:
+    """What determines the ledger now, and what makes it."""
     by_asset = {asset: dict(_made(store, here, asset)) for asset in DECIDERS}
     recipes = sorted({recipe for made in by_asset.values() for recipe in made})
     rows = [(r, asset, by_asset[asset][r]) for r in recipes for asset in DECIDERS if r in by_asset[asset]]
@@ -87,8 +104,7 @@ def decision_ledger(context: dg.AssetExecutionContext, store: ArtifactStore) -> 
         ledger.to_parquet(work.out / "ledger.parquet", index=False)
         return {"rows": len(ledger), "recipes": ledger["recipe"].nunique()}
 
-    request = Request(LEDGER, LEDGER_VERSION, {"base_model": here}, inputs)
-    return publish(store, LEDGER, here, store.produce(request, build, context.run_id))
+    return Request(LEDGER, LEDGER_VERSION, {"base_model": here}, inputs), build
 
 
 def _made(store: ArtifactStore, base_model: str, asset: str) -> Iterator[tuple[str, Artifact]]:
@@ -109,6 +125,9 @@ def _similarities(store: ArtifactStore, base_model: str) -> dict[str, Artifact]:
 
 
 def _table(artifact: Artifact) -> dict[str, Any]:
+    # the command line starts without pandas, which takes half a second
+    import pandas as pd  # noqa: PLC0415
+
     frame = pd.read_parquet(artifact.path / "leaderboard.parquet")
     rows = [dg.TableRecord({k: _cell(v) for k, v in row.items()}) for row in frame.to_dict("records")]
     plot = artifact.path / "scores.png"

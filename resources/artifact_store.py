@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import json
 import logging
@@ -72,6 +73,10 @@ class Produced:
     damage: tuple[str, ...] = ()
 
 
+#: Writes an artifact into its workplace and returns facts for display.
+Build = Callable[[Workplace], dict[str, Any]]
+
+
 class ArtifactStore(dg.ConfigurableResource):
     """Stage results under `<home>/artifacts/<kind>/<fingerprint>/`.
 
@@ -140,7 +145,7 @@ class ArtifactStore(dg.ConfigurableResource):
         found = map(read_manifest, (self.root / "artifacts").glob(f"*/{fingerprint}"))
         return next((manifest.get("run_id", "") for manifest in found if manifest), "")
 
-    def produce(self, request: Request, build: Callable[[Workplace], dict[str, Any]], run_id: str = "") -> Produced:
+    def produce(self, request: Request, build: Build, run_id: str = "") -> Produced:
         """The artifact of `request`: the stored one, or what `build` makes. `build` returns its facts.
 
         A stored one that is damaged is kept aside as `<fingerprint>.damaged-<time>` and built again.
@@ -277,7 +282,13 @@ class ArtifactStore(dg.ConfigurableResource):
 
 def environment() -> dict[str, str]:
     """What is recorded, not hashed: interpreter, machine class, versions of the libraries that compute."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    return {"python": platform.python_version(), "machine": platform.machine(), **_libraries()}
+
+
+@functools.cache
+def _libraries() -> dict[str, str]:
+    """Versions of those that are installed, read once: a home's first start stores an artifact for each recipe."""
+    found = {}
     for name in ("torch", "transformers", "compressed-tensors", "scipy", "lm-eval", "dagster"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -35,9 +35,11 @@ if importlib.util.find_spec("triton") is not None and not _cuda_driver():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: Files that take long because they start processes or run whole graphs: first, so that no worker ends alone with one.
-LONG = ("cli", "truth", "killed", "graph", "readers", "planning", "fingerprints", "distillation", "wheel")
+LONG = ("cli", "truth", "killed", "standing", "graph", "readers", "planning", "fingerprints", "distillation", "wheel")
 #: Of these, the files whose tests start processes or run whole graphs: they are marked `slow`.
-SLOW = {f"test_{name}.py" for name in ("cli", "truth", "killed", "graph", "readers", "fingerprints", "wheel")}
+SLOW = {
+    f"test_{name}.py" for name in ("cli", "truth", "killed", "standing", "graph", "readers", "fingerprints", "wheel")
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by the mark

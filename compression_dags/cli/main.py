@@ -115,6 +115,7 @@ def run(
     eval_data: str | None,
 ) -> None:
     """Register MODEL if it is new, compute what is missing through Dagster, print the scoreboard."""
+    _check_names(recipes)
     from compression_dags.cli.run import run_recipes
 
     settings = _settings(home, device, dtype, eval_data)
@@ -123,6 +124,15 @@ def run(
     emit(outcome.to_json(), as_json, outcome.scoreboard())
     if not as_json:
         click.echo(outcome.closing())
+
+
+def _check_names(recipes: tuple[str, ...]) -> None:
+    """Refuse recipes that there are not, in a second: the checks of a run come after Dagster's imports."""
+    from compression_dags.cli.lines import configure_logging
+    from compression_dags.recipes import load_recipes, pick_recipes
+
+    configure_logging()
+    pick_recipes(load_recipes(), list(recipes))
 
 
 @main.command()

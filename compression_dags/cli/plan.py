@@ -200,8 +200,8 @@ def _checked(
     budgets: list[tuple[Measure, float]],
 ) -> ModelSource:
     """The model, registered and imported if it was not, once everything that shapes can tell has been checked."""
+    from compression_dags.cli.lines import configure_logging
     from compression_dags.cli.run import check_model, resolve, stored_model
-    from compression_dags.cli.session import configure_logging
 
     configure_logging()
     source = resolve(model, settings, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from compression_dags.assets.base_models import import_base_model
 from compression_dags.assets.grid import COMPRESSED, WEIGHTS_ASSETS
 from compression_dags.assets.partitions import Place
-from compression_dags.assets.publishing import metadata_of, report, state_of
+from compression_dags.assets.publishing import outcome_of, report, say, state_of
 from compression_dags.assets.recipe import register
 from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner, names_of_tasks, selection
+from compression_dags.assets.standing import Hits, Standing
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.cli.estimate import announce, foresee
-from compression_dags.cli.session import configure_logging, execute, session
+from compression_dags.cli.lines import configure_logging
+from compression_dags.cli.session import execute, session
 from compression_dags.definitions import Settings, all_tasks, build
 from compression_dags.errors import InputError
 from compression_dags.evaluation.added import added_tasks, asked_tasks, remember
@@ -108,9 +111,13 @@ class Plan:
     base: Produced | None
     recipes: list[Recipe]
     tasks: dict[str, list[str]]
-    definitions: dg.Definitions
     planner: Planner
     settings: Settings
+
+    @functools.cached_property
+    def definitions(self) -> dg.Definitions:
+        """The graph, built where a run needs it."""
+        return build(list(self.planner.tasks.values()), self.settings)
 
 
 def run_recipes(
@@ -124,7 +131,8 @@ def run_recipes(
 ) -> Outcome:
     """Check everything that can be checked, then materialize what is missing, one Dagster run a recipe.
 
-    A recipe that fails does not keep the others from being run, nor from the leaderboard.
+    None is started where all of it is stored and Dagster knows so. A recipe that fails does not keep the others from
+    being run, nor from the leaderboard.
 
     Raises:
         InputError: anything the user gave that cannot work, before compute where that can be known.
@@ -142,26 +150,46 @@ def run_recipes(
     with session(settings, plan.source.slug) as instance:
         report(instance, BASE, {plan.source.slug: base})
         register(instance, plan.planner.store, {r.name: r for r in plan.recipes})
-        made, failed = _made(instance, plan)
+        standing = Standing(instance, plan.planner, plan.source.slug, [recipe.name for recipe in plan.recipes])
+        made, failed = _made(instance, plan, standing)
         if made:
-            execute(instance, plan.definitions, plan.source.slug, [LEADERBOARD, LEDGER], settings)
+            _summarize(instance, plan, standing)
     if failed:
         raise _failure(plan, failed)
     return _outcome(plan, base, made, time.monotonic() - start)
 
 
-def _made(instance: dg.DagsterInstance, plan: Plan) -> tuple[Made, dict[str, Exception]]:
+def _made(instance: dg.DagsterInstance, plan: Plan, standing: Standing) -> tuple[Made, dict[str, Exception]]:
     """Recipe → what its run materialized; recipe → why its run failed, which does not keep the others from theirs."""
     made: Made = {}
     failed: dict[str, Exception] = {}
     for recipe in plan.recipes:
         here, assets = Place(plan.source.slug, recipe.name), selection(recipe, plan.tasks[recipe.name])
         try:
-            made[recipe.name] = execute(instance, plan.definitions, here.key, assets, plan.settings)
+            if hits := standing.recipe(recipe, plan.tasks[recipe.name]):
+                made[recipe.name] = _said(hits, str(here))
+            else:
+                made[recipe.name] = execute(instance, plan.definitions, here.key, assets, plan.settings)
         except (InputError, WorkFailed) as error:
             failed[recipe.name] = error
             logger.info("%-9s %s", "failed", here)
     return made, failed
+
+
+def _summarize(instance: dg.DagsterInstance, plan: Plan, standing: Standing) -> None:
+    """Bring leaderboard and ledger of the base model up to date."""
+    slug = plan.source.slug
+    if hits := standing.summary():
+        _said(hits, slug)
+    else:
+        execute(instance, plan.definitions, slug, [LEADERBOARD, LEDGER], plan.settings)
+
+
+def _said(hits: Hits, partition: str) -> dict[str, dict[str, Any]]:
+    """What a run would have given: asset → how it came, after the line that it would have logged."""
+    for asset, produced in hits.items():
+        say(asset, partition, produced)
+    return {asset: outcome_of(produced) for asset, produced in hits.items()}
 
 
 def _failure(plan: Plan, failed: Mapping[str, Exception]) -> Exception:
@@ -192,8 +220,7 @@ def _planned(model: str, chosen: list[Recipe], settings: Settings, tasks: str | 
     wanted = _wanted(book, source.slug, chosen, None if asked is None else [task.name for task in asked], folders)
     known = all_tasks(book, chosen, extra)
     _check_names(book, chosen, {task.name: task for task in known})
-    planner = Planner(known, settings.resources())
-    plan = Plan(source, base, [BASELINE_RECIPE, *chosen], wanted, build(known, settings), planner, settings)
+    plan = Plan(source, base, [BASELINE_RECIPE, *chosen], wanted, Planner(known, settings.resources()), settings)
     _check_space(plan, checkpoint.nbytes if checkpoint else 0)
     if asked is not None:
         remember(settings.home, asked, book)
@@ -309,7 +336,7 @@ def recall(store: ArtifactStore, asset: str, partition: str) -> Artifact:
 
 def _outcome(plan: Plan, base: Produced, made: Made, seconds: float) -> Outcome:
     slug, store, home = plan.source.slug, plan.planner.store, plan.settings.home
-    first = {BASE: metadata_of(base)}
+    first = {BASE: outcome_of(base)}
     assets = {
         name: {asset: {key: said[key] for key in SAID} for asset, said in {**first, **found}.items() if "cache" in said}
         for name, found in made.items()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +17,9 @@ from dagster._core.utils import make_new_run_id
 from compression_dags import failures
 from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.registration import register_home
+from compression_dags.cli.lines import configure_logging
 from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
-from compression_dags.provenance.escaping import visible
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.home import running, working
 from compression_dags.resources.instance import closed, opened
@@ -49,29 +47,6 @@ def prepare_instance(home: Path) -> Path:
     if url := os.environ.get(POSTGRES_URL):
         os.environ[POSTGRES_URL] = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", url)
     return file.parent
-
-
-def configure_logging() -> None:
-    """One line an asset on standard error; Dagster's own chatter and library warnings stay in its event log."""
-    logging.getLogger().handlers.clear()
-    warnings.filterwarnings("ignore", message=".*(beta|preview|superseded).*")
-    ours = logging.getLogger("compression_dags")
-    ours.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Visible("%(message)s"))
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours say for themselves when they show
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-class _Visible(logging.Formatter):
-    """Messages in which foreign text cannot steer the terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
 
 
 def reap_runs(home: Path) -> None:

@@ -19,7 +19,7 @@ def store_sizes(home: Path) -> dict[str, dict[str, int]]:
 
 def check_store(home: Path) -> Checked:
     """Every artifact against the hashes in its manifest."""
-    from compression_dags.cli.session import configure_logging
+    from compression_dags.cli.lines import configure_logging
     from compression_dags.resources.upkeep import check
 
     configure_logging()
@@ -37,7 +37,7 @@ def prune_store(home: Path, *, delete: bool, days: float, recipes_gone: bool, wa
     Raises:
         InputError: runs are at work and `wait` is off.
     """
-    from compression_dags.cli.session import configure_logging
+    from compression_dags.cli.lines import configure_logging
     from compression_dags.resources.upkeep import DAY, prune, survey
 
     configure_logging()

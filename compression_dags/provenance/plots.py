@@ -6,8 +6,6 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from compression_dags.provenance.escaping import plot_text
 
@@ -15,6 +13,10 @@ INK, SOFT, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2563eb", "#d97706"
 
 
 def _figure(width: float, height: float):
+    # reports are declared, and hits said, without matplotlib, which takes half a second
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from compression_dags.evaluation.samples import NO_TOKENIZER
 from compression_dags.provenance.escaping import line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Task → metric → value.
 Scores = dict[str, dict[str, float]]
@@ -95,6 +97,13 @@ def standard_error(metric: str, metrics: dict[str, float]) -> float | None:
 
 def leaderboard_frame(cards: list[dict[str, Any]]) -> pd.DataFrame:
     """One row a family, the baseline first, then by bytes; a column a score, its change and its standard error."""
+    # a scoreboard is text that needs no pandas, which takes half a second
+    import pandas as pd  # noqa: PLC0415
+
+    return pd.DataFrame(_rows(cards))
+
+
+def _rows(cards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for card in cards:
         row = {name: card[name] for name in ("family", "layers", "parameters", "bytes")}
@@ -107,34 +116,40 @@ def leaderboard_frame(cards: list[dict[str, Any]]) -> pd.DataFrame:
                     row[f"{task} {metric} change"] = card["change"][task][metric]
         rows.append(row)
     rows.sort(key=lambda r: (r["family"] != "baseline", -r["bytes"], r["family"]))
-    return pd.DataFrame(rows)
+    return rows
 
 
 def scoreboard(model: str, cards: list[dict[str, Any]], hits: dict[str, str]) -> str:
     """The table at the end of a run: size, scores, change against the baseline, cache hits."""
-    frame = leaderboard_frame(cards)
-    frame.insert(len(frame.columns), "cache hits", [hits[name] for name in frame["family"]])
-    return f"{model}\n{frame_text(frame)}"
+    rows = _rows(cards)
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = {name: [row.get(name) for row in rows] for name in names}
+    table["cache hits"] = [hits[row["family"]] for row in rows]
+    return f"{model}\n{_aligned(table)}"
 
 
 def frame_text(frame: pd.DataFrame) -> str:
     """A leaderboard as aligned text; standard error and change stand behind a score."""
+    return _aligned({name: list(frame[name]) for name in frame.columns})
+
+
+def _aligned(table: Mapping[str, Sequence[Any]]) -> str:
     columns: list[tuple[str, list[str]]] = []
-    for name in frame.columns:
+    for name, held in table.items():
         if name.endswith((" change", " error")):
             continue
-        values = [_text(name, v) for v in frame[name]]
-        if f"{name} error" in frame:
-            values = [v + _error(e) for v, e in zip(values, frame[f"{name} error"], strict=True)]
-        if f"{name} change" in frame:
-            changes = frame[f"{name} change"]
+        values = [_text(name, v) for v in held]
+        if f"{name} error" in table:
+            values = [v + _error(e) for v, e in zip(values, table[f"{name} error"], strict=True)]
+        if f"{name} change" in table:
+            changes = table[f"{name} change"]
             percent = "perplexity" in name
             values = [v + _change(c, percent) for v, c in zip(values, changes, strict=True)]
         columns.append((_heading(name), values))
     widths = [max(len(title), *map(len, values)) for title, values in columns]
     lines = ["  ".join(title.ljust(w) for (title, _), w in zip(columns, widths, strict=True))]
     lines.append("  ".join("-" * w for w in widths))
-    for i in range(len(frame)):
+    for i in range(len(table["family"])):
         cells = [
             values[i].ljust(w) if k == 0 else values[i].rjust(w)
             for k, ((_, values), w) in enumerate(zip(columns, widths, strict=True))
