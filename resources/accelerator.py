@@ -15,7 +15,7 @@ from pathlib import Path
 import dagster as dg
 
 from compression_dags.errors import InputError
-from compression_dags.resources.memory import device_peak
+from compression_dags.resources.memory import device_peaks
 
 logger = logging.getLogger("compression_dags")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -99,11 +99,11 @@ class Accelerator(dg.ConfigurableResource):
         with _first_free(Path(self.home) / "locks", self._indices()) as index:
             torch.cuda.init()  # a fresh process has no statistics to reset before this
             with torch.cuda.device(index):  # Triton and plain events go to the current device
-                torch.cuda.reset_peak_memory_stats(index)
+                read, forget = torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
                 try:
-                    yield Device(f"cuda:{index}", self.compute_dtype)
+                    with device_peaks(lambda: read(index) / 2**20, lambda: forget(index)):
+                        yield Device(f"cuda:{index}", self.compute_dtype)
                 finally:
-                    device_peak(torch.cuda.max_memory_allocated(index) / 2**20)
                     torch.cuda.empty_cache()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,10 @@ class PeakMemory:
 _measured: ContextVar[tuple[PeakMemory, ...]] = ContextVar("measured", default=())
 
 
+#: Of each lease that is held: how its device's peak is read, in MiB, and how it is forgotten.
+_leases: list[tuple[Callable[[], float], Callable[[], None]]] = []
+
+
 @contextlib.contextmanager
 def peak_memory() -> Iterator[PeakMemory]:
     """Peaks of the body, complete when it has ended; the bodies that enclose it count them too.
@@ -29,21 +33,50 @@ def peak_memory() -> Iterator[PeakMemory]:
     Where the kernel does not let a process forget its high-water mark, `host_mb` is the peak since the process began.
     """
     around = _measured.get()
-    _host_peak(around)
-    _forget_high_water()
+    _count_peaks(around)
+    _forget_peaks()
     own = PeakMemory()
     token = _measured.set((*around, own))
     try:
         yield own
     finally:
         _measured.reset(token)
-        _host_peak((*around, own))
+        _count_peaks((*around, own))
 
 
-def device_peak(megabytes: float) -> None:
-    """Count the peak of a lease that ends now, in MiB, for every body that is measured."""
-    for peak in _measured.get():
+@contextlib.contextmanager
+def device_peaks(read: Callable[[], float], forget: Callable[[], None]) -> Iterator[None]:
+    """Count a device's memory for whatever is measured while the body holds it, around the body or within it.
+
+    Args:
+        read: the device's peak since it was last forgotten, in MiB.
+    """
+    lease = (read, forget)
+    forget()
+    _leases.append(lease)
+    try:
+        yield
+    finally:
+        _leases.remove(lease)
+        _count_device(read, _measured.get())
+
+
+def _count_peaks(measured: tuple[PeakMemory, ...]) -> None:
+    _host_peak(measured)
+    for read, _ in _leases:
+        _count_device(read, measured)
+
+
+def _count_device(read: Callable[[], float], measured: tuple[PeakMemory, ...]) -> None:
+    megabytes = read()
+    for peak in measured:
         peak.device_mb = max(peak.device_mb, megabytes)
+
+
+def _forget_peaks() -> None:
+    _forget_high_water()
+    for _, forget in _leases:
+        forget()
 
 
 def _host_peak(measured: tuple[PeakMemory, ...]) -> None:

@@ -152,6 +152,12 @@ def test_a_lease_measures_its_own_peak_and_returns_its_memory(tmp_path):
     with peak_memory() as small, leasing.lease() as device:
         torch.empty(2**20, device=device.name)
     assert large.device_mb >= 1024 > small.device_mb + 500 and small.device_mb >= 4
+    with leasing.lease() as device:  # as several evaluations share one
+        with peak_memory() as first:
+            torch.empty(2**28, device=device.name)
+        with peak_memory() as second:
+            torch.empty(2**20, device=device.name)
+    assert first.device_mb >= 1024 > second.device_mb + 500 and second.device_mb >= 4
 
 
 def test_distillation_in_child_processes(stories, tmp_path):

@@ -18,7 +18,7 @@ import torch
 from compression_dags.errors import InputError
 from compression_dags.resources import accelerator, memory
 from compression_dags.resources.accelerator import Accelerator
-from compression_dags.resources.memory import device_peak, peak_memory
+from compression_dags.resources.memory import peak_memory
 
 
 class Cuda:
@@ -214,8 +214,22 @@ def test_a_peak_is_of_its_own_piece_of_work(cuda, tmp_path):
         pass
     assert (large.device_mb, inner.device_mb, small.device_mb) == (300, 300, 100)
     assert large.host_mb >= inner.host_mb > 200
-    device_peak(900)  # a lease outside of any measured work
+    found.peak = 900 * 2**20
+    with Accelerator(home=str(tmp_path)).lease():  # outside of any measured work
+        pass
     assert large.device_mb == 300
+
+
+def test_pieces_of_work_within_one_lease_have_peaks_of_their_own(cuda, tmp_path):
+    """As evaluations have: the model stays on the device from one task to the next."""
+    found = cuda(peak=500 * 2**20)
+    with Accelerator(home=str(tmp_path)).lease():
+        with peak_memory() as first:
+            found.peak = 700 * 2**20
+        with peak_memory() as second:
+            assert found.calls[-1] == "reset"
+            found.peak = 200 * 2**20
+    assert (first.device_mb, second.device_mb) == (700, 200)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps its high-water mark")
