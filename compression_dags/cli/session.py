@@ -6,7 +6,9 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from compression_dags.assets.registration import register_home
 from compression_dags.cli.lines import configure_logging
 from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
+from compression_dags.recipes import load_recipes
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.home import running, working
 from compression_dags.resources.instance import closed, opened
@@ -57,19 +60,40 @@ def reap_runs(home: Path) -> None:
         pass
 
 
-def prepare_ui(home: Path, read_only: bool) -> None:
-    """Before a UI shows a home: dead runs are marked, its base models and recipes become partitions (if it may write).
+@contextlib.contextmanager
+def prepared_ui(home: Path, read_only: bool) -> Iterator[Callable[[], None]]:
+    """What a UI needs of a home: dead runs are marked, its base models and recipes become partitions (if it may write).
+
+    Returns:
+        What waits until the partitions are known. A home's first start stores and reports every recipe, beside which
+        the code server can start.
 
     Raises:
         InputError: the recipes folder cannot be read.
     """
     if read_only:
         reap_runs(home)
+        yield lambda: None
         return
     configure_logging()
+    load_recipes()  # refuses a folder before anything is started
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
     with working(home), opened(home) as instance:  # opening marks the dead runs
-        register_home(instance, ArtifactStore(home=str(home)), ModelHub(home=str(home)))
+        ended: Future[Any] = Future()
+
+        def register() -> None:
+            try:
+                ended.set_result(register_home(instance, ArtifactStore(home=str(home)), ModelHub(home=str(home))))
+            except BaseException as error:  # whoever waits is told
+                ended.set_exception(error)
+
+        # a daemon thread: Ctrl-C need not wait, and what was not registered comes with the next start
+        threading.Thread(target=register, daemon=True).start()
+
+        def wait() -> None:
+            ended.result()
+
+        yield wait
 
 
 @contextlib.contextmanager

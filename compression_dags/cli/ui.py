@@ -20,7 +20,7 @@ from typing import Any
 import click
 import yaml
 
-from compression_dags.cli.session import prepare_instance, prepare_ui
+from compression_dags.cli.session import prepare_instance, prepared_ui
 from compression_dags.errors import InputError
 from compression_dags.failures import WorkFailed
 from compression_dags.paths import PROJECT
@@ -119,14 +119,15 @@ def _serve(
     from compression_dags.resources.ui_guard import Guard
 
     os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
-    prepare_ui(home, read_only)
     name = host.strip("[]")
     url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals_interrupt())
-        instance = stack.enter_context(DagsterInstance.get())
-        instance.optimize_for_webserver(statement_timeout=15000, pool_recycle=3600, max_overflow=20)
-        workspace = stack.enter_context(_code_servers(instance))
+        with prepared_ui(home, read_only) as wait:
+            instance = stack.enter_context(DagsterInstance.get())
+            instance.optimize_for_webserver(statement_timeout=15000, pool_recycle=3600, max_overflow=20)
+            workspace = stack.enter_context(_code_servers(instance))
+            wait()
         context = WorkspaceProcessContext(instance, WorkspaceFileTarget([workspace]), __version__, read_only=read_only)
         app: Any = create_app_from_workspace_process_context(stack.enter_context(context), live_data_poll_rate=2000)
         guard = Guard(app, host, port, allowed, read_only)
