@@ -36,18 +36,10 @@ if importlib.util.find_spec("triton") is not None and not _cuda_driver():
 
 #: Files that take long because they start processes or run whole graphs: first, so that no worker ends alone with one.
 LONG = ("cli", "truth", "killed", "standing", "graph", "readers", "planning", "fingerprints", "distillation", "wheel")
-#: Of these, the files whose tests start processes or run whole graphs: they are marked `slow`.
-SLOW = {
-    f"test_{name}.py" for name in ("cli", "truth", "killed", "standing", "graph", "readers", "fingerprints", "wheel")
-}
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses by the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
-    for item in items:
-        if item.path.name in SLOW:
-            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 

@@ -1,9 +1,8 @@
 """A method, a stage and a task of one's own: each is one file, and one line where it is registered."""
 
 import json
-import os
-import subprocess
-import sys
+
+from forked import command_line
 
 from compression_dags.paths import PROJECT
 
@@ -41,12 +40,16 @@ def scale(job) -> dict[str, Any]:
     return record_size(written, job.out)
 """
 RUN = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "compression_dags"]:
+    del sys.modules[name]  # what a process that started by itself has not imported yet
+sys.path.append({folder!r})
 from compression_dags.registry import METHODS
 import toys
 METHODS["merge"]["reverse-too"] = toys.ReverseToo
-METHODS["scale"] = {"halve": toys.Halve}
+METHODS["scale"] = {{"halve": toys.Halve}}
 from compression_dags.cli.main import main
-main()
+main(sys.argv[1:])
 """
 RECIPE = """name: own
 calibration: {sequences: 8, length: 64}
@@ -65,10 +68,13 @@ def test_a_toy_method_stage_and_task_take_one_line_each(tmp_path):
     book = (PROJECT / "recipes" / "evaluation.yaml").read_text()
     line = f"  own_text: {{kind: perplexity, file: {tmp_path / 'text.txt'}}}\n"
     (tmp_path / "recipes" / "evaluation.yaml").write_text(book.replace("tasks:\n", "tasks:\n" + line, 1))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PROJECT)]), "OMP_NUM_THREADS": "1"}
-    environment |= {"COMPRESSION_DAGS_RECIPES": str(tmp_path / "recipes")}
+    environment = {
+        "COMPRESSION_DAGS_RECIPES": str(tmp_path / "recipes"),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
     command = ["run", "-m", "stories260k", "-r", "own", "--json", "--home", str(tmp_path / "home")]
-    done = subprocess.run([sys.executable, "-c", RUN, *command], capture_output=True, text=True, env=environment)
+    done = command_line(*command, environment=environment, code=RUN.format(folder=str(tmp_path)))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)["recipes"]["own"]
     assert found["layers"] == 4 and "scaled_weights" in found["checkpoint"]

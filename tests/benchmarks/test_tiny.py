@@ -38,6 +38,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", TINY)
 def test_it_runs(script: str, run_script: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = [str(tmp_path / "work") if word == "WORK" else word for word in TINY[script]]

@@ -118,6 +118,7 @@ def saved(bank, directory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", [{"method": "rtn"}, {"method": "gptq", "act_order": False}, {"method": "awq"}])
 def test_a_scheme_everywhere_costs_what_the_quantizer_loses(quantizer, source, tmp_path):
     blocks, options = random_blocks(rows=8), SMALL | {"depth": False, "first_rows": 4, "quantizer": quantizer}
@@ -419,6 +420,7 @@ def test_the_command(model, tmp_path, monkeypatch):
     assert refused.exit_code == 2 and "was not made by plan" in refused.output
 
 
+@pytest.mark.slow
 def test_parameters_may_also_go_by_zeros(source, tmp_path):
     """With a budget in parameters: some layers are pruned; the recipe's checkpoint has as many non-zero weights."""
     from compression_dags.calibration.activations import profile_activations

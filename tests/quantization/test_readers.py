@@ -117,6 +117,7 @@ def skip_reason(version: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", STAGES)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_equal_logits_in_another_version(version: str, scheme: str, request):

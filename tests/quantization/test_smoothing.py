@@ -74,7 +74,10 @@ def test_reloads_exactly(tiny_model, family, method, tmp_path):
     assert (logits - plain).norm() < 0.15 * plain.norm()
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W3A16", "NVFP4A16", "W4A8"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["W4A16", "W4A8", *(pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("W3A16", "NVFP4A16"))],
+)
 def test_awq_never_loses_to_nearest_where_both_see_the_same_inputs(dense, tmp_path, scheme):
     """The first group of the first layer: equal inputs. Its error is over all three matrices together."""
     group = {"group_size": 32} if scheme.startswith("W") else {}

@@ -101,6 +101,7 @@ def test_schedules_differ_and_runs_repeat(cut, tmp_path):
     assert mp.decisions == again.decisions
 
 
+@pytest.mark.slow
 def test_groups_in_two_processes_give_the_same_bytes(cut, tmp_path):
     options = {"logit_share": 0.0, "hidden_lr": 2e-3, "tokens": 2048}
     distilled(DistillMP, cut, tmp_path / "one", **options)

@@ -225,6 +225,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_two_homes_two_paths_two_hash_seeds_equal_bytes(tmp_path):
     """Nothing of the machine is in an artifact: every file has equal bytes, the board and the ledger too.
 
