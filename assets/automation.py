@@ -7,21 +7,19 @@ from typing import Any, Protocol
 import dagster as dg
 
 from compression_dags.assets.evaluation import SAMPLES, eval_key
-from compression_dags.assets.grid import COMPRESSED, TABLE
-from compression_dags.assets.partitions import BASE_MODELS, Place
-from compression_dags.assets.recipe import register
+from compression_dags.assets.grid import COMPRESSED
+from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.registration import register_home
+from compression_dags.assets.requests import ENDS, run_requests, summary_request
 from compression_dags.assets.scorecard import SCORECARD
 from compression_dags.assets.selection import Planner
 from compression_dags.assets.summary import LEADERBOARD, LEDGER
 from compression_dags.assets.watching import new_base_models_sensor
 from compression_dags.evaluation.tasks import Task
+from compression_dags.recipes.kinds import TABLE
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.model_hub import ModelHub
 from compression_dags.step import BASE
-
-_ENDS = ("SUCCESS", "FAILURE", "CANCELED")
-_UNFINISHED = [status for status in dg.DagsterRunStatus if status.value not in _ENDS]
 
 
 class Settings(Protocol):
@@ -62,7 +60,7 @@ def automation(tasks: Sequence[Task], settings: Settings) -> tuple[list, list, l
         new_base_models_sensor(add, settings.home, settings.watch),
         _compress_new_models(add, compress, planner),
         _recipes_changed(settings),
-        *(_summarise_after(summarise, status) for status in _ENDS),
+        *(_summarise_after(summarise, status) for status in ENDS),
     ]
     return [compress, evaluate, summarise, add], [_recompress_monthly(compress, planner)], sensors
 
@@ -79,18 +77,7 @@ def _summarise_after(summarise: Any, status: str) -> dg.SensorDefinition:
 
         A backfill counts once for each base model: when the last of its runs on it has ended.
         """
-        run = context.dagster_run
-        slug = run.tags.get("dagster/partition/base_model")
-        if slug is None or "dagster/partition/recipe" not in run.tags:
-            return dg.SkipReason(f"run {run.run_id} is of no recipe on a base model")
-        key = run.run_id
-        if backfill := run.tags.get("dagster/backfill"):
-            tags = {"dagster/backfill": backfill, "dagster/partition/base_model": slug}
-            if context.instance.get_runs_count(dg.RunsFilter(tags=tags, statuses=_UNFINISHED)):
-                return dg.SkipReason(f"more runs of backfill {backfill} on {slug} are to come")
-            # the same for all of its runs whose ends are seen late, another if the backfill goes on
-            key = f"{backfill}-{slug}-{context.instance.get_runs_count(dg.RunsFilter(tags=tags))}"
-        return dg.RunRequest(run_key=key, partition_key=slug)
+        return summary_request(context.instance, context.dagster_run)
 
     return summarise_after
 
@@ -101,23 +88,9 @@ def _recompress_monthly(job: Any, planner: Planner) -> dg.ScheduleDefinition:
         """Every base model through every recipe that is shown, where the store lacks something."""
         when = f"{context.scheduled_execution_time:%Y-%m}"
         slugs = context.instance.get_dynamic_partitions(BASE_MODELS.name or "")
-        yield from _requests(planner, slugs, when, context)
+        yield from run_requests(planner, slugs, when, context)
 
     return recompress_monthly
-
-
-def _requests(planner: Planner, slugs: Sequence[str], key: str, context: Any) -> Iterator[dg.RunRequest]:
-    """A run for every recipe that a base model lacks; those that cannot work on it are named in the log."""
-    recipes = planner.recipes()
-    register(context.instance, planner.store, recipes)
-    for slug in slugs:
-        for recipe, assets in planner.outstanding(slug, recipes):
-            here = Place(slug, recipe.name)
-            if isinstance(assets, str):
-                context.log.info("%s is not applicable: %s", here, assets)
-                continue
-            chosen = [dg.AssetKey(asset) for asset in assets]
-            yield dg.RunRequest(run_key=f"{here}-{key}", partition_key=here.key, asset_selection=chosen)
 
 
 def _compress_new_models(monitored: Any, compress: Any, planner: Planner) -> dg.SensorDefinition:
@@ -130,7 +103,7 @@ def _compress_new_models(monitored: Any, compress: Any, planner: Planner) -> dg.
     def compress_new_models(context: dg.RunStatusSensorContext) -> Any:
         """Every recipe that is shown, on a base model that was just imported."""
         slug = context.dagster_run.tags.get("dagster/partition")
-        found = list(_requests(planner, [slug], context.dagster_run.run_id, context)) if slug else []
+        found = list(run_requests(planner, [slug], context.dagster_run.run_id, context)) if slug else []
         return found or dg.SkipReason(f"nothing is missing of {slug}")
 
     return compress_new_models

@@ -1,7 +1,6 @@
 """Every kind of artifact between a base model and its compressed model: one asset each, on the grid."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import dagster as dg
 
@@ -14,56 +13,14 @@ from compression_dags.errors import InputError, IntegrityError, naming_dtype
 from compression_dags.heartbeat import working_on
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.recipes import Recipe
+from compression_dags.recipes.kinds import ANALYSIS, TABLE, WEIGHTS_KINDS
 from compression_dags.recipes.pipeline import last_weights, steps_of
-from compression_dags.registry import stage_kinds
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import RECIPE, ArtifactStore, Produced
 from compression_dags.resources.runner import produce
-from compression_dags.similarity.steps import MEASURES, REDUNDANCY
-from compression_dags.step import ANALYSIS, BASE, WEIGHTS, Kind, Step
+from compression_dags.step import BASE, Kind, Step
 
 COMPRESSED = "compressed_model"
-
-
-def _analysis() -> dict[str, Kind]:
-    """The shared analysis, of which only what a recipe's steps read is ever made."""
-    tokens, activations = ANALYSIS
-    found = [
-        Kind(tokens, "The recipe's calibration set: exact counts of tokens, seeded.", (BASE,), gpu=False),
-        Kind(
-            activations,
-            "One streamed pass over the calibration tokens: block influence, angular distances, hidden states of "
-            "sampled tokens, channel norms of every projection input.",
-            (BASE, tokens),
-        ),
-        *(Kind(f"similarity_{name}", about, (activations,), gpu=False) for name, about in MEASURES.items()),
-        Kind(
-            REDUNDANCY,
-            "How much the inputs, outputs and gates of every two layers, and of every two modules, hold of each other "
-            "(ALS): as printed, centred, and debiased.",
-            (activations,),
-            gpu=False,
-        ),
-    ]
-    return {kind.name: kind for kind in found}
-
-
-def _table() -> dict[str, tuple[str, Kind]]:
-    """Asset → its group and kind, in pipeline order; the role `weights` is every asset that may have made them."""
-    found = {name: ("analysis", kind) for name, kind in _analysis().items()}
-    made: list[str] = []
-    for stage, kinds in stage_kinds().items():
-        for kind in kinds:
-            reads = [n for role in kind.reads for n in ((BASE, *made) if role == WEIGHTS else (role,))]
-            found[kind.name] = (stage, replace(kind, reads=tuple(dict.fromkeys(reads))))
-            made += [kind.name] * kind.weights
-    return found
-
-
-TABLE = _table()
-WEIGHTS_ASSETS = tuple(name for name, (_, kind) in TABLE.items() if kind.weights)
-#: Assets that decide something, in pipeline order: `merged_weights` only applies a plan.
-DECIDERS = tuple(name for name, (group, _) in TABLE.items() if group != "analysis" and name != "merged_weights")
 
 
 def grid_assets() -> list[dg.AssetsDefinition]:
@@ -79,7 +36,7 @@ def step_asset(kind: Kind, group: str) -> dg.AssetsDefinition:
         name=name,
         partitions_def=GRID,
         group_name=group,
-        deps=[*kind.reads, *([RECIPE] if group != "analysis" or BASE in kind.reads else [])],
+        deps=[*kind.reads, *([RECIPE] if group != ANALYSIS or BASE in kind.reads else [])],
         kinds={"safetensors"} if kind.weights else {"parquet"} if name.endswith("_plan") else {"torch"},
         code_version=WRITER_VERSION if name == "merged_weights" else None,
         description=kind.about,
@@ -108,7 +65,7 @@ def step_asset(kind: Kind, group: str) -> dg.AssetsDefinition:
     name=COMPRESSED,
     partitions_def=GRID,
     group_name="results",
-    deps=[BASE, RECIPE, *WEIGHTS_ASSETS],
+    deps=[BASE, RECIPE, *WEIGHTS_KINDS],
     kinds={"huggingface", "safetensors"},
     description="The recipe's last weights: the stock checkpoint that is scored and exported. It passed the reload "
     "gate when it was made.",

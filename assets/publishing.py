@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 from dagster._core.events import DagsterEventType
 
+from compression_dags.depth.pictures import plan_png
 from compression_dags.provenance.artifacts import DECISIONS, Artifact
 from compression_dags.provenance.decisions import read_decisions
 from compression_dags.resources.artifact_store import ArtifactStore, Produced
@@ -94,12 +95,16 @@ def metadata_of(produced: Produced) -> dict[str, Any]:
         **{name: value for name, value in artifact.facts.items() if isinstance(value, (int, float, str))},
         **({"computed_by": dg.MetadataValue.dagster_run(artifact.run_id)} if produced.hit and artifact.run_id else {}),
         **(decisions_table(artifact) if artifact.decisions else {}),
-        **{
-            name: picture((artifact.path / f"{name}.png").read_bytes())
-            for name in ("plot", "modules")
-            if (artifact.path / f"{name}.png").is_file()
-        },
+        **pictures(artifact),
     }
+
+
+def pictures(artifact: Artifact) -> dict[str, Any]:
+    """The stored pictures of an artifact, or one that is drawn now: a file more would change the digest of a plan."""
+    if artifact.kind == "merge_plan" and artifact.decisions:
+        return {"plot": picture(plan_png(artifact.path))}
+    stored = {name: artifact.path / f"{name}.png" for name in ("plot", "modules")}
+    return {name: picture(path.read_bytes()) for name, path in stored.items() if path.is_file()}
 
 
 def decisions_table(artifact: Artifact) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import dagster as dg
 
-from compression_dags.assets.evaluation import FILE, SAMPLES, eval_key
+from compression_dags.assets.evaluation import SAMPLES, eval_key
 from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import GRID, Place
 from compression_dags.assets.publishing import publish
 from compression_dags.errors import InputError
+from compression_dags.evaluation.samples import WRITTEN
 from compression_dags.evaluation.tasks import Task
 from compression_dags.provenance.artifacts import Request
 from compression_dags.recipes import BASELINE
@@ -70,7 +71,7 @@ def card_work(store: ArtifactStore, tasks: Iterable[Task], here: Place) -> tuple
 
     def build(work: Any) -> dict[str, Any]:
         baseline = json.loads((dense.path / "scorecard.json").read_text()) if dense else None
-        samples = json.loads((written.path / FILE).read_text()) if written else None
+        samples = json.loads((written.path / WRITTEN).read_text()) if written else None
         metrics = {name: artifact.metrics for name, artifact in scores.items()}
         card = make_scorecard(here.recipe, weights.size, base.size, metrics, baseline, samples)
         card["weights"] = about

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compression_dags.assets.evaluation import SAMPLES, eval_key, evaluation_request, samples_request
+from compression_dags.assets.evaluation import SAMPLES, eval_key
 from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import Place
 from compression_dags.assets.scorecard import SCORECARD
@@ -18,6 +18,7 @@ from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore
 from compression_dags.resources.evaluator import Evaluator
 from compression_dags.resources.runner import stored_steps
+from compression_dags.resources.scoring import evaluation_request, samples_request
 from compression_dags.step import BASE
 
 

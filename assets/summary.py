@@ -6,7 +6,6 @@ from typing import Any
 
 import dagster as dg
 
-from compression_dags.assets.grid import DECIDERS
 from compression_dags.assets.partitions import BASE_MODELS, Place
 from compression_dags.assets.publishing import picture, publish
 from compression_dags.assets.scorecard import SCORECARD
@@ -14,6 +13,7 @@ from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import Artifact, Request
 from compression_dags.provenance.decisions import join_ledger
 from compression_dags.recipes import BASELINE, recipe_of
+from compression_dags.recipes.kinds import DECIDERS
 from compression_dags.reports.html import write_report
 from compression_dags.reports.scorecard import changes, leaderboard_frame
 from compression_dags.resources.artifact_store import ArtifactStore, Build

@@ -5,8 +5,7 @@
         --recoveries '[[], [{"method": "least-squares"}, {"method": "distill-sp"}]]'
 
 MODEL_DIR is a checkpoint directory. One calibration pass serves all methods; a recovery is a list of stages, each on
-the weights that the one before it left. No Dagster is needed, so this runs on a machine that has only torch and
-transformers.
+the weights that the one before it left. The steps are the pipeline's own, in a store that goes when the script ends.
 
     python benchmarks/depth_quality.py --tiny  # seconds on a CPU: does it run
 """
@@ -15,98 +14,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
+from quality_rig import Row, Study, add_arguments, parsed, stage_of
 
-from compression_dags.calibration.activations import profile_activations
-from compression_dags.calibration.corpora import Calibration, TokenBlocks, make_blocks, read_documents
-from compression_dags.calibration.streaming import DecoderStream
-from compression_dags.checkpoints.gate import check_reload, load_stock
-from compression_dags.checkpoints.reader import Checkpoint
-from compression_dags.depth.apply import apply_plan, reference_logits
-from compression_dags.depth.plan import MergePlan, keep_only
-from compression_dags.depth.stage import MergeStage, ProbeContext
-from compression_dags.evaluation.perplexity import perplexity
-from compression_dags.evaluation.tasks import PerplexityTask
-from compression_dags.paths import PROJECT
-from compression_dags.recovery.stage import RecoverStage
-from compression_dags.registry import METHODS
-from compression_dags.similarity.evidence import Evidence, read_evidence
-from compression_dags.similarity.tables import write_similarity
-
-WIKITEXT = "data/eval/wikitext-2-raw-v1/validation.jsonl"
-#: What `--tiny` asks for: a shipped model of five layers on a few windows.
-TINY = {
-    "model": PROJECT / "models" / "stories260k",
-    "text": str(PROJECT / "data" / "heldout" / "stories.jsonl"),
-    "window": 128,
-    "max_windows": 2,
-    "sequences": 8,
-    "length": 128,
-}
+from compression_dags.depth.plan import MergePlan
+from compression_dags.provenance.artifacts import Artifact
+from compression_dags.provenance.decisions import read_decisions
+from compression_dags.stage import Stage
 
 
 def main() -> None:
     args = _arguments()
-    base = Checkpoint(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    record = recorder(args, [])
-    study = Study(args, base, tokenizer, record)
-    if not args.chains_only:
-        record(method="dense", removed=0, **study.scores(base.path))
-    for options in args.merges:
-        for removed in [options["layers"]] if "layers" in options else map(int, args.removed.split(",")):
-            stage = METHODS["merge"][options["method"]].model_validate({**options, "layers": removed})
-            assert isinstance(stage, MergeStage)
-            try:
-                study.run(stage, removed, options)
-            except Exception as error:  # one method's fault must not cost the others' figures
-                record(merge=options, removed=removed, failed=f"{type(error).__name__}: {error}")
-
-
-def recorder(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Callable[..., None]:
-    """Appends a row, prints it, and writes all of them to `--out`."""
-
-    def record(**row: Any) -> None:
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        if args.out:
-            args.out.write_text(json.dumps({"arguments": {k: str(v) for k, v in vars(args).items()}, "rows": rows}))
-
-    return record
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, its device, the calibration set and how it is scored."""
-    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL_DIR")
-    parser.add_argument("--tiny", action="store_true", help="stories260k on a few windows: does it run")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--text", default=WIKITEXT)
-    parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--max-windows", type=int, default=None)
-    parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--tasks", default="", help="lm-eval tasks, 0-shot, from --eval-data")
-    parser.add_argument("--eval-data", type=Path, default=None)
-    parser.add_argument("--limit", type=int, default=None, help="items of every lm-eval task")
-    parser.add_argument("--out", type=Path, default=None)
-
-
-def parsed(parser: argparse.ArgumentParser, **tiny: Any) -> argparse.Namespace:
-    """The arguments; with `--tiny` the small ones, and what a script adds to them."""
-    args = parser.parse_args()
-    if args.tiny:
-        vars(args).update(TINY | tiny)
-    elif args.model is None:
-        parser.error("name a MODEL_DIR, or ask for --tiny")
-    return args
+    with DepthStudy.of(args) as study:
+        if not args.chains_only:
+            study.record(method="dense", removed=0, **study.scores(study.base.checkpoint))
+        for options in args.merges:
+            for removed in [options["layers"]] if "layers" in options else map(int, args.removed.split(",")):
+                study.attempt(study.merge, options, removed, merge=options, removed=removed)
 
 
 def _arguments() -> argparse.Namespace:
@@ -122,104 +47,47 @@ def _arguments() -> argparse.Namespace:
     return parsed(parser, removed="1", merges=[{"method": "shortgpt"}], recoveries=[[{"method": "least-squares"}]])
 
 
-class Study:
-    """One base model, its calibration pass, and the scores of what is made of it."""
+class DepthStudy(Study):
+    """Merges of one base model, and what recoveries make of each."""
 
-    def __init__(self, args: argparse.Namespace, base: Checkpoint, tokenizer: Any, record: Callable[..., None]):
-        self.args, self.base, self.tokenizer, self.record = args, base, tokenizer, record
-        self.on = {"device": args.device, "dtype": args.dtype}
-        request = Calibration.model_validate({"sequences": args.sequences, "length": args.length})
-        context = base.config["max_position_embeddings"]
-        self.blocks: TokenBlocks = make_blocks(read_documents(request.corpus), tokenizer, request, context)
-        self.evidence = self._evidence()
+    def merge(self, options: Row, removed: int) -> None:
+        """A row of a merge, then one of every prefix of every chain of recoveries."""
+        merge = stage_of("merge", {**options, "layers": removed})
+        asked = {"merge": options, "removed": removed}
+        made = self.made(self.recipe("merge", merge))
+        scores = {} if self.args.chains_only else self._scored(made["merged_weights"], removed)
+        seconds, gate = round(made["merge_plan"].seconds, 1), made["merged_weights"].facts["gate"]
+        self.record(**asked, seconds=seconds, gate=gate, **scores, **_chosen(made["merge_plan"]))
+        seen, used = set[str](), [*made.values()]
+        for chain in self.args.recoveries:
+            for length in range(1, len(chain) + 1):
+                if (key := json.dumps(chain[:length])) not in seen:
+                    seen.add(key)
+                    used.append(self._recover(merge, chain[:length], asked))
+        self.discard(used)
 
-    def _evidence(self) -> Evidence:
-        start = time.monotonic()
-        stream = DecoderStream(self.base, **self.on)
-        found = profile_activations(stream, self.blocks)
-        stream.close()
-        if self.args.device != "cpu":
-            torch.cuda.synchronize()
-        self.record(step="calibration pass", tokens=self.blocks.tokens, seconds=round(time.monotonic() - start, 2))
-        with tempfile.TemporaryDirectory() as folder:
-            work = Path(folder)
-            found.save(work)
-            needs = {n for o in self.args.merges for n in METHODS["merge"][o["method"]].needs}  # type: ignore[attr-defined]
-            metrics = [work / f"similarity_{m}" for m in sorted(needs)]
-            for directory in metrics:
-                directory.mkdir()
-                start = time.monotonic()
-                write_similarity(directory.name.removeprefix("similarity_"), work, directory)
-                self.record(step=directory.name, seconds=round(time.monotonic() - start, 2))
-            return read_evidence({d.name: d for d in metrics}, work)
+    def _recover(self, merge: Stage, chain: list[Row], asked: Row) -> Artifact:
+        found = self.last(self.recipe("recovered", merge, *(stage_of("recover", options) for options in chain)))
+        steps = [(r["target"].removeprefix("model.layers."), r["action"], r["value"]) for r in _rows(found)]
+        scores = self._scored(found, asked["removed"])
+        self.record(**asked, recover=chain, seconds=round(found.seconds, 1), **scores, facts=found.facts, steps=steps)
+        return found
 
-    def scores(self, path: Path, tasks: bool = True) -> dict[str, Any]:
-        """Perplexity of the whole split, and the accuracy of the lm-eval tasks asked for."""
-        args = self.args
-        model = load_stock(path, **self.on)
-        task = PerplexityTask(name="text", file=args.text, window=args.window, max_windows=args.max_windows)
-        result = perplexity(
-            model, self.tokenizer, task.read(), window=task.window, max_windows=task.max_windows, device=args.device
-        )
-        found = {"perplexity": next(v for k, v in result.metrics.items() if k.startswith("perplexity@"))}
-        return found | (self._accuracies(model) if tasks and args.tasks else {})
+    def _scored(self, weights: Artifact, removed: int) -> Row:
+        return self.scores(weights.checkpoint, self.args.tasks_at in {None, removed})
 
-    def _accuracies(self, model: Any) -> dict[str, Any]:
-        from compression_dags.evaluation.harness import run_harness
-        from compression_dags.evaluation.tasks import HarnessTask
 
-        args = self.args
-        asked = [HarnessTask(name=t, task=t, limit=args.limit) for t in args.tasks.split(",")]
-        metrics = run_harness(model, self.tokenizer, asked, [args.eval_data] if args.eval_data else [], batch_size=64)
-        accuracy = {name: round(m.get("acc_norm", m["acc"]), 4) for name, m in metrics.items()}
-        return {"accuracy": accuracy, "mean_accuracy": round(sum(accuracy.values()) / len(accuracy), 4)}
+def _chosen(planned: Artifact) -> dict[str, Any]:
+    """What a stored plan drops and merges, with the form and the value of each."""
+    plan = MergePlan.load(planned.path)
+    rows = [r for r in _rows(planned) if r["action"] != "keep"]
+    chosen = [(r["target"], json.loads(r["evidence"]).get("form"), r["value"]) for r in rows]
+    return {"dropped": plan.dropped, "merged": [x.sources for x in plan.layers if not x.kept], "chosen": chosen}
 
-    def run(self, stage: MergeStage, removed: int, options: dict[str, Any]) -> None:
-        start = time.monotonic()
-        probe = ProbeContext(self.base, self.blocks, **self.on)
-        plan, decisions = stage.plan(self.base.shape, self.evidence, probe)
-        seconds = round(time.monotonic() - start, 1)
-        with tempfile.TemporaryDirectory() as folder:
-            merged = apply_plan(self.base, plan, Path(folder, "merged"))
-            gate = check_reload(merged.path, reference_logits(self.base, plan, **self.on), **self.on)
-            chosen = [(d.target, d.evidence.get("form"), d.value) for d in decisions if d.action != "keep"]
-            what = {"dropped": plan.dropped, "merged": [x.sources for x in plan.layers if not x.kept], "chosen": chosen}
-            scores = {} if self.args.chains_only else self.scores(merged.path, self._with_tasks(removed))
-            self.record(merge=options, removed=removed, seconds=seconds, gate=gate["gate"], **scores, **what)
-            done: dict[str, Checkpoint] = {"[]": merged}
-            for chain in self.args.recoveries:
-                for length in range(1, len(chain) + 1):
-                    if (key := json.dumps(chain[:length])) not in done:
-                        student = done[json.dumps(chain[: length - 1])]
-                        done[key] = self._recover(chain[:length], student, plan, Path(folder, str(len(done))), options)
 
-    def _with_tasks(self, removed: int) -> bool:
-        return self.args.tasks_at in {None, removed}
-
-    def _recover(
-        self, chain: list[dict[str, Any]], student: Checkpoint, plan: MergePlan, folder: Path, options: dict[str, Any]
-    ) -> Checkpoint:
-        stage = METHODS["recover"][chain[-1]["method"]].model_validate(chain[-1])
-        assert isinstance(stage, RecoverStage)
-        start = time.monotonic()
-        found = stage.recover(self.base, student, plan, self.blocks, folder, **self.on)
-        seconds = round(time.monotonic() - start, 1)
-        same = keep_only("none", student.num_layers, list(range(student.num_layers)))
-        check_reload(
-            found.checkpoint.path, reference_logits(student, same, replaced=found.fitted, **self.on), **self.on
-        )
-        tally = [(d.target.removeprefix("model.layers."), d.action, d.value) for d in found.decisions]
-        removed = plan.base_layers - len(plan.layers)
-        self.record(
-            merge=options,
-            removed=removed,
-            recover=chain,
-            seconds=seconds,
-            **self.scores(found.checkpoint.path, self._with_tasks(removed)),
-            facts=found.facts,
-            steps=tally,
-        )
-        return found.checkpoint
+def _rows(artifact: Artifact) -> list[dict[Any, Any]]:
+    """Decision rows beside an artifact."""
+    return read_decisions(artifact.decisions).to_dict("records") if artifact.decisions else []
 
 
 if __name__ == "__main__":

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from compression_dags.calibration.corpora import Calibration, corpus_digest
 from compression_dags.calibration.statistics import VERSION
-from compression_dags.step import BASE, Step
+from compression_dags.step import ANALYSIS, BASE, Kind, Step
+
+_TOKENS, _ACTIVATIONS = ANALYSIS
+KINDS = (
+    Kind(_TOKENS, "The recipe's calibration set: exact counts of tokens, seeded.", (BASE,), gpu=False),
+    Kind(
+        _ACTIVATIONS,
+        "One streamed pass over the calibration tokens: block influence, angular distances, hidden states of "
+        "sampled tokens, channel norms of every projection input.",
+        (BASE, _TOKENS),
+    ),
+)
 
 
 def calibration_steps(calibration: Calibration) -> tuple[Step, ...]:
@@ -15,7 +26,7 @@ def calibration_steps(calibration: Calibration) -> tuple[Step, ...]:
     worker = "compression_dags.calibration.workers"
     return (
         Step(
-            "calibration_tokens",
+            _TOKENS,
             calibration.version,
             packing,
             (BASE,),
@@ -25,10 +36,10 @@ def calibration_steps(calibration: Calibration) -> tuple[Step, ...]:
             data=lambda: {"corpus": corpus_digest(calibration.corpus)},
         ),
         Step(
-            "calibration_activations",
+            _ACTIVATIONS,
             VERSION,
             sampling,
-            (BASE, "calibration_tokens"),
+            (BASE, _TOKENS),
             f"{worker}:profile",
             calibration,
         ),

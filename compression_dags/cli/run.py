@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compression_dags.assets.base_models import import_base_model
-from compression_dags.assets.grid import COMPRESSED, WEIGHTS_ASSETS
+from compression_dags.assets.grid import COMPRESSED
 from compression_dags.assets.partitions import Place
 from compression_dags.assets.publishing import outcome_of, report, say, state_of
 from compression_dags.assets.recipe import register
@@ -31,6 +31,7 @@ from compression_dags.evaluation.added import added_tasks, asked_tasks, remember
 from compression_dags.evaluation.tasks import TaskBook, evaluation_book
 from compression_dags.failures import WorkFailed
 from compression_dags.recipes import BASELINE, BASELINE_RECIPE, Recipe, load_recipes, pick_recipes, recipes_folder
+from compression_dags.recipes.kinds import WEIGHTS_KINDS
 from compression_dags.reports.scorecard import scoreboard
 from compression_dags.resources.accelerator import Accelerator
 from compression_dags.resources.artifact_store import ArtifactStore, Produced
@@ -239,7 +240,7 @@ def _check_space(plan: Plan, size: int) -> None:
     store, slug = plan.planner.store, plan.source.slug
     base = store.recall(BASE, slug)
     foreseen = [e for r in plan.recipes for e in plan.planner.foreseen(r, plan.tasks[r.name], base, slug)]
-    lacking = {each.fingerprint for each in foreseen if each.asset in WEIGHTS_ASSETS and not each.stored}
+    lacking = {each.fingerprint for each in foreseen if each.asset in WEIGHTS_KINDS and not each.stored}
     store.ensure_writable(size * (len(lacking) + (base is None)))
 
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from compression_dags.checkpoints.importing import TOKENIZERS
+from compression_dags.provenance.escaping import markdown_text
 
 VERSION = "1"
 PROMPTS = ("Once upon a time", "The old house at the end of the street", "The capital of France is")
 NEW_TOKENS = 40
+#: The file of an artifact: `prompts`, and their `texts` or null.
+WRITTEN = "samples.json"
 NO_TOKENIZER = "the model has no tokenizer, so nothing was generated"
 
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether tokenizer files lie there; without any, transformers may build an empty one for the family."""
     return any((directory / name).is_file() for name in TOKENIZERS)
+
+
+def as_markdown(directory: Path) -> str:
+    """Stored prompts in bold, each with its continuation; empty where none were generated."""
+    found = json.loads((directory / WRITTEN).read_text())
+    pairs = zip(found["prompts"], found["texts"] or [], strict=False)
+    return "\n\n".join(f"**{markdown_text(prompt)}** {markdown_text(text)}" for prompt, text in pairs)
 
 
 def continuations(

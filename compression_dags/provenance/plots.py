@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from compression_dags.provenance.escaping import plot_text
 
-INK, SOFT, ACCENT, SECOND = "#1f2933", "#9aa5b1", "#2563eb", "#d97706"
+INK, SOFT, ACCENT, SECOND, LIGHT = "#1f2933", "#9aa5b1", "#2563eb", "#d97706", "#93c5fd"
 
 
 def _figure(width: float, height: float):
@@ -79,6 +80,30 @@ def bars_png(values: np.ndarray, errors: np.ndarray | None, axis: str, label: st
     axes.bar(np.arange(len(values)), values, yerr=errors, color=ACCENT, ecolor=INK, capsize=2)
     _name_axes(axes, axis, label)
     axes.set_xticks(np.arange(0, len(values), max(1, len(values) // 16)))
+    return _png(figure)
+
+
+def sorted_bars_png(
+    values: Sequence[float | None], sorts: Sequence[str], colours: Mapping[str, str], axis: str, label: str
+) -> bytes:
+    """Bars in the colour of their sort, over a strip of the same colours that shows those without a value too.
+
+    Args:
+        values: one an index; None where nothing was measured.
+        sorts: of each, a key of `colours`.
+    """
+    figure, axes = _figure(7.2, 3.4)
+    axes.bar(np.arange(len(values)), [v or 0.0 for v in values], color=[colours[sort] for sort in sorts])
+    for name, colour in colours.items():
+        mine = [place for place, sort in enumerate(sorts) if sort == name]
+        if mine:
+            below = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.scatter(mine, [-0.03] * len(mine), marker="s", s=18, color=colour, label=name, **below)
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.tick_params(axis="x", length=0, pad=10)
+    axes.set_xticks(np.arange(0, len(values), max(1, len(values) // 16)))
+    axes.set(xlabel=plot_text(axis), ylabel=textwrap.fill(plot_text(label), 36))
+    figure.legend(loc="outside upper center", ncols=len(colours), frameon=False, fontsize=8)
     return _png(figure)
 
 

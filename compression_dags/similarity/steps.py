@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compression_dags.similarity.evidence import VERSION
 from compression_dags.similarity.redundancy import VERSION as REDUNDANCY_VERSION
-from compression_dags.step import Step
+from compression_dags.step import ANALYSIS, Kind, Step
 
 #: Measure → what it is, for people.
 MEASURES = {
@@ -16,7 +16,17 @@ MEASURES = {
     "and the merge tree.",
 }
 REDUNDANCY = "similarity_redundancy"
-_READS = ("calibration_activations",)
+_READS = ANALYSIS[1:]
+KINDS = (
+    *(Kind(f"similarity_{name}", about, _READS, gpu=False) for name, about in MEASURES.items()),
+    Kind(
+        REDUNDANCY,
+        "How much the inputs, outputs and gates of every two layers, and of every two modules, hold of each other "
+        "(ALS): as printed, centred, and debiased.",
+        _READS,
+        gpu=False,
+    ),
+)
 
 
 def similarity_steps() -> tuple[Step, ...]:

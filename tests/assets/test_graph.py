@@ -17,7 +17,6 @@ from graph_runs import RECIPES, run, small_recipes, states
 from safetensors.torch import load_file, save_file
 
 from compression_dags.assets.evaluation import eval_key
-from compression_dags.assets.grid import TABLE, WEIGHTS_ASSETS
 from compression_dags.assets.partitions import Place
 from compression_dags.assets.recipe import at, register
 from compression_dags.assets.selection import selection
@@ -26,6 +25,7 @@ from compression_dags.evaluation.tasks import evaluation_book
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.decisions import LEDGER_COLUMNS
 from compression_dags.recipes import BASELINE_RECIPE, load_recipes
+from compression_dags.recipes.kinds import TABLE, WEIGHTS_KINDS
 from compression_dags.recipes.pipeline import last_weights, steps_of
 from compression_dags.resources.artifact_store import ArtifactStore
 
@@ -63,7 +63,7 @@ def test_every_asset_is_described_and_grouped(definitions):
     for key in graph.get_all_asset_keys():
         node = graph.get(key)
         assert node.description and node.group_name != "default", key
-    for name in ("calibration_activations", *WEIGHTS_ASSETS):
+    for name in ("calibration_activations", *WEIGHTS_KINDS):
         assert graph.get(dg.AssetKey(name)).pools == {"gpu"}
 
 

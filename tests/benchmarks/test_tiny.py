@@ -22,7 +22,7 @@ TINY = {
     "sparsity_speed.py": ("--work", "WORK", "--device", "cpu", "--ours", "--repeats", "1"),
 }
 #: Modules that other scripts import.
-MODULES = {"gpu_smoke_rows.py", "gpu_smoke_cases.py", "random_llama.py", "speed_rig.py"}
+MODULES = {"gpu_smoke_rows.py", "gpu_smoke_cases.py", "quality_rig.py", "random_llama.py", "speed_rig.py"}
 
 
 @pytest.fixture

@@ -197,11 +197,11 @@ def test_markdown_of_the_ui(text: str):
 def test_samples_in_the_ui(tmp_path: Path):
     import json
 
-    from compression_dags.assets.evaluation import FILE, _shown
+    from compression_dags.evaluation.samples import WRITTEN, as_markdown
 
     texts = {"prompts": ["a*", "b"], "texts": ["<b>x</b>\n# y", "![i](http://evil.example)"]}
-    (tmp_path / FILE).write_text(json.dumps(texts))
-    shown = _shown(Artifact("samples", "f", "d", tmp_path))["texts"].value
+    (tmp_path / WRITTEN).write_text(json.dumps(texts))
+    shown = as_markdown(tmp_path)
     assert shown == "**a\\*** &lt;b&gt;x&lt;/b&gt;  \n\\# y\n\n**b** \\!\\[i\\](http&#58;//evil.example)"
 
 

@@ -13,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 
 from compression_dags import failures
-from compression_dags.assets.grid import TABLE
 from compression_dags.calibration import texts
 from compression_dags.calibration.corpora import corpora_digests, read_documents
 from compression_dags.checkpoints import exporting
@@ -25,6 +24,7 @@ from compression_dags.evaluation.tasks import MAX_NAME, PerplexityTask, evaluati
 from compression_dags.paths import PROJECT
 from compression_dags.provenance.artifacts import MANIFEST, Artifact, describe_files
 from compression_dags.recipes import load_recipe, load_recipes
+from compression_dags.recipes.kinds import TABLE
 from compression_dags.recipes.names import fault, made_name
 from compression_dags.recovery.stage import MOST_RECOVERIES
 from compression_dags.yaml_reader import read_mapping

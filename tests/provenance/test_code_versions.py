@@ -16,13 +16,12 @@ def test_source_changed_means_version_changed():
 
 
 def test_every_request_of_the_graph_is_guarded():
-    """Each place in assets/ that makes a Request is a step, and so is each method of the registry."""
-    from compression_dags.paths import PROJECT
+    """Each place in assets/ and resources/ that makes a Request is a step, and so is each method of the registry."""
     from compression_dags.registry import METHODS
 
     found = steps()
     assert all(f"{stage}: {name}" in found for stage, group in METHODS.items() for name in group)
-    for path in (PROJECT / "assets").glob("*.py"):
+    for path in code_versions.declaring():
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         requests = sum(isinstance(c.func, ast.Name) and c.func.id == "Request" for c in calls)
         inside = list(code_versions._builders(path))

@@ -4,7 +4,8 @@ Stored results are reused by version. A step whose source changed while its vers
 code. `code_versions.json` holds, for every step, its versions and a digest of all modules that its implementation
 imports, directly or not, and the digest of each module. Docstrings, comments and layout do not count.
 
-Steps are derived: every registered method and allocator, and every function of `assets/` that makes a `Request`.
+Steps are derived: every registered method and allocator, and every function of `assets/` and `resources/` that makes a
+`Request`.
 """
 
 from __future__ import annotations
@@ -58,10 +59,16 @@ class Step:
 def steps() -> dict[str, Step]:
     """Name → every step of the product, as the code stands now."""
     found = {name: Step({name: kind.version}, closure(kind.__module__)) for name, kind in _methods().items()}
-    for path in sorted((PROJECT / "compression_dags" / "assets").glob("*.py")):
+    for path in declaring():
         for function in _builders(path):
             found[f"{path.stem}.{function.name}"] = _declared(path, function)
     return found
+
+
+def declaring() -> list[Path]:
+    """Files whose functions may make a Request."""
+    package = PROJECT / "compression_dags"
+    return [path for room in ("assets", "resources") for path in sorted((package / room).glob("*.py"))]
 
 
 def current() -> dict[str, Any]:
@@ -102,7 +109,7 @@ def _methods() -> dict[str, Any]:
 
 
 def _builders(path: Path) -> Iterator[ast.FunctionDef]:
-    """Top-level functions of an assets file that make a Request."""
+    """Top-level functions of a file that make a Request."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef) and any(_requests(node)):
             yield node
@@ -115,7 +122,7 @@ def _requests(function: ast.FunctionDef) -> Iterator[ast.Call]:
 
 
 def _declared(path: Path, function: ast.FunctionDef) -> Step:
-    module = importlib.import_module(f"compression_dags.assets.{path.stem}")
+    module = importlib.import_module(f"compression_dags.{path.parent.name}.{path.stem}")
     versions: dict[str, str] = {}
     for call in _requests(function):
         versions |= _versions(call.args[1], function, module)
