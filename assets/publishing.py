@@ -1,4 +1,4 @@
-"""How every asset reports itself: data version, cache hit or computed, facts, decisions table, plots."""
+"""How every asset reports itself: data version, cache hit or computed, metadata, decisions table, plots."""
 
 import base64
 import logging
@@ -63,7 +63,7 @@ def state_of(produced: Produced) -> str:
 
 
 def metadata_of(produced: Produced) -> dict[str, Any]:
-    """Cache state, time, memory, fingerprint, facts and decisions of an artifact."""
+    """Cache state, time, memory, fingerprint, metadata and decisions of an artifact."""
     artifact = produced.artifact
     return {
         "cache": state_of(produced),
@@ -74,7 +74,7 @@ def metadata_of(produced: Produced) -> dict[str, Any]:
         "fingerprint": artifact.fingerprint,
         "path": dg.MetadataValue.path(artifact.path),
         **({"damage": "kept aside: " + "; ".join(produced.damage)} if produced.damage else {}),
-        **{name: value for name, value in artifact.facts.items() if isinstance(value, (int, float, str))},
+        **{name: value for name, value in artifact.metadata.items() if isinstance(value, (int, float, str))},
         **({"computed_by": dg.MetadataValue.dagster_run(artifact.run_id)} if produced.hit and artifact.run_id else {}),
         **(decisions_table(artifact) if artifact.decisions else {}),
         **pictures(artifact),
