@@ -73,13 +73,13 @@ def _request(identity: dict[str, str]) -> Request:
 def _build(found: Any) -> Callable[[Workplace], dict[str, Any]]:
     def build(work: Workplace) -> dict[str, Any]:
         imported = found.place(work.out / "checkpoint", work.scratch, bar)
-        write_size(work.out, {name: imported.facts[name] for name in ("layers", "parameters", "bytes", "context")})
+        write_size(work.out, {name: imported.metadata[name] for name in ("layers", "parameters", "bytes", "context")})
         work.hashed.update({f"checkpoint/{name}": digest for name, digest in imported.digests.items()})
-        return imported.facts
+        return imported.metadata
 
     return build
 
 
 def _notes(artifact: Artifact) -> dict[str, str]:
-    notes = artifact.facts.get("notes")
+    notes = artifact.metadata.get("notes")
     return {"notes": "; ".join(notes)} if notes else {}

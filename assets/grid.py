@@ -74,7 +74,7 @@ def compressed_model(context: dg.AssetExecutionContext, store: ArtifactStore) ->
     here = Place.of(context)
     recipe = at(store, here.recipe)
     artifact = weights_of(store, recipe, here)
-    certificate = {"serving": artifact.facts.get("serving") or serving_fact(artifact.checkpoint)}
+    certificate = {"serving": artifact.metadata.get("serving") or serving_fact(artifact.checkpoint)}
     produced = Produced(artifact, True, 0.0)
     return publish(store, COMPRESSED, str(here), produced, recipe=recipe.as_run(), extra=certificate)
 

@@ -1,4 +1,4 @@
-"""How every asset reports itself: data version, cache hit or computed, facts, decisions table, plots."""
+"""How every asset reports itself: data version, cache hit or computed, metadata, decisions table, plots."""
 
 import base64
 import logging
@@ -83,7 +83,7 @@ def outcome_of(produced: Produced) -> dict[str, Any]:
 
 
 def metadata_of(produced: Produced) -> dict[str, Any]:
-    """Cache state, time, memory, fingerprint, facts and decisions of an artifact."""
+    """Cache state, time, memory, fingerprint, metadata and decisions of an artifact."""
     artifact = produced.artifact
     return {
         **outcome_of(produced),
@@ -92,7 +92,7 @@ def metadata_of(produced: Produced) -> dict[str, Any]:
         "peak_device_memory_mb": artifact.peak_device_memory_mb,
         "path": dg.MetadataValue.path(artifact.path),
         **({"damage": "kept aside: " + "; ".join(produced.damage)} if produced.damage else {}),
-        **{name: value for name, value in artifact.facts.items() if isinstance(value, (int, float, str))},
+        **{name: value for name, value in artifact.metadata.items() if isinstance(value, (int, float, str))},
         **({"computed_by": dg.MetadataValue.dagster_run(artifact.run_id)} if produced.hit and artifact.run_id else {}),
         **(decisions_table(artifact) if artifact.decisions else {}),
         **pictures(artifact),

@@ -75,7 +75,7 @@ def _leaderboard_work(store: ArtifactStore, here: str) -> tuple[Request, Build]:
     maps = _similarities(store, here)
     inputs = {name: a.digest for name, a in cards.items()} | {label: a.digest for label, a in maps.items()}
     # what the report says of the model beyond its digest
-    about = {name: base.facts.get(name) for name in ABOUT} | base.size
+    about = {name: base.metadata.get(name) for name in ABOUT} | base.size
 
     def build(work: Any) -> dict[str, Any]:
         read = [json.loads((a.path / "scorecard.json").read_text()) | {"family": name} for name, a in cards.items()]

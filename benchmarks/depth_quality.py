@@ -56,7 +56,7 @@ class DepthStudy(Study):
         asked = {"merge": options, "removed": removed}
         made = self.made(self.recipe("merge", merge))
         scores = {} if self.args.chains_only else self._scored(made["merged_weights"], removed)
-        seconds, gate = round(made["merge_plan"].seconds, 1), made["merged_weights"].facts["gate"]
+        seconds, gate = round(made["merge_plan"].seconds, 1), made["merged_weights"].metadata["gate"]
         self.record(**asked, seconds=seconds, gate=gate, **scores, **_chosen(made["merge_plan"]))
         seen, used = set[str](), [*made.values()]
         for chain in self.args.recoveries:
@@ -70,7 +70,9 @@ class DepthStudy(Study):
         found = self.last(self.recipe("recovered", merge, *(stage_of("recover", options) for options in chain)))
         steps = [(r["target"].removeprefix("model.layers."), r["action"], r["value"]) for r in _rows(found)]
         scores = self._scored(found, asked["removed"])
-        self.record(**asked, recover=chain, seconds=round(found.seconds, 1), **scores, facts=found.facts, steps=steps)
+        self.record(
+            **asked, recover=chain, seconds=round(found.seconds, 1), **scores, metadata=found.metadata, steps=steps
+        )
         return found
 
     def _scored(self, weights: Artifact, removed: int) -> Row:

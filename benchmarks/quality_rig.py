@@ -148,7 +148,7 @@ class Study:
             produced = produce(self.store, self.accelerator, step, inputs)
             found[step.name] = produced.artifact
             if not isinstance(step.stage, Stage) and not produced.hit:
-                self.record(step=step.name, seconds=round(produced.seconds, 2), **produced.artifact.facts)
+                self.record(step=step.name, seconds=round(produced.seconds, 2), **produced.artifact.metadata)
         return found
 
     def last(self, recipe: Recipe) -> Artifact:

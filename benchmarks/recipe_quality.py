@@ -85,8 +85,8 @@ class RecipeStudy(Study):
         own = [made[step.name] for step in steps_of(recipe).values() if step.stage in recipe.stages]
         last, stages = own[-1], [{s.stage: s.options()} for s in recipe.stages]
         seconds = {artifact.kind: round(artifact.seconds, 1) for artifact in own}
-        found: Row = {"planned": planned, "seconds": seconds, "gate": last.facts["gate"]}
-        if bits := last.facts.get("bits_per_weight"):
+        found: Row = {"planned": planned, "seconds": seconds, "gate": last.metadata["gate"]}
+        if bits := last.metadata.get("bits_per_weight"):
             found["bits_per_weight"] = round(bits, 3)
         self.record(recipe=recipe.name, **self.measured(last.checkpoint), **found, stages=stages)
 

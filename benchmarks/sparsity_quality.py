@@ -73,7 +73,7 @@ class SparsityStudy(Study):
             plan_seconds=round(plan.seconds, 2),
             seconds=round(sparse.seconds, 2),
             **self.measured(sparse.checkpoint),
-            mean_output_error=sparse.facts.get("mean_output_error"),
+            mean_output_error=sparse.metadata.get("mean_output_error"),
             **_notes(SparsityPlan.load(plan.path).evidence),
         )
         self.discard(made.values())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_dags.heartbeat import spoken
+from compression_dags.provenance.artifacts import METADATA
 from compression_dags.registry import stage_kinds
 
 #: Multiply-adds a second of a pass over tokens, and seconds before anything is computed (imports, the graph).
@@ -163,7 +164,7 @@ def read_past(home: Path, kinds: Iterable[str], device: str, largest: int) -> Pa
             if request["numeric"].get("device", device) != device:
                 continue
             model = next((sizes[d] for d in request["inputs"].values() if d in sizes), None)
-            tokens = manifest["facts"].get("tokens") or _tokens(home, request["inputs"])
+            tokens = manifest[METADATA].get("tokens") or _tokens(home, request["inputs"])
             if model is None:
                 continue
             method = request["config"].get("method", "")
@@ -180,16 +181,16 @@ def _models(home: Path) -> dict[str, Model]:
     found: dict[str, Model] = {}
     for kind in ("base_model", *WEIGHTS):
         for manifest in _latest(home, kind):
-            facts = manifest["facts"]
-            if {"parameters", "layers", "bytes"} <= facts.keys():
-                found[manifest["digest"]] = Model(facts["parameters"], facts["layers"], facts["bytes"])
+            size = manifest[METADATA]
+            if {"parameters", "layers", "bytes"} <= size.keys():
+                found[manifest["digest"]] = Model(size["parameters"], size["layers"], size["bytes"])
     return found
 
 
 def _tokens(home: Path, inputs: dict[str, str]) -> int:
     """Calibration tokens among the inputs of a past run."""
     wanted = inputs.get("calibration_tokens")
-    found = (m["facts"].get("tokens", 0) for m in _latest(home, "calibration_tokens") if m["digest"] == wanted)
+    found = (m[METADATA].get("tokens", 0) for m in _latest(home, "calibration_tokens") if m["digest"] == wanted)
     return int(next(found, 0)) if wanted else 0
 
 
@@ -206,5 +207,5 @@ def _latest(home: Path, kind: str) -> Iterator[dict[str, Any]]:
             found = json.loads((folder / name / "manifest.json").read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(found, dict) and {"request", "facts", "digest", "seconds", "peak_memory_mb"} <= found.keys():
+        if isinstance(found, dict) and {"request", METADATA, "digest", "seconds", "peak_memory_mb"} <= found.keys():
             yield found

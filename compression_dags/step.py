@@ -34,7 +34,7 @@ class Step:
         version: of the code, as it enters the fingerprint.
         options: canonical JSON values, defaults written out; they enter the fingerprint.
         reads: roles of its inputs: names of other steps, `base_model`, or `weights` (those made so far).
-        worker: `module:function`, called with a `Job`; it writes into `job.out` and returns facts for display.
+        worker: `module:function`, called with a `Job`; it writes into `job.out` and returns metadata for display.
         stage: the recipe's stage that asks for the step; None of shared analysis.
         kind: of the artifact in the store; by default the step's name.
         gpu: whether it computes on the accelerator; then device type and dtype enter the fingerprint.
@@ -61,7 +61,7 @@ class Step:
         return {role: self.before if role == WEIGHTS else role for role in self.reads}
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Facts for display, after the worker has written the artifact."""
+        """Metadata for display, after the worker has written the artifact."""
         return worker(self.worker)(job)
 
 

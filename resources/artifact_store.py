@@ -21,6 +21,7 @@ import dagster as dg
 from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import (
     MANIFEST,
+    METADATA,
     Artifact,
     Request,
     artifact_of,
@@ -146,7 +147,7 @@ class ArtifactStore(dg.ConfigurableResource):
         return next((manifest.get("run_id", "") for manifest in found if manifest), "")
 
     def produce(self, request: Request, build: Build, run_id: str = "") -> Produced:
-        """The artifact of `request`: the stored one, or what `build` makes. `build` returns its facts.
+        """The artifact of `request`: the stored one, or what `build` makes. `build` returns its metadata.
 
         A stored one that is damaged is kept aside as `<fingerprint>.damaged-<time>` and built again.
 
@@ -165,8 +166,8 @@ class ArtifactStore(dg.ConfigurableResource):
                 for line in damage:
                     logger.warning("%s %s is damaged and built again: %s", request.kind, fingerprint[:12], line)
                 with peak_memory() as peak:
-                    facts = build(work)
-                artifact = self._publish(work, facts, run_id, time.monotonic() - start, peak)
+                    metadata = build(work)
+                artifact = self._publish(work, metadata, run_id, time.monotonic() - start, peak)
         except Exception as error:
             if _is_full(error):
                 raise InputError(f"home {self.root} is full; free space (`compression-dags store --prune`)") from error
@@ -186,7 +187,7 @@ class ArtifactStore(dg.ConfigurableResource):
             Path(lock.name).unlink(missing_ok=True)
 
     def _publish(
-        self, work: Workplace, facts: dict[str, Any], run_id: str, seconds: float, peak: PeakMemory
+        self, work: Workplace, metadata: dict[str, Any], run_id: str, seconds: float, peak: PeakMemory
     ) -> Artifact:
         request, out = work.request, work.out
         files = describe_files(out, work.hashed)
@@ -195,7 +196,7 @@ class ArtifactStore(dg.ConfigurableResource):
             "digest": content_digest(files),
             "request": asdict(request),
             "files": files,
-            "facts": facts,
+            METADATA: metadata,
             "environment": environment(),
             "run_id": run_id,
             "seconds": round(seconds, 3),

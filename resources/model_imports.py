@@ -84,7 +84,7 @@ def opened(hub: ModelHub, source: ModelSource, progress: Progress = silent) -> I
         try:
             start = time.monotonic()
             found.staged = _import(found, hub.fetch(source, folder), folder / "checkpoint", progress)
-            found.staged.facts["import_seconds"] = round(time.monotonic() - start, 1)
+            found.staged.metadata["import_seconds"] = round(time.monotonic() - start, 1)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(f"home {hub.home} is full; free space (`compression-dags store --prune`)") from error

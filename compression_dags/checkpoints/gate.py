@@ -110,7 +110,7 @@ def check_reload(
             its plan, never from the written files.
 
     Returns:
-        What goes into the artifact's facts: the error, the tolerance, dtype and device.
+        What goes into the artifact's metadata: the error, the tolerance, dtype and device.
 
     Raises:
         IntegrityError: the checkpoint does not load cleanly, gives non-finite logits, or other logits.

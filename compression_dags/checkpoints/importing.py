@@ -40,7 +40,7 @@ class ImportedModel:
 
     Attributes:
         path: the directory that now holds it.
-        facts: architecture, layers, parameters, bytes, hidden, vocab, context, dtype, revision, licence,
+        metadata: architecture, layers, parameters, bytes, hidden, vocab, context, dtype, revision, licence,
             tied_embeddings, files (name → sha256), notes, origin. JSON values; nothing in them depends on the slug.
         digests: name → sha256 of every file in `path`.
         computed: names of those files that computing depends on, sorted.
@@ -48,7 +48,7 @@ class ImportedModel:
     """
 
     path: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     digests: dict[str, str]
     computed: list[str]
     stamps: dict[str, list[int]]
@@ -111,8 +111,8 @@ def import_checkpoint(
     found, ignored = (licence, None) if licence else read_licence(source)
     stated = {"revision": revision, "origin": origin, "licence": found, "notes": [*notes, *filter(None, [ignored])]}
     computed = sorted(plan.stamps.keys() & digests.keys())
-    facts = {**describe(Checkpoint(directory)), **stated, "files": digests}
-    return ImportedModel(directory, facts, digests, computed, plan.stamps)
+    metadata = {**describe(Checkpoint(directory)), **stated, "files": digests}
+    return ImportedModel(directory, metadata, digests, computed, plan.stamps)
 
 
 def check_headers(source: Path) -> Plan:

@@ -208,11 +208,11 @@ def models(ctx: click.Context, home: Path, as_json: bool) -> None:
 @json_option
 def models_add(model: str, name: str | None, home: Path, as_json: bool) -> None:
     """Check and import MODEL, then register it."""
-    from compression_dags.cli.models import facts_text
+    from compression_dags.cli.models import metadata_text
     from compression_dags.cli.run import add_model
 
     artifact = add_model(model, _settings(home, None, None, None), name)
-    emit(artifact.facts, as_json, facts_text(artifact.facts))
+    emit(artifact.metadata, as_json, metadata_text(artifact.metadata))
 
 
 @models.command("remove")

@@ -30,10 +30,10 @@ def models_text(listed: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def facts_text(facts: dict[str, Any]) -> str:
+def metadata_text(metadata: dict[str, Any]) -> str:
     """One line a fact; each note on a line of its own, files left out."""
-    lines = [f"{key}: {value}" for key, value in facts.items() if key not in ("files", "notes")]
-    return "\n".join([*lines, *(f"note: {note}" for note in facts.get("notes", ()))])
+    lines = [f"{key}: {value}" for key, value in metadata.items() if key not in ("files", "notes")]
+    return "\n".join([*lines, *(f"note: {note}" for note in metadata.get("notes", ()))])
 
 
 def remove_model(home: Path, name: str) -> str:

@@ -67,8 +67,13 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """The object that `run --json` prints; its keys are stable."""
-        size = {key: self.base.facts[key] for key in ("bytes", "layers")}
-        base = {"name": self.base.facts["origin"], "slug": self.slug, "params": self.base.facts["parameters"], **size}
+        size = {key: self.base.metadata[key] for key in ("bytes", "layers")}
+        base = {
+            "name": self.base.metadata["origin"],
+            "slug": self.slug,
+            "params": self.base.metadata["parameters"],
+            **size,
+        }
         return {
             "base_model": base,
             "baseline": {"scores": self.cards[BASELINE]["scores"]},
@@ -295,7 +300,7 @@ def admit(source: ModelSource, settings: Settings) -> Produced:
     home = str(settings.home)
     produced = import_base_model(ArtifactStore(home=home), ModelHub(home=home), source)
     logger.info("%-9s %s (%.1f s)", state_of(produced), f"{BASE} {source.slug}", produced.seconds)
-    for note in () if produced.hit else produced.artifact.facts.get("notes", ()):
+    for note in () if produced.hit else produced.artifact.metadata.get("notes", ()):
         logger.info("note: %s", note)
     return produced
 

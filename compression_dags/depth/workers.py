@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compression_dags.calibration.job_tokens import tokens_of
-from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
+from compression_dags.checkpoints.size import record_size
 from compression_dags.depth.apply import apply_plan, reference_logits, removed_share
 from compression_dags.depth.plan import MergePlan
 from compression_dags.depth.stage import MergeStage, ProbeContext
@@ -16,7 +16,7 @@ from compression_dags.step import BASE
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """Facts of the depth plan, which it writes with a decision row for every layer."""
+    """Metadata of the depth plan, which it writes with a decision row for every layer."""
     merge, source = job.stage, job.checkpoint(BASE)
     assert isinstance(merge, MergeStage)
     merge.check(source.shape)

@@ -17,6 +17,8 @@ CHECKPOINT = "checkpoint"
 DECISIONS = "decisions.parquet"
 METRICS = "metrics.json"
 SIZE = "size.json"
+#: The key of an artifact's metadata in manifests and in `compression.json`: those that are stored have this one.
+METADATA = "facts"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Artifact:
         fingerprint: sha256 of everything that determines the result.
         digest: sha256 over every byte that a reader may use. Equal digests compute the same.
         path: where the files lie.
-        facts: small JSON values for display. A later step reads files, never facts: the digest does not cover them.
+        metadata: small JSON values for display. A later step reads files instead: the digest does not cover them.
         inputs: digest of every input, by role.
         run_id: the Dagster run that computed it.
         seconds, peak_memory_mb, peak_device_memory_mb: what computing it took, in the host's memory and on its device.
@@ -39,7 +41,7 @@ class Artifact:
     fingerprint: str
     digest: str
     path: Path
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     run_id: str = ""
     seconds: float = 0.0
@@ -160,7 +162,7 @@ def artifact_of(directory: Path, manifest: Mapping[str, Any]) -> Artifact:
         manifest["fingerprint"],
         manifest["digest"],
         directory,
-        manifest.get("facts", {}),
+        manifest.get(METADATA, {}),
         request["inputs"],
         manifest.get("run_id", ""),
         manifest.get("seconds", 0.0),

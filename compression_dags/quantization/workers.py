@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from compression_dags.calibration.job_tokens import tokens_of
-from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.serving_lint import serving_fact
+from compression_dags.checkpoints.size import record_size
 from compression_dags.job import Job
 from compression_dags.quantization.scheme_plan import SchemePlan
 from compression_dags.quantization.stage import QuantizeStage
@@ -29,5 +29,5 @@ def quantize(job: Job) -> dict[str, Any]:
         gate = check_reload(model.checkpoint.path, reference, **on)
     gate["serving"] = serving_fact(model.checkpoint.path)
     job.decide(model.decisions)
-    facts = record_size(model.checkpoint, job.out, job.inputs["weights"].size["parameters"])
-    return {**facts, "bits_per_weight": model.bits_per_weight, "scheme": stage.scheme, **gate}
+    metadata = record_size(model.checkpoint, job.out, job.inputs["weights"].size["parameters"])
+    return {**metadata, "bits_per_weight": model.bits_per_weight, "scheme": stage.scheme, **gate}

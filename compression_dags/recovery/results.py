@@ -19,7 +19,7 @@ class Recovery:
     checkpoint: Checkpoint
     fitted: dict[str, Tensor] = field(repr=False)
     decisions: list[Decision]
-    facts: dict[str, float | int | str] = field(default_factory=dict)
+    metadata: dict[str, float | int | str] = field(default_factory=dict)
 
 
 def write_recovered(student: Checkpoint, fitted: dict[str, Tensor], directory: Path) -> Checkpoint:

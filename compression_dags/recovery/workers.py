@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compression_dags.calibration.job_tokens import tokens_of
-from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
+from compression_dags.checkpoints.size import record_size
 from compression_dags.depth.apply import reference_logits
 from compression_dags.depth.plan import MergePlan, keep_only
 from compression_dags.job import Job
@@ -30,4 +30,4 @@ def recover(job: Job) -> dict[str, Any]:
     job.decide(found.decisions)
     accepted = sum(d.action == "recover" for d in found.decisions)
     tally = {"accepted": accepted, "rejected": len(found.decisions) - accepted}
-    return {**record_size(found.checkpoint, job.out), **found.facts, **tally, **gate}
+    return {**record_size(found.checkpoint, job.out), **found.metadata, **tally, **gate}

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from compression_dags.checkpoints.gguf_import import HUB_ID, NAME
-from compression_dags.provenance.artifacts import Artifact, describe_files
+from compression_dags.provenance.artifacts import METADATA, Artifact, describe_files
 from compression_dags.provenance.escaping import line, markdown_block, markdown_line
 from compression_dags.reports.scorecard import change_text, is_headline, number_text, samples_note, samples_of
 from compression_dags.sparsity.masks import MASKS, settle_masks
@@ -32,10 +32,11 @@ def write_card(
 ) -> None:
     """Write `README.md` and `compression.json` beside the weights in `directory`."""
     masked = settle_masks(directory)
+    origin = {key: base.metadata.get(key) for key in ("origin", "revision")}
     record = {
-        "base_model": {"slug": slug, "digest": base.digest, **{k: base.facts.get(k) for k in ("origin", "revision")}},
+        "base_model": {"slug": slug, "digest": base.digest, **origin},
         "recipe": recipe,
-        "weights": {"fingerprint": weights.fingerprint, "digest": weights.digest, "facts": weights.facts},
+        "weights": {"fingerprint": weights.fingerprint, "digest": weights.digest, METADATA: weights.metadata},
         "scores": card["scores"],
         "samples": card.get("samples"),
         "change": card["change"],
@@ -43,7 +44,7 @@ def write_card(
         "files": describe_files(directory),
     }
     (directory / "compression.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    zeros = weights.facts.get("sparsity") if masked else None
+    zeros = weights.metadata.get("sparsity") if masked else None
     (directory / "README.md").write_text(_readme(recipe, slug, base, card, decisions, zeros), encoding="utf-8")
 
 
@@ -56,7 +57,7 @@ def _readme(
     zeros: float | None,
 ) -> str:
     sizes = [
-        f"| {name} | {base.facts[name]:,} | {card[name]:,} | {card[f'{name}_ratio']:.4f} |"
+        f"| {name} | {base.metadata[name]:,} | {card[name]:,} | {card[f'{name}_ratio']:.4f} |"
         for name in ("layers", "parameters", "bytes")
     ]
     scores = [
@@ -112,7 +113,7 @@ def _front(recipe: dict[str, Any], base: Artifact) -> dict[str, Any]:
     """
     stages = [(name, options) for stage in recipe["stages"] for name, options in stage.items()]
     relation = "quantized" if any(name == "quantize" for name, _ in stages) else "finetune"
-    origin, licence = str(base.facts.get("origin") or ""), base.facts.get("licence")
+    origin, licence = str(base.metadata.get("origin") or ""), base.metadata.get("licence")
     origin = HUB_ID if origin == NAME else origin
     return {
         **({"base_model": origin, "base_model_relation": relation} if _HUB_ID.fullmatch(origin) else {}),

@@ -23,7 +23,7 @@ GATE = ".mlp.gate_proj"
 
 
 def write_redundancy(activations: Path, directory: Path, device: str = "cpu") -> dict[str, Any]:
-    """Write `redundancy.safetensors`, `redundancy.json` (labels, tokens) and two heat maps; return the facts.
+    """Write `redundancy.safetensors`, `redundancy.json` (labels, tokens) and two heat maps; return the metadata.
 
     Layers are compared by the residual stream at their entry (`in`) and exit (`out`), which the calibration pass keeps,
     and by the output of their gate projection where they have one; modules by the tables of the pass.

@@ -28,7 +28,7 @@ Table = tuple[dict[str, np.ndarray], dict[str, Any], bytes]
 
 
 def write_similarity(metric: str, activations: Path, directory: Path, device: str = "cpu") -> dict[str, Any]:
-    """Write `similarity.safetensors` and `plot.png` of one metric; return its facts.
+    """Write `similarity.safetensors` and `plot.png` of one metric; return its metadata.
 
     Raises:
         InputError: an unknown metric, statistics that are not finite, or states that give no similarity (too few
@@ -36,39 +36,39 @@ def write_similarity(metric: str, activations: Path, directory: Path, device: st
     """
     if metric not in METRICS:
         raise InputError(f"similarity metric {metric!r} is unknown; allowed: {', '.join(METRICS)}")
-    arrays, facts, png = METRICS[metric](activations, device)
+    arrays, metadata, png = METRICS[metric](activations, device)
     if not all(np.isfinite(a).all() for a in arrays.values()):
         raise InputError(f"similarity_{metric}: the calibration statistics are not finite")
     save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, directory / "similarity.safetensors")
     (directory / "plot.png").write_bytes(png)
-    return facts
+    return metadata
 
 
 def _block_influence(activations: Path, device: str) -> Table:
     statistics = load_statistics(activations)
     arrays = {name: statistics[name] for name in ("block_influence", "block_influence_stderr")}
     lowest = np.argsort(arrays["block_influence"], kind="stable")
-    facts = {
+    metadata = {
         "least_influential_layer": int(lowest[0]),
         "least_influence": float(arrays["block_influence"][lowest[0]]),
     }
     png = bars_png(arrays["block_influence"], arrays["block_influence_stderr"], "layer", "block influence")
-    return arrays, facts, png
+    return arrays, metadata, png
 
 
 def _angular(activations: Path, device: str) -> Table:
     statistics = load_statistics(activations)
     arrays = {"angular": statistics["angular"], "angular_last": statistics["angular_last"]}
     neighbours = np.diagonal(arrays["angular"], 1)
-    facts = {"closest_neighbours": int(neighbours.argmin()), "least_distance": float(neighbours.min())}
-    return arrays, facts, heatmap_png(arrays["angular"], "entry of layer", "angular distance / π")
+    metadata = {"closest_neighbours": int(neighbours.argmin()), "least_distance": float(neighbours.min())}
+    return arrays, metadata, heatmap_png(arrays["angular"], "entry of layer", "angular distance / π")
 
 
 def _npib(activations: Path, device: str) -> Table:
     """NPIB of layer outputs by three estimators, its interval, and the released code's own similarity.
 
     What an estimator cannot give on this model (too few tokens for KSG, a degenerate kernel at the released σ = 8) is
-    left out, and the facts say why; the default estimator must work.
+    left out, and the metadata says why; the default estimator must work.
     """
     hidden, sampled, first_tokens = _states(activations)
     outputs = hidden[1:]
@@ -85,7 +85,7 @@ def _npib(activations: Path, device: str) -> Table:
         "npib_bins": np.array([bins]),
     }
     arrays["npib_low"], arrays["npib_high"] = npib.bootstrap(points, sampled[rows, 0], bins=bins, device=device)
-    facts: dict[str, Any] = {"tokens": len(rows), "copies": len(sampled) - len(rows), "bins": bins}
+    metadata: dict[str, Any] = {"tokens": len(rows), "copies": len(sampled) - len(rows), "bins": bins}
     fewer = points[:, _spread(points.shape[1], KSG_TOKENS)]
     for name, says, compute in (
         ("npib_ksg", f"{fewer.shape[1]} tokens", lambda: npib.ksg(fewer)),
@@ -93,10 +93,10 @@ def _npib(activations: Path, device: str) -> Table:
     ):
         try:
             arrays[name] = compute().numpy()
-            facts[name] = says
+            metadata[name] = says
         except InputError as error:
-            facts[name] = f"not computed: {error}"
-    return _with_tree("npib", arrays, facts, "S = I / √(H H), binned")
+            metadata[name] = f"not computed: {error}"
+    return _with_tree("npib", arrays, metadata, "S = I / √(H H), binned")
 
 
 def _cka(activations: Path, device: str) -> Table:
@@ -118,20 +118,20 @@ def _spread(count: int, most: int) -> np.ndarray:
     return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(np.int64)
 
 
-def _with_tree(metric: str, arrays: dict[str, np.ndarray], facts: dict[str, Any], label: str) -> Table:
+def _with_tree(metric: str, arrays: dict[str, np.ndarray], metadata: dict[str, Any], label: str) -> Table:
     tree = merge_tree(arrays[metric], arrays[f"{metric}_low"], arrays[f"{metric}_high"])
     if tree:
         best = tree[0]
-        facts = {
+        metadata = {
             "closest_layers": f"{best.first.start}-{best.second.start}",
             "similarity": best.value,
             "low": best.low,
             "high": best.high,
             "not_told_apart": best.overlaps,
-            **facts,
+            **metadata,
         }
     png = merge_tree_png(arrays[metric], [(m.first, m.second, m.value) for m in tree], "output of layer", label)
-    return arrays, facts, png
+    return arrays, metadata, png
 
 
 METRICS: dict[str, Callable[[Path, str], Table]] = {

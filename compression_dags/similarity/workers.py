@@ -10,10 +10,10 @@ from compression_dags.similarity.tables import write_similarity
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Facts of one similarity of layers, whose tables and plot it writes."""
+    """Metadata of one similarity of layers, whose tables and plot it writes."""
     return write_similarity(job.stage, job.inputs["calibration_activations"].path, job.out)
 
 
 def redundancy(job: Job) -> dict[str, Any]:
-    """Facts of the redundancy of layers and modules, whose tables and plots it writes."""
+    """Metadata of the redundancy of layers and modules, whose tables and plots it writes."""
     return write_redundancy(job.inputs["calibration_activations"].path, job.out)

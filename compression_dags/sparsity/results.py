@@ -35,7 +35,7 @@ class Sparsified:
 
     checkpoint: Checkpoint
     decisions: list[Decision]
-    facts: dict[str, float | int | str]
+    metadata: dict[str, float | int | str]
     tensors: dict[str, Tensor] = field(repr=False)
 
     def reference_logits(self, source: Checkpoint, *, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -127,9 +127,9 @@ class Results:
         written = write_checkpoint(directory, self.source, self.source.config, names)
         columns = {name: self.source.tensors[f"{name}.weight"].shape[1] for name in self.packed}
         save_masks(self.packed, columns, directory)
-        return Sparsified(written, self.decisions, self.facts(), self.tensors)
+        return Sparsified(written, self.decisions, self.metadata(), self.tensors)
 
-    def facts(self) -> dict[str, float | int | str]:
+    def metadata(self) -> dict[str, float | int | str]:
         zeros = sum(d.evidence["zeros"] for d in self.decisions)
         numel = sum(d.evidence["parameters"] for d in self.decisions)
         errors = [d.evidence["output_error"] for d in self.decisions if "output_error" in d.evidence]

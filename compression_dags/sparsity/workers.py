@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compression_dags.calibration.job_tokens import tokens_of
-from compression_dags.checkpoints.facts import record_size
 from compression_dags.checkpoints.gate import check_reload
+from compression_dags.checkpoints.size import record_size
 from compression_dags.job import Job
 from compression_dags.sparsity.allocation import SparsityPlan
 from compression_dags.sparsity.evidence import PruneProbe, fresh_evidence, stored_evidence
@@ -15,7 +15,7 @@ from compression_dags.stage import Progress
 
 
 def plan(job: Job) -> dict[str, Any]:
-    """Facts of the sparsity plan, which it writes with a decision row for every matrix."""
+    """Metadata of the sparsity plan, which it writes with a decision row for every matrix."""
     stage, source = job.stage, job.checkpoint()
     assert isinstance(stage, SparsifyStage)
     stage.check(source.shape)
@@ -32,8 +32,12 @@ def plan(job: Job) -> dict[str, Any]:
     job.decide(decisions)
     shares = [p.sparsity for p in chosen.patterns.values()]
     notes = {"notes": "; ".join(chosen.evidence["notes"])} if chosen.evidence.get("notes") else {}
-    facts = {"target": chosen.target, "pattern": chosen.pattern, "planned": chosen.evidence["summary"]["planned_mean"]}
-    return {**facts, "matrices": len(shares), "least": min(shares), "most": max(shares), **notes}
+    metadata = {
+        "target": chosen.target,
+        "pattern": chosen.pattern,
+        "planned": chosen.evidence["summary"]["planned_mean"],
+    }
+    return {**metadata, "matrices": len(shares), "least": min(shares), "most": max(shares), **notes}
 
 
 def prune(job: Job) -> dict[str, Any]:
@@ -47,4 +51,4 @@ def prune(job: Job) -> dict[str, Any]:
         sparse = stage.sparsify(source, chosen, blocks, job.target, **on, resume=job.resume, progress=progress)
         gate = check_reload(sparse.checkpoint.path, sparse.reference_logits(source, **on), **on)
     job.decide(sparse.decisions)
-    return {**record_size(sparse.checkpoint, job.out), **sparse.facts, **gate}
+    return {**record_size(sparse.checkpoint, job.out), **sparse.metadata, **gate}

@@ -10,7 +10,7 @@ from compression_dags.paths import PROJECT
 TOYS = """
 from typing import Any, ClassVar, Literal
 
-from compression_dags.checkpoints.facts import record_size
+from compression_dags.checkpoints.size import record_size
 from compression_dags.depth.methods.reverse import Reverse
 from compression_dags.provenance.decisions import Decision
 from compression_dags.stage import Stage

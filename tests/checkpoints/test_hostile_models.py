@@ -189,11 +189,11 @@ def test_fields_that_steer_loading_are_left_out(model, tmp_path):
     options = json.loads((model / "tokenizer_config.json").read_text())
     away = {"name_or_path": "/home/x", "tokenizer_file": "/etc/tokenizer.json", "fast_tokenizer_files": ["../t.json"]}
     (model / "tokenizer_config.json").write_text(json.dumps(options | away))
-    facts = admit(model, tmp_path / "in").facts
+    metadata = admit(model, tmp_path / "in").metadata
     kept = json.loads((tmp_path / "in" / "config.json").read_text())
     assert not kept.keys() & STEERING.keys() and "cache_dir" not in kept["rope_parameters"]
     assert json.loads((tmp_path / "in" / "tokenizer_config.json").read_text()) == options
-    notes = "\n".join(facts["notes"])
+    notes = "\n".join(metadata["notes"])
     assert all(name in notes for name in (*STEERING, "fast_tokenizer_files"))
     assert (tmp_path / "in" / SINGLE).read_bytes() == (model / SINGLE).read_bytes()
 
@@ -334,7 +334,7 @@ def test_a_float16_model_is_not_refused_for_its_range(model, tmp_path, monkeypat
     edit_config(model, dtype="float16")
     edit_weights(model, lambda t: t.update({k: v.half() for k, v in t.items()}))
     edit_weights(model, lambda t: t["model.norm.weight"].fill_(60000))
-    assert admit(model, tmp_path / "in").facts["dtype"] == "float16"
+    assert admit(model, tmp_path / "in").metadata["dtype"] == "float16"
 
 
 def test_stored_buffers_are_left_out(model, tmp_path):
@@ -345,9 +345,9 @@ def test_stored_buffers_are_left_out(model, tmp_path):
     before = (model / SINGLE).read_bytes()
     odd = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(5)}
     edit_weights(model, lambda t: t.update(odd, **{"model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)}))
-    facts = admit(model, tmp_path / "in").facts
-    assert facts["parameters"] == sum(p.numel() for p in load_stock(tmp_path / "in").parameters())
-    assert "6 stored buffers are left out" in facts["notes"][0]
+    metadata = admit(model, tmp_path / "in").metadata
+    assert metadata["parameters"] == sum(p.numel() for p in load_stock(tmp_path / "in").parameters())
+    assert "6 stored buffers are left out" in metadata["notes"][0]
     assert len((tmp_path / "in" / SINGLE).read_bytes()) <= len(before) + 8
     assert not Checkpoint(tmp_path / "in").tensors.keys() & odd.keys()
 
@@ -358,8 +358,8 @@ def test_a_tied_head_that_is_stored(equal, model, tmp_path):
     if not equal:
         refuse(model, r"lm_head\.weight differs from the embedding, but tie_word_embeddings is true")
         return
-    facts = admit(model, tmp_path / "in").facts
-    assert "lm_head.weight is left out" in facts["notes"][0] and facts["parameters"] == 260_032
+    metadata = admit(model, tmp_path / "in").metadata
+    assert "lm_head.weight is left out" in metadata["notes"][0] and metadata["parameters"] == 260_032
 
 
 def add_tokens(model: Path, special: bool, first: int = 512) -> None:
@@ -371,7 +371,7 @@ def add_tokens(model: Path, special: bool, first: int = 512) -> None:
 
 def test_an_added_special_token_past_the_embedding(model, tmp_path):
     add_tokens(model, special=True)
-    notes = admit(model, tmp_path / "in").facts["notes"]
+    notes = admit(model, tmp_path / "in").metadata["notes"]
     assert notes == ["the tokenizer has 1 added special tokens past the embedding's 512 rows: <image_soft_token>"]
 
 

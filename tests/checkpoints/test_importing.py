@@ -27,18 +27,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_imported(family, tiny_model, tmp_path):
-    facts = admit(tiny_model(family), tmp_path / "in").facts
-    assert (facts["architecture"], facts["layers"], facts["hidden"], facts["vocab"]) == (family, 4, 64, 512)
-    assert facts["parameters"] == sum(p.numel() for p in load_stock(tmp_path / "in").parameters())
+    metadata = admit(tiny_model(family), tmp_path / "in").metadata
+    assert (metadata["architecture"], metadata["layers"], metadata["hidden"], metadata["vocab"]) == (family, 4, 64, 512)
+    assert metadata["parameters"] == sum(p.numel() for p in load_stock(tmp_path / "in").parameters())
 
 
 def test_facts_and_files(novella, tmp_path):
     imported = import_checkpoint(novella, tmp_path / "in", revision=COMMIT, origin="novella-13m")
-    facts = imported.facts
-    assert facts["files"].keys() == {p.name for p in (tmp_path / "in").iterdir()} == {p.name for p in novella.iterdir()}
-    for name, digest in facts["files"].items():
+    metadata = imported.metadata
+    assert (
+        metadata["files"].keys() == {p.name for p in (tmp_path / "in").iterdir()} == {p.name for p in novella.iterdir()}
+    )
+    for name, digest in metadata["files"].items():
         assert hashlib.sha256((novella / name).read_bytes()).hexdigest() == digest
-    assert {k: v for k, v in facts.items() if k != "files"} == {
+    assert {k: v for k, v in metadata.items() if k != "files"} == {
         "architecture": "llama", "layers": 16, "parameters": 12_853_504, "bytes": 25_722_832, "hidden": 256,
         "vocab": 4096, "context": 512, "dtype": "float16", "tied_embeddings": True, "revision": COMMIT,
         "origin": "novella-13m", "licence": "apache-2.0",
@@ -50,8 +52,8 @@ def test_code_and_pickles_stay_outside(model, tmp_path):
     for name in ("modeling_evil.py", "pytorch_model.bin", ".hidden", "notes.pdf"):
         (model / name).write_bytes(b"x")
     (model / "LICENSE").write_text("MIT")
-    facts = admit(model, tmp_path / "in").facts
-    assert set(facts["files"]) == {
+    metadata = admit(model, tmp_path / "in").metadata
+    assert set(metadata["files"]) == {
         "LICENSE", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
@@ -61,9 +63,9 @@ def test_sharded_models_keep_their_shards(model, tmp_path):
     load_stock(model).save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(model / name, tmp_path / "sharded" / name)
-    facts = admit(tmp_path / "sharded", tmp_path / "in").facts
-    assert sum(name.endswith(".safetensors") for name in facts["files"]) > 1
-    assert INDEX in facts["files"]
+    metadata = admit(tmp_path / "sharded", tmp_path / "in").metadata
+    assert sum(name.endswith(".safetensors") for name in metadata["files"]) > 1
+    assert INDEX in metadata["files"]
 
 
 @pytest.mark.parametrize(
@@ -240,10 +242,10 @@ def test_an_index_loses_what_is_left_out(model, tmp_path):
     save_file(head, model / "b.safetensors", metadata={"format": "pt"})
     names = dict.fromkeys(read_header(model / "a.safetensors"), "a.safetensors")
     (model / INDEX).write_text(json.dumps({"weight_map": names | {"lm_head.weight": "b.safetensors"}}))
-    facts = admit(model, tmp_path / "in").facts
-    assert len(facts["notes"]) == 2 and "b.safetensors" not in facts["files"]
+    metadata = admit(model, tmp_path / "in").metadata
+    assert len(metadata["notes"]) == 2 and "b.safetensors" not in metadata["files"]
     assert set(Checkpoint(tmp_path / "in").tensors) == names.keys() - {"model.layers.1.self_attn.rotary_emb.inv_freq"}
-    assert load_stock(tmp_path / "in").num_parameters() == facts["parameters"] == 260_032
+    assert load_stock(tmp_path / "in").num_parameters() == metadata["parameters"] == 260_032
 
 
 def test_defaults_of_the_tied_flag_are_those_of_transformers(tmp_path):

@@ -305,7 +305,7 @@ def test_linear_patch_repairs_two_gaps(stories, tmp_path):
     first, second = found.decisions
     assert [d.action for d in found.decisions] == ["recover", "recover"]
     assert [d.target for d in found.decisions] == ["model.layers.0", "model.layers.1"]
-    assert found.facts["factor"] == pytest.approx(first.value * second.value)
+    assert found.metadata["factor"] == pytest.approx(first.value * second.value)
     held = chosen_rows(blocks, [21, 22, 23])
     losses = [mean_loss(load_stock(c.path), held) for c in (student, found.checkpoint)]
     assert losses[0] == pytest.approx(first.evidence["held_out_loss_before"], rel=1e-4)
@@ -342,7 +342,7 @@ def test_linear_patch_is_undone_if_worse(novella, tmp_path):
     source, plan, student = cut(novella, [8, 9, 10], tmp_path / "cut")
     found = LinearPatch().recover(source, student, plan, text_blocks(novella, 6, 96), tmp_path / "out")
     (row,) = found.decisions
-    assert row.action == "reject" and row.value > 1 and not found.fitted and found.facts["factor"] == 1.0
+    assert row.action == "reject" and row.value > 1 and not found.fitted and found.metadata["factor"] == 1.0
     assert row.evidence["held_out_loss_after"] >= row.evidence["held_out_loss_before"]
     for file in student.files:
         assert (student.path / file).read_bytes() == (found.checkpoint.path / file).read_bytes()

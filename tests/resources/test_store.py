@@ -34,7 +34,7 @@ def test_miss_then_hit(tmp_path):
     again = store.produce(REQUEST, writes("other", built), run_id="run-2")
     assert (first.hit, again.hit, len(built)) == (False, True, 1)
     assert again.artifact == first.artifact and again.artifact.run_id == "run-1"
-    assert again.artifact.facts == {"length": 5} and (again.artifact.path / "sub/data.txt").read_text() == "hello"
+    assert again.artifact.metadata == {"length": 5} and (again.artifact.path / "sub/data.txt").read_text() == "hello"
     assert not list((tmp_path / "partial").rglob("data.txt"))
 
 
@@ -85,7 +85,7 @@ def _race(home, queue):
         return {"pid": os.getpid()}
 
     produced = ArtifactStore(home=home).produce(REQUEST, slow)
-    queue.put((produced.hit, produced.artifact.facts["pid"]))
+    queue.put((produced.hit, produced.artifact.metadata["pid"]))
 
 
 def test_two_writers_one_result(tmp_path):
@@ -118,7 +118,7 @@ def build(work):
             time.sleep(60)
     return {"start": start}
 made = ArtifactStore(home=sys.argv[1]).produce(Request("toy", "1", {}, {}), build)
-print(made.artifact.facts["start"])
+print(made.artifact.metadata["start"])
 """
 
 

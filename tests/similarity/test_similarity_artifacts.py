@@ -75,7 +75,7 @@ def written(tmp_path, metric, activations, name="out"):
 
 def test_npib_artifact(tmp_path):
     hidden = stream(5, 200)
-    facts, directory = written(tmp_path, "npib", stored(tmp_path / "pass", hidden))
+    metadata, directory = written(tmp_path, "npib", stored(tmp_path / "pass", hidden))
     arrays = read_evidence({"npib": directory}).similarity
     torch.testing.assert_close(torch.from_numpy(arrays["npib"]), npib.npib(hidden[1:]))  # outputs, before the norm
     np.testing.assert_allclose(arrays["npib_released"], npib.released(hidden[:-1]).numpy())  # inputs, as the code
@@ -84,20 +84,22 @@ def test_npib_artifact(tmp_path):
     assert np.all(arrays["npib_low"] <= arrays["npib"]) and np.all(arrays["npib"] <= arrays["npib_high"])
     assert arrays["npib_sigma"].shape == (4,) and arrays["npib_samples"] == [200] and arrays["npib_bins"] == [3]
     best = int(np.diagonal(arrays["npib"], 1).argmax())
-    assert facts["closest_layers"] == f"{best}-{best + 1}"
-    assert facts["similarity"] == pytest.approx(arrays["npib"][best, best + 1])
-    assert facts["low"] <= facts["similarity"] <= facts["high"]
-    above = np.diagonal(arrays["npib_high"], 1) >= facts["low"]
-    assert facts["not_told_apart"] == above.sum() - 1
-    assert facts["tokens"] == 200 and facts["npib_ksg"] == "200 tokens" and facts["npib_released"] == "57 tokens"
+    assert metadata["closest_layers"] == f"{best}-{best + 1}"
+    assert metadata["similarity"] == pytest.approx(arrays["npib"][best, best + 1])
+    assert metadata["low"] <= metadata["similarity"] <= metadata["high"]
+    above = np.diagonal(arrays["npib_high"], 1) >= metadata["low"]
+    assert metadata["not_told_apart"] == above.sum() - 1
+    assert (
+        metadata["tokens"] == 200 and metadata["npib_ksg"] == "200 tokens" and metadata["npib_released"] == "57 tokens"
+    )
 
 
 def test_cka_artifact(tmp_path):
     hidden = stream(5, 120)
-    facts, directory = written(tmp_path, "cka", stored(tmp_path / "pass", hidden))
+    metadata, directory = written(tmp_path, "cka", stored(tmp_path / "pass", hidden))
     arrays = read_evidence({"cka": directory}).similarity
     np.testing.assert_allclose(arrays["cka"], cka.cka(hidden[1:]).numpy())
-    assert set(arrays) == {"cka", "cka_low", "cka_high"} and facts["tokens"] == 120
+    assert set(arrays) == {"cka", "cka_low", "cka_high"} and metadata["tokens"] == 120
 
 
 @pytest.mark.parametrize("metric", ["npib", "cka"])
@@ -111,18 +113,18 @@ def test_same_states_same_bytes(tmp_path, metric):
 def test_what_an_extra_estimator_cannot_give_is_left_out_and_said(tmp_path):
     """A short calibration, or norms for which σ = 8 degenerates, must not fail recipes that read neither."""
     hidden = stream(4, 40)
-    facts, directory = written(tmp_path, "npib", stored(tmp_path / "pass", hidden, first=hidden[:, :20]))
+    metadata, directory = written(tmp_path, "npib", stored(tmp_path / "pass", hidden, first=hidden[:, :20]))
     arrays = read_evidence({"npib": directory}).similarity
     assert "npib" in arrays and "npib_ksg" not in arrays and "npib_released" not in arrays
-    assert "51" in facts["npib_ksg"] and "sequence 0 has 20 tokens" in facts["npib_released"]
-    facts, _ = written(tmp_path, "npib", stored(tmp_path / "large", 1e9 * stream(4, 64)), "large_out")
-    assert "layer 0" in facts["npib_released"] and "spectral gap" in facts["npib_released"]
+    assert "51" in metadata["npib_ksg"] and "sequence 0 has 20 tokens" in metadata["npib_released"]
+    metadata, _ = written(tmp_path, "npib", stored(tmp_path / "large", 1e9 * stream(4, 64)), "large_out")
+    assert "layer 0" in metadata["npib_released"] and "spectral gap" in metadata["npib_released"]
 
 
 @pytest.mark.parametrize("tokens", [32, 64])
 def test_small_calibrations_work(tmp_path, tokens):
-    facts, _ = written(tmp_path, "npib", stored(tmp_path / "pass", stream(4, tokens)))
-    assert facts["bins"] == 2
+    metadata, _ = written(tmp_path, "npib", stored(tmp_path / "pass", stream(4, tokens)))
+    assert metadata["bins"] == 2
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ def case(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("activations")
     profile_activations(DecoderStream(source), blocks, samples=200).save(folder)
     out = tmp_path_factory.mktemp("redundancy")
-    facts = write_redundancy(folder, out)
+    metadata = write_redundancy(folder, out)
     stage = METHODS["sparsify"]["wanda"].model_validate({"method": "wanda", "sparsity": 0.5})
     probe = PruneProbe(stage, source, blocks, fit_rows=4, held_rows=2)
-    return source, stored_evidence(source, folder, out), probe, facts, out
+    return source, stored_evidence(source, folder, out), probe, metadata, out
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def test_unrelated_features_have_no_debiased_redundancy():
 
 
 def test_the_calibration_pass_leaves_every_table(case):
-    source, evidence, _, facts, out = case
+    source, evidence, _, metadata, out = case
     stored = read_redundancy(out)
-    assert facts["modules"] == 4 * source.num_layers and facts["tokens"] > 0
+    assert metadata["modules"] == 4 * source.num_layers and metadata["tokens"] > 0
     for level, feature in (("layer", "in"), ("layer", "out"), ("layer", "gate"), ("module", "in"), ("module", "out")):
         for mode in MODES:
             labels, table = stored.table(level, feature, mode, True)

@@ -177,8 +177,8 @@ def similarity_table(evidence: Evidence, name: str, layers: int) -> np.ndarray:
     table = evidence.similarity.get(name)
     if table is None:
         raise InputError(
-            f"similarity_npib holds no {name} for this model and calibration (its facts say why): use longer sequences "
-            "(57 tokens or more), or a method that reads `npib` itself, such as mka-paper"
+            f"similarity_npib holds no {name} for this model and calibration (its metadata says why): use longer "
+            "sequences (57 tokens or more), or a method that reads `npib` itself, such as mka-paper"
         )
     if table.shape != (layers, layers):
         raise InputError(f"{name} is {table.shape}, but the model has {layers} layers")

@@ -78,16 +78,16 @@ class DistillRun:
                 part()
                 self._save(index + 1)
         fitted = self.student.stored(self.trained)
-        facts = {
+        metadata = {
             "training_tokens": self.windows.tokens,
             "tokens_per_second": round(self.seen_tokens / self.seconds, 1) if self.seconds else 0.0,
             "trained_parameters": self.trained_parameters,
             "optimizer_state_bytes": self.optimizer_bytes,
         }
         if torch.device(self.device).type == "cuda":
-            facts["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
+            metadata["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
         checkpoint = write_recovered(self.student_checkpoint, fitted, directory)
-        return Recovery(checkpoint, fitted, self.decisions, facts)
+        return Recovery(checkpoint, fitted, self.decisions, metadata)
 
     def _prepare(self) -> None:
         options = self.options

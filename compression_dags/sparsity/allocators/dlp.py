@@ -2,58 +2,34 @@
 
 o_l: mean of |W_ij| · ‖x_j‖ over a layer. Relative importance 1 − o_l / Σ o. Densities: 2α (imp − min) / (max − min),
 shifted so that their mean is 1 − S. (The paper speaks of medians; the released unstructured path, `lib/prune.py`, takes
-means, as here.) Clipping and the parameter-weighted shift are as in `allocate_owl.py`.
+means, as here.) For clipping and the parameter-weighted shift see `density.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from compression_dags.errors import InputError
 from compression_dags.provenance.wording import counted, number, ranked
-from compression_dags.sparsity.allocation import (
-    UNSTRUCTURED,
-    Allocated,
-    AllocationProbe,
-    GriddedAllocation,
-    Matrix,
-    SparsityEvidence,
-    check_target,
-    layer_units,
-    need_probe,
-    place_among,
-)
-from compression_dags.sparsity.allocators.owl import by_density_score
+from compression_dags.sparsity.allocation import Allocated, AllocationProbe, Matrix, SparsityEvidence, Unit, place_among
+from compression_dags.sparsity.allocators.density import DensityAllocation
 from compression_dags.stage import implementation
 
 
-class DLP(GriddedAllocation):
+class DLP(DensityAllocation):
     """Dynamic layer-wise pruning: layers with a larger mean |W|·‖x‖ than others keep less, within ± `spread`."""
-
-    reads_statistics = True
 
     implementation: ClassVar[str] = "compression_dags.sparsity.allocators.scores:mean_score"
     method: Literal["dlp"] = "dlp"
     spread: float = Field(0.15, gt=0, lt=0.5, description="α: densities span 2α before clipping")
 
-    @property
-    def reads_weights(self) -> bool:
-        return True
-
-    def allocate(
-        self,
-        matrices: Sequence[Matrix],
-        target: float,
-        evidence: SparsityEvidence,
-        probe: AllocationProbe | None = None,
-        pattern: str = UNSTRUCTURED,
-    ) -> Allocated:
-        check_target(target)
-        units, probe = layer_units(matrices), need_probe(probe, self.method)
+    def scores(
+        self, units: Sequence[Unit], evidence: SparsityEvidence, probe: AllocationProbe
+    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
         mean = np.array([implementation(self)(u, evidence, probe) for u in units])
         if mean.sum() <= 0:
             raise InputError("dlp: all weights or all activations are 0; no layer is more important than another")
@@ -61,7 +37,7 @@ class DLP(GriddedAllocation):
         rows = [
             {"mean_score": float(o), "relative_importance": float(i)} for o, i in zip(mean, importance, strict=True)
         ]
-        return by_density_score(units, importance, self.spread, target, self.granularity, rows, evidence)
+        return importance, rows
 
     def why(self, matrix: Matrix, allocated: Allocated, target: float) -> str:
         mean = number(allocated.evidence[matrix.name]["mean_score"])

@@ -1,4 +1,4 @@
-"""Size of a checkpoint: a file that scorecards read, and facts of its artifact."""
+"""Size of a checkpoint: a file that scorecards read, and metadata of its artifact."""
 
 from __future__ import annotations
 
