@@ -30,9 +30,9 @@ REFERENCE = "compression_dags/model"
     code_version=VERSION,
 )
 def base_model(context: dg.AssetExecutionContext, store: ArtifactStore, hub: ModelHub) -> dg.MaterializeResult:
-    """A base model as it came: weights, tokenizer and config, validated (architecture, whole and finite safetensors,
-    tokenizer matches the vocabulary, stock reload, one forward pass) with revision, licence and the sha256 of every
-    file. It is registered when it has passed."""
+    """A base model as it came: weights, tokenizer and config. It is validated (architecture, whole and finite
+    safetensors, tokenizer matches the vocabulary, stock reload, one forward pass). With it are revision, licence and
+    the sha256 of every file. It is registered when it has passed."""
     slug = context.partition_key
     source = _source(hub, slug, context.run.tags.get(REFERENCE))
     found = None

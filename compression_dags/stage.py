@@ -1,7 +1,7 @@
 """What every recipe stage has in common: options that refuse unknown keys, a version, a check before compute.
 
-A method is a pydantic class: its fields are what a recipe may set, its docstring is what `compression-dags methods`
-prints, its `version` enters the fingerprint of everything it makes. It imports no torch: the worker that it names does.
+A method is a pydantic class. Its fields are what a recipe may set, its docstring is what `compression-dags methods`
+prints. Its `version` enters the fingerprint of everything it makes. It imports no torch: the worker that it names does.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class ArtifactStore(dg.ConfigurableResource):
     """Stage results under `<home>/artifacts/<kind>/<fingerprint>/`.
 
     A build happens in `<home>/partial/<kind>/<fingerprint>/`, under a file lock that the kernel frees when the process
-    dies, and is moved into place in one rename after its files are on disk. So of two writers of one fingerprint the
-    second waits and gets the first one's result; a killed build leaves nothing visible and resumes from its scratch.
+    dies. It is moved into place in one rename after its files are on disk. So of two writers of one fingerprint the
+    second waits and gets the first one's result. A killed build leaves nothing visible and resumes from its scratch.
 
     Published files are read-only. Whatever `find` returns was checked against its manifest (see `integrity.py`).
     """

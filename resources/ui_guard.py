@@ -1,8 +1,8 @@
 """A guard in front of Dagster's UI, which itself asks nobody who they are and takes requests from any web page.
 
-A page that a user happens to visit can send requests to a port of this machine, and after DNS rebinding even under its
-own name. The guard lets through what carries the UI's own host, comes from the UI's own pages (or from no browser at
-all), and changes nothing unless it is a POST of JSON.
+A page that a user happens to visit can send requests to a port of this machine. After DNS rebinding it does so even
+under its own name. The guard lets through what carries the UI's own host, comes from the UI's own pages (or from no
+browser at all), and changes nothing unless it is a POST of JSON.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def profile_activations(
     resume: ResumePoint | None = None,
     progress: Progress = silent,
 ) -> Activations:
-    """Run the calibration set through every layer once and accumulate.
+    """Statistics of every layer, from one run of the calibration set through the model.
 
     Sums are taken per sequence and added in float64 in sequence order: they depend on neither batch size nor padding.
 

@@ -43,7 +43,7 @@ class Calibration(Options):
         sequences: N, the number of token blocks.
         length: T, tokens in a block; clipped to the model's context, and the clipped value is recorded.
         seed: shuffles the documents, and picks the sampled tokens.
-        packing: `concat` joins documents into one stream and cuts it; `document` takes one truncated document a
+        packing: `concat` joins documents into one stream and cuts it. `document` takes one truncated document a
             block and pads the rest, which every statistic then masks.
         samples: n, tokens whose hidden states are kept for similarity metrics.
     """

@@ -4,7 +4,7 @@ Hidden states of the whole calibration set flow through one layer at a time, so 
 its layers only. A small model keeps its layers resident; the arithmetic is the same either way.
 
 Every layer is called with the keyword arguments that the real model gave it (masks and rotary embeddings differ by
-layer type), captured once by running the model with pass-through layers.
+layer type). They are captured once by running the model with pass-through layers.
 """
 
 from __future__ import annotations

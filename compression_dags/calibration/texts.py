@@ -67,7 +67,7 @@ def rows(path: Path) -> Iterator[str]:
 
 
 def check(path: Path) -> bool:
-    """Read every row once, so that a bad one is named before anything is computed. Whether there is any text.
+    """Whether there is any text. Every row is read once, so that a bad one is named before anything is computed.
 
     Raises:
         InputError: as `rows`.

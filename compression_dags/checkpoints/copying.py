@@ -50,7 +50,7 @@ def stamp(path: Path) -> list[int]:
 
 
 def copy_weights(plans: list[FilePlan], directory: Path | None, progress: Progress = silent) -> dict[str, str]:
-    """Write the files below `directory` and give name → sha256 of what was written; None only reads.
+    """Name → sha256 of the files that are written below `directory`; None only reads.
 
     Raises:
         InputError: a value is NaN or infinite, naming the tensor; a file cannot be read, or changed meanwhile.

@@ -103,10 +103,10 @@ def check_finite_logits(model: Any, directory: Path, rows: int) -> None:
 def check_reload(
     directory: Path, reference: torch.Tensor, *, device: str = "cpu", dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Load `directory` in stock transformers and compare its logits on the probe with the in-memory `reference`.
+    """What stock transformers measure of `directory`: its logits on the probe against the in-memory `reference`.
 
     Args:
-        reference: logits (2, T, vocabulary) of the model as it was in memory, computed from the stage's inputs and
+        reference: logits (2, T, vocabulary) of the model as it was in memory. They come from the stage's inputs and
             its plan, never from the written files.
 
     Returns:

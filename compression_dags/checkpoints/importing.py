@@ -87,7 +87,7 @@ def import_checkpoint(
     licence: str | None = None,
     progress: Progress = silent,
 ) -> ImportedModel:
-    """Check the model in `source` and copy it into `directory`; its weights are read once.
+    """The model of `source`, checked and copied into `directory`; its weights are read once.
 
     Args:
         source: a directory with config.json, safetensors weights and a tokenizer.
@@ -116,7 +116,7 @@ def import_checkpoint(
 
 
 def check_headers(source: Path) -> Plan:
-    """Every check that needs no tensor and writes nothing: entries, configs, index, headers, names and shapes.
+    """What will be copied, after every check that needs no tensor: entries, configs, index, headers, names and shapes.
 
     Raises:
         InputError: see `import_checkpoint`.

@@ -21,8 +21,8 @@ _TINY = 64 * 10**6
 def check_stock_load(checkpoint: Checkpoint, source: Path) -> None:
     """Stock transformers loads it with nothing missing, unexpected or of another shape; its logits are finite.
 
-    A model that is too large is cut to the first two layers and the first of each kind, beside embedding and head;
-    that the others have the same tensors is known from the headers.
+    A model that is too large is cut to the first two layers and the first of each kind, beside embedding and head.
+    That the others have the same tensors is known from the headers.
 
     Args:
         source: what errors call the directory.

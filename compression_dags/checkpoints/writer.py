@@ -52,7 +52,7 @@ def write_checkpoint(
     tensors: dict[str, PlannedTensor],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Checkpoint:
-    """Write config, weights and companions (tokenizer, generation config) of `source` with other weights.
+    """The checkpoint that is written: config and companions (tokenizer, generation config) of `source`, other weights.
 
     A source file whose tensors are all kept unchanged is hard-linked where the file system allows it.
     """

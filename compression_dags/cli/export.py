@@ -37,7 +37,8 @@ class Exported:
 
 
 def export_checkpoint(home: Path, model: str, recipe: str, target: Path, *, as_run: bool = False) -> Path:
-    """Copy the last weights of a recipe with model card and `compression.json`; both say the recipe as it was run.
+    """The folder with a copy of a recipe's last weights, a model card and `compression.json`. Both say the recipe as it
+    was run.
 
     Args:
         as_run: export what was run though the recipe says something else now.

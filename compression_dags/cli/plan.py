@@ -165,7 +165,7 @@ def plan_budgets(
     name: str | None = None,
     folder: Path | None = None,
 ) -> list[Planned]:
-    """Measure the bank if it is not stored, solve every budget, write a recipe file for each.
+    """A recipe file for every budget, from the bank, which is measured if it is not stored.
 
     Raises:
         InputError: a budget that cannot be met, an unknown method, a file that was written by hand.

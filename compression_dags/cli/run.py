@@ -135,7 +135,7 @@ def run_recipes(
     name: str | None = None,
     calibration: Mapping[str, int] | None = None,
 ) -> Outcome:
-    """Check everything that can be checked, then materialize what is missing, one Dagster run a recipe.
+    """What a run has made: everything is checked first, then what is missing is materialized, one Dagster run a recipe.
 
     None is started where all of it is stored and Dagster knows so. A recipe that fails does not keep the others from
     being run, nor from the leaderboard.

@@ -1,7 +1,7 @@
 """Apply a depth plan: write the stock checkpoint, and compute what its logits must be.
 
-Bytes come from the source's tensors alone; the reference logits run the source's own layers in the plan's order, with
-the arguments that the source model gave them, so renumbering, config and files are all under test in the reload gate.
+Bytes come from the source's tensors alone. The reference logits run the source's own layers in the plan's order, with
+the arguments that the source model gave them. So renumbering, config and files are all under test in the reload gate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 def apply_plan(source: Checkpoint, plan: MergePlan, directory: Path) -> Checkpoint:
-    """Write `source` with its layers dropped and merged as planned, renumbered, config remapped.
+    """The checkpoint that is written: `source` with its layers dropped and merged as planned, renumbered, config
+    remapped.
 
     Raises:
         InputError: the plan is for another number of layers, or merges layers whose tensors differ in name or shape.

@@ -33,9 +33,9 @@ class PlannedLayer:
     Attributes:
         sources: original layers, ascending. A kept layer has one.
         shares: of each source; they sum to 1 (LaCo's differences make some negative).
-        form: a key of `apply.FORMS`. `sum`: Σ share · W over every tensor (one source: the layer as it is);
-            `projections`: the same over linear projections, the rest from the first source; `concat` and
-            `concat-released`: channels and heads chosen from each source; `solved`: tensors that the plan holds, the
+        form: a key of `apply.FORMS`. `sum`: Σ share · W over every tensor (one source: the layer as it is).
+            `projections`: the same over linear projections, the rest from the first source. `concat` and
+            `concat-released`: channels and heads chosen from each source. `solved`: tensors that the plan holds, the
             rest from `slot`.
     """
 

@@ -1,7 +1,7 @@
 """Merging two layers by their activations: joint alignment, then the closed-form mean of every projection.
 
-A scalar average of two layers shrinks them (0.62 W_a + 0.38 W_b of independent matrices has 0.73 of their norm) and
-mixes channels that have nothing to do with each other. Here
+A scalar average of two layers shrinks them (0.62 W_a + 0.38 W_b of independent matrices has 0.73 of their norm). It
+also mixes channels that have nothing to do with each other. Here
 
 * γ of the norms is folded into the projections that read them, so that both layers speak about one input;
 * the second layer's MLP channels and key-value groups are permuted to those of the first with which they agree most on

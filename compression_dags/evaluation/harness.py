@@ -48,8 +48,8 @@ _NOISY = ("lm_eval", "datasets", "huggingface_hub", "transformers", "httpx")
 
 @dataclass(frozen=True)
 class Leaf:
-    """One lm-eval task that has data of its own (a group has none): its merged config, with functions as text, the file
-    that defines it, and the folder of its local data or None for the hub."""
+    """One lm-eval task that has data of its own (a group has none). It has the merged config, with functions as text,
+    the file that defines it, and the folder of its local data or None for the hub."""
 
     name: str
     config: dict[str, Any]
@@ -65,7 +65,7 @@ def run_harness(
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Evaluate `model` on all tasks, in one call of lm-eval as far as their `limit`s agree.
+    """Scores of `model` on all tasks, in one call of lm-eval as far as their `limit`s agree.
 
     Windows, truncation and BOS are lm-eval's: BOS where the tokenizer adds one.
 

@@ -1,8 +1,8 @@
 """Perplexity of a causal language model on a text, the way GPTQ, SparseGPT and Wanda report it.
 
 Protocol: the text is tokenised once, without special tokens, and cut into consecutive windows of
-w = min(`window`, the model's context) positions that do not overlap; a last partial window is dropped. Where the
-tokenizer puts BOS before every text, each window is BOS and w - 1 text tokens, otherwise w text tokens; either way
+w = min(`window`, the model's context) positions that do not overlap. A last partial window is dropped. Where the
+tokenizer puts BOS before every text, each window is BOS and w - 1 text tokens, otherwise w text tokens. Either way
 w - 1 tokens are predicted. Perplexity is exp of the mean over windows of the mean NLL of a window. With `max_windows`
 below the number of windows there are, window i is number ⌊i·available / max_windows⌋: spread evenly, the same every
 time.
@@ -112,7 +112,7 @@ def perplexity(
     device: str | torch.device | None = None,
     progress: Progress = silent,
 ) -> PerplexityResult:
-    """Measure `text` by the protocol above. NLL in float32 on the model's logits, sums in float64.
+    """The perplexity of `text` by the protocol above. NLL in float32 on the model's logits, sums in float64.
 
     Args:
         model: a transformers causal LM, on `device` already; left in evaluation mode.

@@ -208,7 +208,7 @@ def short_hash(text: str) -> str:
 
 
 def load_tasks(path: Path) -> TaskBook:
-    """Read `tasks:`, `suites:` and `default_suites:`.
+    """The tasks, suites and defaults under `tasks:`, `suites:` and `default_suites:`.
 
     Raises:
         InputError: naming the file, the place in it and what is wrong there.

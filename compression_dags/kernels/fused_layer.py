@@ -20,7 +20,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 def fuse(model: nn.Module) -> dict[str, int]:
-    """Give the modules of `model` that qualify a class that computes the same faster; how many there were.
+    """How many modules of `model` got a class that computes the same faster.
 
     Copies of a module, and weights assigned to it later, work as before.
     """

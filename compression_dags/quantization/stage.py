@@ -257,7 +257,7 @@ class QuantizeStage(Stage):
         resume: ResumePoint | None = None,
         progress: Progress = silent,
     ) -> QuantizedModel:
-        """Write the quantized checkpoint. Equal inputs give equal bytes.
+        """The quantized checkpoint, written into `directory`. Equal inputs give equal bytes.
 
         Without data one matrix is in memory at a time; calibrated methods hold the codes of all. `dtype` is what the
         model computes in on calibration tokens; rounding itself is always float32. `schemes` are those that

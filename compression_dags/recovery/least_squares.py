@@ -1,7 +1,7 @@
 """Closed-form recovery after a depth plan: ridge least squares folded into an existing projection.
 
-Family: ReplaceMe (arXiv 2505.02819) fits a d×d map and folds it into the MLP output projection before a cut; Ghosted
-Layers (2605.15491) keeps such a map as an extra matrix. Here nothing is added to the model: at every gap the residual
+Family: ReplaceMe (arXiv 2505.02819) fits a d×d map and folds it into the MLP output projection before a cut. Ghosted
+Layers (2605.15491) keeps such a map as an extra matrix. Here nothing is added to the model. At every gap the residual
 writer W (`down_proj`, `fc2`) of the layer before it is refitted, so that the layer's output matches the teacher's
 hidden state *after* the gap.
 
@@ -19,7 +19,7 @@ one set over fitting rows and one over held-out rows; padding has weight 0. The 
 massive activations that later layers use as attention sinks: a map that never saw them ruins them, and the model with
 them, so they weigh `sink_weight` times as much as another token. α and form are chosen by the held-out error of weights
 rounded to the stored dtype. The winner is accepted only if it also lowers the student's next-token loss on the held-out
-sequences (from this layer on; what lies below is not run again); otherwise it is rejected and recorded.
+sequences (from this layer on; what lies below is not run again). Otherwise it is rejected and recorded.
 """
 
 from __future__ import annotations

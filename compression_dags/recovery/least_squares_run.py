@@ -37,7 +37,8 @@ def recover(
     resume: ResumePoint | None = None,
     progress: Progress = silent,
 ) -> Recovery:
-    """Fit every gap of `plan` in turn, on the student's own (already recovered) states; write the checkpoint."""
+    """The recovered checkpoint: every gap of `plan` is fitted in turn, on the student's own (already recovered)
+    states."""
     options.check_tokens(teacher.shape, len(blocks.lengths), int(blocks.tokens // len(blocks.lengths)))
     run = _Run(options, teacher, student, plan, blocks, device, dtype)
     fitted, decisions = run.all_positions(resume, progress)

@@ -7,12 +7,12 @@ matrix product of its own, which no stock checkpoint can hold. What one can hold
     h' = αh + f(norm(αh)) = α (h + f(norm(h))/α)
 
 A norm does not see the scale of its input, so the scaled stream is the old one with every later write f divided by α.
-The weights and biases that write into the residual stream behind the cut are therefore divided by α (where a norm
-stands between a branch and the stream, as in Gemma 3, its gain is), and the α of several cuts multiply. Only the norms'
+The weights and biases that write into the residual stream behind the cut are therefore divided by α. (Where a norm
+stands between a branch and the stream, as in Gemma 3, its gain is.) The α of several cuts multiply. Only the norms'
 ε, tiny beside a mean square, tells the two apart: here it counts α² times.
 
-α = E‖h_exit‖ / E‖s‖ with the teacher's states behind the gap and the student's own states s at the cut, patched so far:
-they are what the patch meets, and they exist for merged layers too.
+α = E‖h_exit‖ / E‖s‖ with the teacher's states behind the gap and the student's own states s at the cut, patched so far.
+They are what the patch meets, and they exist for merged layers too.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class LinearPatch(RecoverStage):
     """Scale the residual stream behind every gap to the teacher's magnitude, by dividing the later layers' writes.
 
-    The scalar part of LinearPatch (NeurIPS 2025), which inserts Q diag(s) Qᵀ as an extra matrix product; a scalar folds
+    The scalar part of LinearPatch (NeurIPS 2025), which inserts Q diag(s) Qᵀ as an extra matrix product. A scalar folds
     into existing weights exactly (Prune&Comp's observation), so the checkpoint stays stock. Training-free: one pass of
-    the teacher and one of the student. The released code casts to float16, takes all positions and accepts always; here
+    the teacher and one of the student. The released code casts to float16, takes all positions and accepts always. Here
     the first positions are left out, and each gap's patch is kept only if the held-out next-token loss falls.
     """
 

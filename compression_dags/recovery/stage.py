@@ -79,7 +79,7 @@ class RecoverStage(Stage):
         resume: ResumePoint | None = None,
         progress: Progress = silent,
     ) -> Recovery:
-        """Write the recovered checkpoint of `student` (whose layers are `plan`'s) into `directory`.
+        """The recovered checkpoint of `student` (whose layers are `plan`'s), written into `directory`.
 
         A step that does not lower the held-out loss is undone and recorded as `reject`; if none helps, the checkpoint
         is the student's.

@@ -108,7 +108,7 @@ def _as_run(recipe: dict[str, Any]) -> dict[str, Any]:
 def _front(recipe: dict[str, Any], base: Artifact) -> dict[str, Any]:
     """The card's metadata. The hub knows a base model by its id, so a local one is not named.
 
-    Of the hub's four relations (adapter, finetune, merge, quantized), `merge` is of several models into one; a model
+    Of the hub's four relations (adapter, finetune, merge, quantized), `merge` is of several models into one. A model
     that lost layers or weights is a finetune of one.
     """
     stages = [(name, options) for stage in recipe["stages"] for name, options in stage.items()]

@@ -5,8 +5,8 @@ For one layer with states x_1 … x_n and distances D_ij = ‖x_i − x_j‖₂,
     K = exp(−(D/σ)^½),  K₁ = K / (p pᵀ)^α  with p = K·1,  A = K₁ / (v vᵀ)  with v = (K₁·1)^½,
     A = U Λ Uᵀ,  Y_c = λ_{c+1}^t · U_{c+1} / U_1  for c = 1 … k.
 
-A is similar to a Markov matrix, so λ₁ = 1 and U₁ ∝ v. The exponent ½ of a Euclidean distance keeps K positive definite:
-eigenvectors replace the released code's two singular value decompositions a layer, and only k + 1 are computed.
+A is similar to a Markov matrix, so λ₁ = 1 and U₁ ∝ v. The exponent ½ of a Euclidean distance keeps K positive definite.
+Eigenvectors replace the released code's two singular value decompositions a layer, and only k + 1 are computed.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def ksg_information(columns: np.ndarray, group: int = 1, neighbours: int = 5, se
     """Information in nats of every pair (i, j) of scalar coordinates whose groups are in order: (C, n) → (C, C).
 
     ψ(n) + ψ(k) − E[ψ(n_x + 1) + ψ(n_y + 1)], not below 0; n_x is the number of other points nearer in x than the k-th
-    neighbour is in the maximum norm. Coordinates get unit variance and a jitter of 1e-10, as in scikit-learn; here it
-    is fixed for each coordinate, so results do not change from run to run, and differs between the roles of x and y,
+    neighbour is in the maximum norm. Coordinates get unit variance and a jitter of 1e-10, as in scikit-learn. Here it
+    is fixed for each coordinate, so results do not change from run to run. It differs between the roles of x and y,
     so that a coordinate paired with itself is not degenerate.
 
     Args:

@@ -37,7 +37,7 @@ def merge_tree(
     allowed: Callable[[range, range], bool] = lambda first, second: True,
     count: int | None = None,
 ) -> list[Merge]:
-    """Merge the most similar allowed neighbours, again and again, with mean linkage; of equal ones the rear.
+    """The merges of the most similar allowed neighbours, again and again, with mean linkage; of equal ones the rear.
 
     Args:
         similarity, low, high: (L, L), and the bounds of its interval (default: the value itself).

@@ -78,7 +78,7 @@ def released(first_tokens: Tensor, device: str = "cpu") -> Tensor:
     """S of the released code: (L, T, d) inputs of every layer at the first T tokens of sequence 0 → (L, L) float64.
 
     With its default of 57 prompts the code embeds the first 57 token positions of the first prompt, whatever the other
-    prompts hold, with σ = 8; here as there copies stay, and every off-diagonal estimate depends on the tie-breaking
+    prompts hold, with σ = 8. Here as there copies stay. Every off-diagonal estimate depends on the tie-breaking
     jitter to about ±0.08, which is drawn from a fixed seed here.
 
     Raises:
@@ -140,7 +140,7 @@ def binned(coordinates: Tensor, bins: int | None = None, device: str = "cpu") ->
     """S from equal-mass bins of ranks: (L, n, k) → (L, L) float64 in [0, 1], S_ii = 1.
 
     Each layer's k binned coordinates are one state of B = b^k, so information is joint, over all coordinates. One
-    product of the one-hot states with themselves holds the joint table of every pair of layers; entropies are plug-in
+    product of the one-hot states with themselves holds the joint table of every pair of layers. Entropies are plug-in
     with the correction of Miller & Madow, I = max(H_i + H_j − H_ij, 0), S = min(I / √(H_i H_j), 1).
     """
     codes, states = _codes(coordinates, bins)

@@ -9,7 +9,7 @@ linear CKA without centring. What it leaves open, and what is done here:
 * which positions count: `paper` uses all sampled ones, as printed; `cka` and `cka-debiased` skip the first 4 of a
   sequence, where attention sinks sit.
 
-Raw and uncentred, one huge token or one constant outlier channel takes RM of unrelated features to 0.999, and even
+Raw and uncentred, one huge token or one constant outlier channel takes RM of unrelated features to 0.999. Even
 without them the plain estimate is about d / (n + d); `cka-debiased` with `token` gives 0.
 """
 
@@ -77,7 +77,7 @@ def rho(matrix: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """ρ_i = Σ_{j≠i} w_j RM_ij: how much of i the others hold. (P, P) → (P,).
 
     Estimates below 0 (`cka-debiased`) count as 0. `weights` are ALS's "weight normalisation" as read here: w_j is the
-    Frobenius norm of module j's weights over the mean of all; the paper does not say whether W or ω is meant.
+    Frobenius norm of module j's weights over the mean of all. The paper does not say whether W or ω is meant.
     """
     held = np.maximum(matrix, 0.0) if weights is None else np.maximum(matrix, 0.0) * weights[None, :]
     return held.sum(axis=1) - np.diagonal(held)

@@ -23,10 +23,10 @@ GATE = ".mlp.gate_proj"
 
 
 def write_redundancy(activations: Path, directory: Path, device: str = "cpu") -> dict[str, Any]:
-    """Write `redundancy.safetensors`, `redundancy.json` (labels, tokens) and two heat maps; return the metadata.
+    """Metadata of `redundancy.safetensors`, `redundancy.json` (labels, tokens) and two heat maps, which it writes.
 
     Layers are compared by the residual stream at their entry (`in`) and exit (`out`), which the calibration pass keeps,
-    and by the output of their gate projection where they have one; modules by the tables of the pass.
+    and by the output of their gate projection where they have one. Modules are compared by the tables of the pass.
 
     Raises:
         InputError: fewer than 4 sampled tokens past the first positions, or states that are not finite or constant.

@@ -28,7 +28,7 @@ Table = tuple[dict[str, np.ndarray], dict[str, Any], bytes]
 
 
 def write_similarity(metric: str, activations: Path, directory: Path, device: str = "cpu") -> dict[str, Any]:
-    """Write `similarity.safetensors` and `plot.png` of one metric; return its metadata.
+    """Metadata of one metric, whose `similarity.safetensors` and `plot.png` it writes.
 
     Raises:
         InputError: an unknown metric, statistics that are not finite, or states that give no similarity (too few
@@ -68,7 +68,7 @@ def _npib(activations: Path, device: str) -> Table:
     """NPIB of layer outputs by three estimators, its interval, and the released code's own similarity.
 
     What an estimator cannot give on this model (too few tokens for KSG, a degenerate kernel at the released σ = 8) is
-    left out, and the metadata says why; the default estimator must work.
+    left out, and the metadata says why. The default estimator must work.
     """
     hidden, sampled, first_tokens = _states(activations)
     outputs = hidden[1:]

@@ -9,7 +9,7 @@ G = W'H'. ρ grows slowly while the support still changes much: a small ρ explo
 found is refitted exactly.
 
 ALPS inverts H' + ρI from one eigendecomposition. A Cholesky factor and inverse for every new ρ, some ten times, cost d³
-flops each, which a GPU does far faster than one eigendecomposition; and H' + ρI is well conditioned in float32.
+flops each, which a GPU does far faster than one eigendecomposition. And H' + ρI is well conditioned in float32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Schedule:
     """When ρ changes, and when it is enough.
 
     The ALPS authors have rho 0.1, every 3 and stuck 0.005, else the same. Half their first ρ and twice their patience
-    cost 2.5 times the iterations but hardly more factors; errors were 0.5 % lower on novella-13m, and up to a quarter
+    cost 2.5 times the iterations but hardly more factors. Errors were 0.5 % lower on novella-13m, and up to a quarter
     lower on inputs that are correlated more.
 
     Attributes:

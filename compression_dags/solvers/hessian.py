@@ -1,6 +1,6 @@
 """H = Σ x xᵀ of one projection input, without losing what half precision holds exactly.
 
-A bfloat16 number has 8 significant bits and a float16 number 11, so a product of two fits float32 exactly: a half
+A bfloat16 number has 8 significant bits and a float16 number 11, so a product of two fits float32 exactly. A half
 precision matrix product with float32 output forms the same terms as SparseGPT's float32 one, several times faster.
 """
 

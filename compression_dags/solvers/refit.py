@@ -232,9 +232,9 @@ def _solve_blocks(matrix: Tensor, mask: Tensor, residual: Tensor, most: int) -> 
 def conjugate_gradients(
     matrix: Tensor, mask: Tensor, residual: Tensor, left: Tensor, tolerance: float, iterations: int
 ) -> tuple[Tensor, int, int]:
-    """Solve M_SS δ_S = r_S for all rows together, from δ = 0.
+    """δ that solves M_SS δ_S = r_S for all rows together, from δ = 0.
 
-    Iteration i lowers a row's error by α_i ρ_i, exactly known, and Σ of these over the last few is what the error was
+    Iteration i lowers a row's error by α_i ρ_i, exactly known. The Σ of these over the last few is what the error was
     still above its minimum some iterations ago (Hestenes & Stiefel): that is the stopping rule. Rows that are done
     leave the product when they are a fifth of it.
 

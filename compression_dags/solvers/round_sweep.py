@@ -50,7 +50,7 @@ def round_sweep(
     name: str = "weight",
     backend: str = "auto",
 ) -> RoundSwept:
-    """Round a stack of matrices that share an input.
+    """A stack of matrices that share an input, rounded.
 
     Args:
         weight: (rows, d) float32 or float64; not changed.
@@ -169,7 +169,7 @@ def walk_block(
     kept: Tensor | None,
     dead: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Round one block of columns.
+    """One block of columns, rounded.
 
     Args:
         w: (rows, width), not changed; step, zero, kept: likewise.

@@ -8,9 +8,9 @@ come, so that the output error ‖(W − Ŵ)X‖² is least given what is fixed 
 Inside a block the update is a column at a time, for later blocks one matrix product. What replaces a weight is the
 `Rule`'s affair: 0 for pruning, a grid value for GPTQ.
 
-Masks are chosen part by part, so that a stack of q, k, v has in each what was asked for it: unstructured ones when the
-sweep reaches a block, over all of its rows, by w²/U_jj² with exactly the right count (SparseGPT's `<=` cuts ties too);
-N:M ones every M columns from the updated weights.
+Masks are chosen part by part, so that a stack of q, k, v has in each what was asked for it. Unstructured ones are
+chosen when the sweep reaches a block, over all of its rows, by w²/U_jj² with exactly the right count (SparseGPT's `<=`
+cuts ties too); N:M ones every M columns from the updated weights.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def prune_sweep(
     mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Swept:
-    """Prune a stack of matrices.
+    """A stack of matrices, pruned.
 
     Args:
         weight: (rows, d) float32 or float64; not changed.
@@ -174,7 +174,7 @@ def group_ranks(score: Tensor) -> Tensor:
 
 
 def walk_block(w: Tensor, kept: Tensor, upper: Tensor, groups: Groups | None) -> Tensor:
-    """Prune one block of columns in place and return the errors e (rows, width).
+    """The errors e (rows, width) of one block of columns, which it prunes in place.
 
     Args:
         w, kept: (rows, width) views, written.

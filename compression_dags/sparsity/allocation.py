@@ -1,7 +1,7 @@
 """How much sparsity each matrix gets: what allocators read, what they return, and the plan that is stored.
 
-A method gives shares of zeros; here they are brought to the target over all parameters (not over layers) and rounded to
-a grid by largest remainder, so that the achieved mean is off by less than one grid step of one unit.
+A method gives shares of zeros. Here they are brought to the target over all parameters (not over layers), and rounded
+to a grid by largest remainder. So the achieved mean is off by less than one grid step of one unit.
 """
 
 from __future__ import annotations

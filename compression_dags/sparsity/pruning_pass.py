@@ -62,7 +62,7 @@ class PruningPass(SequentialPass):
     def prune_matrices(
         self, index: int, held: dict[str, Tensor], seen: InputSums | None, label: str, **stated: str
     ) -> list[Pruned]:
-        """Prune and record matrices that read one input; `stated` goes into the row of each."""
+        """Matrices that read one input, pruned and recorded; `stated` goes into the row of each."""
         weights = tuple(self.stored(name, weight) for name, weight in held.items())
         problem = Problem.of(tuple(held), weights, self.plan, seen, label)
         found = self.stage.prune(problem)

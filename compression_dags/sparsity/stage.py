@@ -207,7 +207,7 @@ class SparsifyStage(Stage):
         resume: ResumePoint | None = None,
         progress: Progress = silent,
     ) -> Sparsified:
-        """Prune every projection by `plan` and write the checkpoint, with its masks (`masks.MASKS`).
+        """The checkpoint that is written: every projection pruned by `plan`, with its masks (`masks.MASKS`).
 
         Raises:
             InputError: no calibration tokens for a pruner that reads them, or a plan for other matrices.

@@ -64,11 +64,11 @@ class Come(ConcatStage):
     """Merge adjacent layers into one of the stock shape that keeps the most sensitive channels and heads of each.
 
     CoMe (Wang et al. 2025, arXiv 2510.15304). Each step takes the two neighbours whose entry and exit are closest in
-    angle (SBI), gives each member a share of the channels and KV groups (BI^p / Σ BI^p), keeps the units of largest
-    mean |activation| · ‖column‖₁, and measures again. Unlike the released code: SBI over all tokens instead of the last
-    of each sequence and before the final norm, cosines in float32, each member's norm folded into its rows, query heads
-    with their own KV head, biases added, ends protected, layers of one kind only. `one-shot` chooses everything from
-    the cached calibration pass, without running the model.
+    angle (SBI). It gives each member a share of the channels and KV groups (BI^p / Σ BI^p), keeps the units of largest
+    mean |activation| · ‖column‖₁ and measures again. Unlike the released code: SBI over all tokens instead of the last
+    of each sequence and before the final norm, cosines in float32, and each member's norm folded into its rows. Query
+    heads stay with their own KV head, biases are added, ends are protected, layers are of one kind. `one-shot` chooses
+    everything from the cached calibration pass, without running the model.
     """
 
     version: ClassVar[str] = "1"
@@ -91,8 +91,8 @@ class ComeP(ConcatStage):
 
     CoMe-P, the posterior variant of arXiv 2510.15304 (its released code stops with an error before the first merge).
     Pairs are chosen as in `come`. `loss` compares the next-token loss of the whole student, from the cached states
-    below the pair; `window` the error of the pair's exit state against that of the original layers on the same entry
-    state. r = 0 and r = 1 are plain drops of a layer, bit for bit, so the search contains its own baseline.
+    below the pair. `window` measures the error of the pair's exit state against that of the original layers on the same
+    entry state. r = 0 and r = 1 are plain drops of a layer, bit for bit. So the search contains its own baseline.
     """
 
     version: ClassVar[str] = "1"

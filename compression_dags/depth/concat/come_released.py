@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class ComeReleased(MergeStage):
     """CoMe as its released code merges, on whatever model: the published logs' behaviour, not a recommendation.
 
-    Source: the repository WangFei-2019/CoMe of arXiv 2510.15304. The whole model is measured anew after every merge:
-    pairs by the angle at the last token of each sequence alone (the last layer's state after the final norm), shares
-    by block influence with cosines clipped to [0, 1] and NaN as 0.5, units by mean |activation| · ‖column‖₁. Norms are
-    plain means, output biases weighted, and the mask over KV heads is tiled over the query heads, which attaches most
-    query heads of a grouped-query model to another's keys and values. Nothing is protected and merged layers are merged
-    again. Left out: padding is not counted, and layers of different kinds are not merged.
+    Source: the repository WangFei-2019/CoMe of arXiv 2510.15304. The whole model is measured anew after every merge.
+    Pairs are chosen by the angle at the last token of each sequence alone (the last layer's state after the final
+    norm). Shares come from block influence with cosines clipped to [0, 1] and NaN as 0.5, units by mean |activation| ·
+    ‖column‖₁. Norms are plain means, output biases weighted, and the mask over KV heads is tiled over the query heads.
+    That attaches most query heads of a grouped-query model to another's keys and values. Nothing is protected and
+    merged layers are merged again. Left out: padding is not counted, and layers of different kinds are not merged.
     """
 
     version: ClassVar[str] = "1"

@@ -12,9 +12,9 @@ from compression_dags.depth.concat.come import ConcatStage
 class Concat(ConcatStage):
     """Merge the windows of adjacent layers of least total angular distance, one layer each; then refit them.
 
-    CoMe's concatenation (arXiv 2510.15304) with everything chosen at once from the cached calibration pass: windows by
-    dynamic programming, where CoMe takes pair after pair; by default one ranking of all members' units, so that the
-    shares are an outcome; units scored by the error that losing each alone causes. Meant to be followed by
+    CoMe's concatenation (arXiv 2510.15304) with everything chosen at once from the cached calibration pass. Windows are
+    found by dynamic programming, where CoMe takes pair after pair. By default one ranking of all members' units makes
+    the shares an outcome. Units are scored by the error that losing each alone causes. Meant to be followed by
     `recover: least-squares`, which refits the output projection of every merged layer to the base model's state at the
     window's exit.
     """

@@ -205,7 +205,7 @@ class _Folder:
 def tiled_queries(heads: Tensor, shape: ModelShape) -> Tensor:
     """Query heads that the released code keeps with the KV heads `heads`: (g · kept,) int32, ascending.
 
-    It repeats the mask over KV heads g times, so that query head h follows KV head h mod n_kv; but query head h reads
+    It repeats the mask over KV heads g times, so that query head h follows KV head h mod n_kv. But query head h reads
     KV head ⌊h / g⌋ (specs: defect B1).
     """
     kept = torch.zeros(shape.kv_heads, dtype=torch.bool, device=heads.device)

@@ -19,9 +19,9 @@ class LaCo(MergeStage):
     """Walk down from the top; collapse layers l+1 … l+m into l where the model's last hidden states hardly turn.
 
     θ* = θ_l + Σ_k (θ_{l+k} − θ_l), every tensor; m = 𝒞 − 1, fewer where the stack, a layer of another kind or the
-    wanted number ends it. Accepted if the mean over calibration sequences of the cosine between the base model's and
-    the candidate's last hidden states (after the final norm, flattened over a sequence's tokens) exceeds 𝒯; then the
-    walk goes on ℐ layers below, else one below. A walk that ends short is followed by one with a lower 𝒯.
+    wanted number ends it. A merge is accepted if a mean cosine over calibration sequences exceeds 𝒯. It compares the
+    base model's and the candidate's last hidden states (after the final norm, flattened over a sequence's tokens). Then
+    the walk goes on ℐ layers below, else one below. A walk that ends short is followed by one with a lower 𝒯.
 
     The released code updates θ_l in place, so that its sum telescopes to the weights of layer l+m (with l's norms): it
     drops layers. Here the sum is really taken. With one layer collapsed into l the paper's rule itself gives θ_{l+1}:

@@ -17,7 +17,7 @@ from compression_dags.similarity.evidence import Evidence
 class ShortGPT(MergeStage):
     """Drop the layers of lowest block influence BI_l = 1 − E_t[cos(h_l,t, h_{l+1},t)].
 
-    Unlike the released code: cosines in float32 and sums in float64, all real tokens and no padding, and the last layer
+    Unlike the released code: cosines in float32 and sums in float64, all real tokens and no padding. The last layer
     is scored before the final norm. Nothing is done to the weights that stay.
     """
 

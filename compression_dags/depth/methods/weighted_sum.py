@@ -27,10 +27,10 @@ from compression_dags.similarity.evidence import Evidence
 class WeightedSum(MergeStage):
     """Replace groups of adjacent layers by one layer, each tensor the share-weighted sum of the members' tensors.
 
-    Groups: of all ways to cut the stack into contiguous groups that leave the wanted number of layers, the one with the
-    smallest total angular distance between group entries and exits (dynamic programming, exact; CoMe's SBI chooses
-    pairs greedily). Shares: BI_l^p / Σ BI^p over the members, CoMe's prior with p = `power`. Layers of different kinds
-    (sliding and full attention, dense and experts) are never merged.
+    Groups are contiguous and leave the wanted number of layers. Of all ways to cut the stack so, the one with the least
+    total angular distance between group entries and exits is taken (dynamic programming, exact; CoMe's SBI
+    chooses pairs greedily). Shares: BI_l^p / Σ BI^p over the members, CoMe's prior with p = `power`. Layers of
+    different kinds (sliding and full attention, dense and experts) are never merged.
     """
 
     version: ClassVar[str] = "2"

@@ -19,10 +19,10 @@ class MKA(MergeStage):
     """Merge adjacent layers until the wanted number is gone; every merge is the one that hurts the loss least.
 
     Each round a similarity (of layer outputs, or the angle between a pair's entry and exit) short-lists pairs of
-    adjacent layers. For every pair each form of one layer in their place is built: `first` or `second` alone,
-    `concat` (the most sensitive half of the channels and heads of each), `mean` (channels and heads aligned jointly,
-    then the closed-form activation-weighted mean). Each is compensated: its output projection is refitted in closed
-    form so that the layer maps the student's state at the pair's entry to the base model's state at its exit. The
+    adjacent layers. For every pair each form of one layer in their place is built: `first` or `second` alone, `concat`
+    (the most sensitive half of the channels and heads of each), or `mean`. (`mean` is channels and heads aligned
+    jointly, then the closed-form activation-weighted mean.) Each is compensated: its output projection is refitted in
+    closed form. Then the layer maps the student's state at the pair's entry to the base model's state at its exit. The
     candidate with the least next-token loss on held-out calibration sequences is written into the plan. `mean` never
     won a round on the measured model (docs/methods/mka.md), so it is left out unless asked for.
 

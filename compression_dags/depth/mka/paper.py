@@ -27,7 +27,7 @@ class MKAPaper(MergeStage):
 
     Source: Liu et al., "Pruning via Merging" (EMNLP 2024), from its abstract and secondary quotations. S is the
     Normalized Pairwise Information Bottleneck of the layers' outputs over all sampled tokens, clipped to [0, 1]. Of all
-    unprotected neighbours behind the early barrier the pair of largest S is merged, of equal ones the rear; a merged
+    unprotected neighbours behind the early barrier the pair of largest S is merged, of equal ones the rear. A merged
     group's S to its neighbours is the mean over its members. Unlike the released code, which does none of this
     (`mka-released`), similarity chooses the layers, and every tensor is merged and written, norms too. Layers of
     different kinds (sliding and full attention, dense and experts) are never merged.

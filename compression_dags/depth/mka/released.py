@@ -1,7 +1,7 @@
 """MKA as its public repository has it (SempraETY/Pruning-via-Merging): what it writes, and what it computes.
 
 The repository pairs the last two layers K times with weights λ = σ(s_i / (s_i + s_j)), s the row means of its
-similarity, and assigns each fused tensor into the dict that a fresh `state_dict()` call returned. The model never sees
+similarity. It assigns each fused tensor into the dict that a fresh `state_dict()` call returned. The model never sees
 it. So there are two methods: `mka-released` is what comes out, `mka-code-fixed-write` the same steps, stored.
 """
 
@@ -91,7 +91,7 @@ class MKACodeFixedWrite(MergeStage):
     """The steps of MKA's public code with the merged weights really written.
 
     Source: the repository SempraETY/Pruning-via-Merging of Liu et al. 2024. Always the last two layers, K times,
-    whatever the similarity says: it only sets λ = σ(s_i / (s_i + s_j)) ≈ 0.62, from the released kernel (57 token
+    whatever the similarity says. That only sets λ = σ(s_i / (s_i + s_j)) ≈ 0.62, from the released kernel (57 token
     positions of one sequence, σ = 8, KSG) on the inputs of every layer. The K steps are one weighted sum, with shares
     λ_K, (1 − λ_K) λ_{K−1}, …: the third layer already counts for less than a tenth. Projection weights are summed;
     norms, biases and experts are the surviving layer's. For comparison with published logs, though calibrated on the

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Distillation(RecoverStage):
     """Options of both schedules.
 
-    Every merged layer (a new layer that stands for several original ones) is trained so that it maps the state at its
-    group's entry to the base model's state at the group's exit; the group borders come from the plan. Then, with
+    Every merged layer (a new layer that stands for several original ones) is trained. It is to map the state at its
+    group's entry to the base model's state at the group's exit. The group borders come from the plan. Then, with
     `logit_share` > 0, the whole student is trained on KL(base model's logits ‖ its own). Embeddings and output head are
     never trained. `tokens` counts every training token of both parts once for every pass over it.
 

@@ -5,10 +5,10 @@ is Hill's: α = 1 + n / Σ_{λ_j ≥ λ_min} log(λ_j / λ_min). α, averaged ov
 [1 − ε, 1 + ε] and scaled so that the mean over parameters is the target.
 
 As in the released code (`lib/esd_utils.py`, haiquanlu/AlphaPruning): `peak` tries every λ_min up to 1.5 times the peak
-of the histogram of log10 λ (100 bins) and takes the one with the least Kolmogorov-Smirnov distance; its lower limit is
+of the histogram of log10 λ (100 bins) and takes the one with the least Kolmogorov-Smirnov distance. Its lower limit is
 log10(0.95 · peak) compared with λ itself, not with log10 λ, so it rarely excludes any. `mid` takes the middle one.
-Different here: no sparsity exceeds 0.99 (the released scaling can pass 1; what is cut off is shared by the rest);
-eigenvalues are found in float64; those below 1e-12 of the largest are left out (their logarithm is rounding, or −∞).
+Different here: no sparsity exceeds 0.99 (the released scaling can pass 1; what is cut off is shared by the rest).
+Eigenvalues are found in float64. Those below 1e-12 of the largest are left out (their logarithm is rounding, or −∞).
 """
 
 from __future__ import annotations

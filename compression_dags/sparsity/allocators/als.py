@@ -4,7 +4,7 @@
         →  max Σ c_i d_i  with  Σ p_i d_i = (1 − S) Σ p_i  and  1 − high ≤ d_i ≤ 1 − low
 
 for densities d = 1 − sparsity and parameter counts p. There is no released code. Read as printed, q is the sparsity,
-and then every q goes to its upper bound; the method it comes from (OMPQ) has the retained share there, so d is meant.
+and then every q goes to its upper bound. The method it comes from (OMPQ) has the retained share there, so d is meant.
 
 * ω is about e^−30, where solvers' absolute tolerances fail (SLSQP returns its start, HiGHS leaves budget unspent): all
   is kept in logarithms and the program, a fractional knapsack, is solved exactly (`knapsack.py`). Its solution has

@@ -4,7 +4,7 @@ Score of a weight: |W_ij| · ‖x_j‖. Outlier ratio o_l: percent of a layer's 
 d_l = 2λ (o_l − min o) / (max o − min o), shifted so that their mean is 1 − S.
 
 Differences from the released code (`lib/prune_all.py`): its mean is over layers, whatever their size, so the target is
-missed where layers differ; here the shift makes the mean over parameters exact. Nothing there keeps a sparsity inside
+missed where layers differ. Here the shift makes the mean over parameters exact. Nothing there keeps a sparsity inside
 [0, 1); here it is clipped (`density.py`). Norms come from the dense model, as there.
 """
 

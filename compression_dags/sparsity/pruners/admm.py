@@ -19,10 +19,10 @@ class ADMM(SparsifyStage):
     """Choose masks by ADMM on the ℓ0 problem and refit the kept weights exactly.
 
     Masks are those of ALPS (Meng et al., NeurIPS 2024). New is what they aim at. Errors of earlier layers arrive in x̂,
-    and `residual` asks every projection to make up for them: W* = argmin ‖W* x̂ − W x‖², and where the output joins the
-    residual stream r, ‖(r̂ + W* x̂) − (r + W x)‖², with x and r of the dense model at the same tokens. W* is dense and
-    found in closed form; what is pruned is W*. Where a norm stands before the residual stream (Gemma 3) it is `dense`,
-    and experts aim at their own outputs; the ledger says so a matrix.
+    and `residual` asks every projection to make up for them. That is W* = argmin ‖W* x̂ − W x‖², and where the output
+    joins the residual stream r, ‖(r̂ + W* x̂) − (r + W x)‖², with x and r of the dense model at the same tokens. W* is
+    dense and found in closed form; what is pruned is W*. Where a norm stands before the residual stream (Gemma 3) it is
+    `dense`. Experts aim at their own outputs; the ledger says so a matrix.
     """
 
     statistic: ClassVar[StatisticKind] = "hessian"
