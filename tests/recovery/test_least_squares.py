@@ -59,7 +59,8 @@ def test_equals_a_plain_weighted_ridge(cut, story_blocks, tmp_path, form):
     model.model.layers[2].register_forward_hook(lambda _, a, out: store.update(h=out))
     ids = torch.from_numpy(story_blocks.ids[:-held]).long()
     with torch.inference_mode():
-        model(ids), student(ids)
+        for each in (model, student):
+            each(ids)
     z, s, h = (store[k][:, skip:].flatten(0, 1).double().numpy() for k in "zsh")
     old = merged.tensor("model.layers.1.mlp.down_proj.weight").double().numpy().T
     root = 1 / np.linalg.norm(h, axis=1, keepdims=True)
