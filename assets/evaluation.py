@@ -60,15 +60,19 @@ def evaluations(tasks: Sequence[Task]) -> dg.AssetsDefinition:
             [task for task in tasks if eval_key(task.name) in selected],
             samples=SAMPLES in selected,
             dense=here.base_model if here.recipe == BASELINE else None,
-            label=str(here),
+            label=lambda task: f"{_asset_of(task)} {here}",
             run_id=context.run_id,
         ):
             text = "" if task else as_markdown(produced.artifact.path)
             shown = {"texts": dg.MetadataValue.md(text)} if text else {}
-            asset = eval_key(task.name) if task else SAMPLES
-            yield publish(store, asset, str(here), produced, recipe=weights.recipe, extra=shown)
+            yield publish(store, _asset_of(task), str(here), produced, recipe=weights.recipe, extra=shown)
 
     return evaluate_model
+
+
+def _asset_of(task: Task | None) -> str:
+    """The asset that holds the scores of a task, or (None) the samples."""
+    return eval_key(task.name) if task else SAMPLES
 
 
 def _spec(name: str, kind: str, version: str, description: str) -> dg.AssetSpec:

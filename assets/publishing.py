@@ -9,10 +9,11 @@ from typing import Any
 import dagster as dg
 from dagster._core.events import DagsterEventType
 
-from compression_dags.depth.pictures import plan_png
 from compression_dags.provenance.artifacts import DECISIONS, Artifact
 from compression_dags.provenance.decisions import read_decisions
+from compression_dags.recipes.kinds import TABLE
 from compression_dags.resources.artifact_store import ArtifactStore, Produced
+from compression_dags.step import worker
 
 logger = logging.getLogger("compression_dags")
 #: Dagster queues assets of this pool one at a time; `Accelerator.lease` decides who computes on which device.
@@ -100,9 +101,10 @@ def metadata_of(produced: Produced) -> dict[str, Any]:
 
 
 def pictures(artifact: Artifact) -> dict[str, Any]:
-    """The stored pictures of an artifact, or one that is drawn now: a file more would change the digest of a plan."""
-    if artifact.kind == "merge_plan" and artifact.decisions:
-        return {"plot": picture(plan_png(artifact.path))}
+    """The stored pictures of an artifact, or the one that its kind draws: a file more would change its digest."""
+    _, kind = TABLE.get(artifact.kind, ("", None))
+    if kind and kind.picture and artifact.decisions:
+        return {"plot": picture(worker(kind.picture)(artifact.path))}
     stored = {name: artifact.path / f"{name}.png" for name in ("plot", "modules")}
     return {name: picture(path.read_bytes()) for name, path in stored.items() if path.is_file()}
 

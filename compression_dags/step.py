@@ -75,6 +75,7 @@ class Kind:
         reads: every role that a step of this kind may read; which a recipe's step reads, it says itself.
         weights: whether it holds the recipe's weights.
         gpu: whether steps of this kind may compute on the accelerator.
+        picture: `module:name` of what draws a stored artifact (its folder → PNG bytes) where it stores no picture.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Kind:
     reads: tuple[str, ...]
     weights: bool = False
     gpu: bool = True
+    picture: str = ""
 
 
 @dataclass(frozen=True)

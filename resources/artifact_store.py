@@ -74,7 +74,7 @@ class Produced:
     damage: tuple[str, ...] = ()
 
 
-#: Writes an artifact into its workplace and returns facts for display.
+#: Writes an artifact into its workplace and returns metadata for display.
 Build = Callable[[Workplace], dict[str, Any]]
 
 

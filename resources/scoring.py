@@ -42,7 +42,7 @@ def scored(
     *,
     samples: bool = False,
     dense: str | None = None,
-    label: str = "",
+    label: Callable[[Task | None], str],
     run_id: str = "",
 ) -> Iterator[tuple[Task | None, Produced]]:
     """Every task with the artifact of its scores, then None with that of the samples.
@@ -51,7 +51,7 @@ def scored(
         weights: whose checkpoint is scored.
         samples: whether the continuations are asked for.
         dense: the base model's name where `weights` are the uncompressed ones, which have known values.
-        label: whose scores they are, in progress lines.
+        label: what progress lines call a task's scores, or (None) the samples.
     """
     numeric = accelerator.numeric
     asked = [(task, evaluation_request(task, weights.digest, evaluator.data_digest(task), numeric)) for task in tasks]
@@ -60,11 +60,11 @@ def scored(
     unwritten = samples and store.find(writing.kind, writing.fingerprint) is None
     with evaluator.session(weights.checkpoint, missing, accelerator, generate=unwritten) as session:
         for task, request in asked:
-            with working_on(f"{task.name} {label}"):
+            with working_on(label(task)):
                 produced = store.produce(request, _scoring(session, task, dense), run_id)
             yield task, produced
         if samples:
-            with working_on(f"samples {label}"):
+            with working_on(label(None)):
                 produced = store.produce(writing, _generation(session), run_id)
             yield None, produced
 

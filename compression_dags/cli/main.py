@@ -11,53 +11,19 @@ from typing import Any
 import click
 
 from compression_dags import failures
+from compression_dags.cli.options import (
+    Cli,
+    emit,
+    home_option,
+    json_option,
+    model_option,
+    run_options,
+    settings_of,
+)
 from compression_dags.errors import InputError
-from compression_dags.failures import WorkFailed as WorkFailed
-from compression_dags.paths import what_is
-from compression_dags.provenance.escaping import line, visible
+from compression_dags.provenance.escaping import line
 
 DEMO = ("reverse-20", "shortgpt-20", "shortgpt-20-ls", "weighted-sum-20-ls", "rtn-w4", "angular-20-ls-rtn-w4")
-
-
-class Cli(click.Group):
-    """Turns every failure into one line on standard error and an exit code (see `failures`)."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            found = super().invoke(ctx)
-            sys.stdout.flush()
-            return found
-        except (click.ClickException, click.exceptions.Exit, SystemExit):
-            raise
-        except BrokenPipeError:  # the reader has what it wanted, as in `recipes | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            ctx.exit(141)
-        except BaseException as error:  # Dagster's interruption is no Exception
-            failures.show_traceback(error)
-            failure = failures.explain(KeyboardInterrupt() if isinstance(error, click.Abort) else error)
-            click.echo(visible(failure.spoken()), err=True)
-            ctx.exit(failure.exit_code)
-
-
-def _home(_: click.Context, __: click.Parameter, value: str | None) -> Path:
-    path = Path(value or os.environ.get("COMPRESSION_DAGS_HOME") or ".compression_dags").absolute()
-    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-        raise InputError(f"home {path} cannot be read: Permission denied")
-    if os.path.lexists(path) and not path.is_dir():
-        raise InputError(f"home {path} {what_is(path)}; give a folder with --home")
-    os.environ["COMPRESSION_DAGS_HOME"] = str(path)
-    return path
-
-
-home_option = click.option("--home", callback=_home, help="Artifact store, models, Dagster instance.", metavar="DIR")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-model_option = click.option(
-    "-m", "--model", required=True, metavar="MODEL", help="Name, directory or hub id[@revision]."
-)
-
-
-def emit(value: Any, as_json: bool, text: str) -> None:
-    click.echo(json.dumps(value, indent=1) if as_json else visible(text))
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -67,28 +33,6 @@ def main(debug: bool) -> None:
     """Turn base LLMs into compressed, measured, servable checkpoints, as one Dagster asset graph."""
     if debug:
         os.environ[failures.DEBUG] = "1"
-
-
-def run_options(command: Any) -> Any:
-    for option in reversed(
-        (
-            home_option,
-            json_option,
-            click.option("--device", default=None, help="auto, cpu, cuda or cuda:N.", metavar="DEVICE"),
-            click.option("--dtype", default=None, help="auto, float32, bfloat16 or float16.", metavar="DTYPE"),
-            click.option("--eval-data", default=None, help="Folders <folder>/<task>/<split>.jsonl.", metavar="DIRS"),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def _settings(home: Path, device: str | None, dtype: str | None, eval_data: str | None):
-    given = {"DEVICE": device, "DTYPE": dtype, "EVAL_DATA": eval_data}
-    os.environ.update({f"COMPRESSION_DAGS_{k}": v for k, v in given.items() if v is not None})
-    from compression_dags.definitions import Settings
-
-    return Settings.from_environment()
 
 
 @main.command()
@@ -115,10 +59,10 @@ def run(
     eval_data: str | None,
 ) -> None:
     """Register MODEL if it is new, compute what is missing through Dagster, print the scoreboard."""
-    _check_names(recipes)
+    _refuse_unknown(recipes)
     from compression_dags.cli.run import run_recipes
 
-    settings = _settings(home, device, dtype, eval_data)
+    settings = settings_of(home, device, dtype, eval_data)
     calibration = {k: v for k, v in (("sequences", sequences), ("length", length)) if v is not None}
     outcome = run_recipes(model, list(recipes), settings, tasks=tasks, name=name, calibration=calibration)
     emit(outcome.to_json(), as_json, outcome.scoreboard())
@@ -126,7 +70,7 @@ def run(
         click.echo(outcome.closing())
 
 
-def _check_names(recipes: tuple[str, ...]) -> None:
+def _refuse_unknown(recipes: tuple[str, ...]) -> None:
     """Refuse recipes that there are not, in a second: the checks of a run come after Dagster's imports."""
     from compression_dags.cli.lines import configure_logging
     from compression_dags.recipes import load_recipes, pick_recipes
@@ -141,7 +85,7 @@ def demo(home: Path, as_json: bool, device: str | None, dtype: str | None, eval_
     """The tour: six recipes on the embedded novella-13m, scored on text it was not trained on."""
     from compression_dags.cli.run import run_recipes
 
-    settings = _settings(home, device, dtype, eval_data)
+    settings = settings_of(home, device, dtype, eval_data)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     outcome = run_recipes("novella-13m", list(DEMO), settings)
     emit(outcome.to_json(), as_json, outcome.scoreboard())
@@ -174,7 +118,7 @@ def plan(model: str, home: Path, as_json: bool, **options: Any) -> None:
     """Measure what every layer could become, choose the best for a budget, write it as a recipe."""
     from compression_dags.cli.plan import budgets_of, plan_budgets, planning_options
 
-    settings = _settings(home, *(options.pop(key) for key in ("device", "dtype", "eval_data")))
+    settings = settings_of(home, *(options.pop(key) for key in ("device", "dtype", "eval_data")))
     budgets = budgets_of(**{key: options.pop(key) for key in ("sizes", "parameters", "bits")})
     asked = ("schemes", "group_size", "sparsities", "depth", "quantizer", "recover", "sequences", "length")
     bank, calibration = planning_options(**{key: options.pop(key) for key in asked})
@@ -211,7 +155,7 @@ def models_add(model: str, name: str | None, home: Path, as_json: bool) -> None:
     from compression_dags.cli.models import metadata_text
     from compression_dags.cli.run import add_model
 
-    artifact = add_model(model, _settings(home, None, None, None), name)
+    artifact = add_model(model, settings_of(home, None, None, None), name)
     emit(artifact.metadata, as_json, metadata_text(artifact.metadata))
 
 

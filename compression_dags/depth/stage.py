@@ -48,6 +48,7 @@ class MergeStage(Stage):
             "merge_plan",
             "Which layers stay, and how others are dropped, merged or concatenated.",
             (BASE, *ANALYSIS, *SIMILARITIES),
+            picture="compression_dags.depth.pictures:plan_png",
         ),
         Kind(
             "merged_weights",

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from compression_dags.cli.lines import configure_logging
-from compression_dags.cli.main import emit
+from compression_dags.cli.options import emit
 from compression_dags.provenance.artifacts import Artifact
 from compression_dags.provenance.escaping import (
     html_text,

@@ -56,8 +56,8 @@ def story(stories):
     ("form", "family"),
     [
         *itertools.product(["concat"], ["llama", "qwen2", "qwen3", "gemma3_text", "opt"]),
-        ("mean", "llama"),
-        ("mean", "opt"),
+        *itertools.product(["mean"], ["llama", "opt"]),
+        *(pytest.param("mean", family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3", "gemma3_text")),
     ],
 )
 def test_merged_weights_differ_from_both_parents_and_either_drop(tiny_model, tmp_path, family, form):

@@ -8,7 +8,7 @@ from code_versions import RECORD, changed_without_version, closure, record, step
 
 
 def test_source_changed_means_version_changed():
-    """Re-record with `COMPRESSION_DAGS_RECORD_VERSIONS=1 ./run test tests/test_code_versions.py`."""
+    """Re-record with `COMPRESSION_DAGS_RECORD_VERSIONS=1 ./run test tests/provenance/test_code_versions.py`."""
     if os.environ.get("COMPRESSION_DAGS_RECORD_VERSIONS"):
         record()
     assert RECORD.is_file()

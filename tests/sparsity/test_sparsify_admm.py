@@ -20,7 +20,7 @@ def residual_before(source, tensors, blocks, index, group):
     return inputs_of(source, tensors, blocks, index, norm).float()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), "gemma3_text", "opt"])
 @pytest.mark.parametrize("target", ["dense", "residual"])
 def test_sums_are_those_of_both_models(tiny_model, tmp_path, monkeypatch, family, target):
     source, blocks = Checkpoint(tiny_model(family)), random_blocks(rows=5, length=20, padded=True)
