@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from dagster import DagsterEvent
-from graph_runs import RECIPES, run, small_recipes, states
+from graph_runs import CAT, RECIPES, run, small_recipes, states
 from safetensors.torch import load_file, save_file
 
 from compression_dags.assets.evaluation import eval_key
@@ -112,6 +112,7 @@ def test_first_run_computes_and_shares_the_equal_prefix(first):
     )
 
 
+@pytest.mark.slow
 def test_merging_wing_shares_one_pass_and_recoveries_follow_one_another(tmp_path):
     """Methods that measure get tokens and a device; three plans are three checkpoints; each recovery is an asset."""
     recipes = small_recipes("mka-20", "come-20", "shortgpt-20-sweep-distill")
@@ -150,7 +151,7 @@ def test_another_ratio_computes_only_from_the_plan_on(home, first):
     recipe = small_recipes("shortgpt-30")["shortgpt-30"]
     recipe = replace(recipe, stages=(recipe.merge.model_copy(update={"ratio": 0.4}),))
     found = run(home, {recipe.name: recipe})
-    after = ("merge_plan", "merged_weights", "eval_heldout_stories", "samples", "scorecard")
+    after = ("merge_plan", "merged_weights", "eval_cat", "samples", "scorecard")
     own = {f"shortgpt-30/{name}" for name in after}
     assert states(found, "computed") == own | {"summary/leaderboard", "summary/decision_ledger"}
 
@@ -182,7 +183,7 @@ def test_bad_weights_fail_in_base_model_and_harm_nothing(home, first, tmp_path):
 
 def test_a_step_that_a_recipe_has_not_is_passed_on(home, first):
     """A person may select it all the same: nothing is computed, and the page says so."""
-    definitions = build(evaluation_book(RECIPES).resolve(["heldout_stories"]), Settings(home, device="cpu"))
+    definitions = build(evaluation_book(RECIPES).resolve([str(CAT)]), Settings(home, device="cpu"))
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions("base_model", ["stories260k"])
         instance.add_dynamic_partitions("recipe", ["shortgpt-20"])
@@ -253,6 +254,7 @@ def test_sensor_registers_new_models_once(tmp_path):
 
 def test_schedule_asks_for_what_the_store_lacks(home, first, tmp_path, monkeypatch):
     """A recipe that was run asks for nothing; one that does not fit the model is named, and the others are run."""
+    run(home, small_recipes("shortgpt-20"), ["heldout_stories"], summary=False)
     monkeypatch.setenv("COMPRESSION_DAGS_RECIPES", str(tmp_path))
     sizes = "calibration: {sequences: 24, length: 128, samples: 256}\nevaluate: [heldout_stories]\n"
     for name, stage in {

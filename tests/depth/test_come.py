@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from concat_cases import checkpoint, every, evidence_of, members_of, one_thread, random_blocks  # noqa: F401 (a fixture)
+from slow import by_default
 
 from compression_dags.calibration import streaming
 from compression_dags.calibration.corpora import TokenBlocks
@@ -38,7 +39,7 @@ def measured(found):
 
 
 @pytest.mark.parametrize("rule", [AllTokens, AsReleased])
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma3_text"])
+@pytest.mark.parametrize("family", by_default("gemma3_text", of=["llama", "opt", "gemma3_text"]))
 def test_the_walk_depends_on_neither_batch_size_nor_padding(tiny_model, family, rule):
     source = checkpoint(tiny_model, family)
     blocks = random_blocks(padded=True)
@@ -287,7 +288,7 @@ def test_resumes_with_the_same_plan(llama, tmp_path, monkeypatch, method):
 
 
 @pytest.mark.parametrize("method", [Come, ComeP, Concat, ComeReleased])
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", by_default("gemma3_text", of=["qwen3", "gemma3_text"]))
 def test_kinds_are_never_mixed(tiny_model, method, family):
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["full_attention"]
     source = checkpoint(tiny_model, family, layers=7, layer_types=kinds)

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from concat_cases import random_blocks
 from pydantic import ValidationError
+from slow import by_default
 
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
@@ -60,7 +61,7 @@ def kl_on(blocks, *paths):
     return float((base.exp() * (base - changed)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("quantizer", [RTN, GPTQ])
+@pytest.mark.parametrize("quantizer", by_default(GPTQ, of=[RTN, GPTQ]))
 def test_costs_are_what_the_changed_model_loses(quantizer, source, bank, tmp_path):
     from compression_dags.depth.apply import apply_plan
     from compression_dags.depth.plan import keep_only

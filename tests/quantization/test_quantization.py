@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from slow import by_default
 
 from compression_dags.architectures import ModelShape, architecture_of
 from compression_dags.checkpoints.gate import check_reload, load_stock, probe_ids
@@ -154,7 +155,7 @@ def test_fp4_ties_go_to_the_even_mantissa():
     assert torch.equal(round_codes(exact, scales), exact)
 
 
-@pytest.mark.parametrize("source", ["float32", "float16"])
+@pytest.mark.parametrize("source", by_default("float16", of=["float32", "float16"]))
 @every_scheme
 def test_reload_gate_is_exact(stage: RTN, source: str, sources, tmp_path):
     dense = sources[source]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from concat_cases import random_blocks
 from pydantic import ValidationError
+from slow import by_default
 from test_gptq import tokens
 from test_quantization import tiny_llama
 
@@ -57,7 +58,7 @@ def test_folding_alone_changes_nothing(tiny_model, family, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["awq", "smoothquant", "smoothquant gptq"])
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", by_default("llama", "gemma3_text", of=DENSE))
 def test_reloads_exactly(tiny_model, family, method, tmp_path):
     source = Checkpoint(tiny_model(family))
     scheme = {"awq": {"scheme": "W8A16", "group_size": 8, "least_error": 0}, "smoothquant": {"scheme": "W8A8"}}

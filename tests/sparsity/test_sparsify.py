@@ -5,6 +5,7 @@ import pytest
 import torch
 from concat_cases import random_blocks
 from pydantic import ValidationError
+from slow import by_default
 
 from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload
@@ -102,7 +103,7 @@ def test_batches_do_not_matter(tiny_model, tmp_path, monkeypatch):
     assert min(same) > 0.995 and len(same) == len(planned(chosen, source).patterns)
 
 
-@every_family
+@pytest.mark.parametrize("family", by_default("llama", "gemma3_text", "opt", of=FAMILIES))
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 @pytest.mark.parametrize("asked", [{"sparsity": 0.6}, {"pattern": "2:4"}])
 def test_counts_masks_and_reload(tiny_model, tmp_path, family, method, asked):

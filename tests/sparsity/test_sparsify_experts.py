@@ -3,6 +3,7 @@
 import pytest
 import torch
 from concat_cases import random_blocks
+from slow import by_default
 from test_sparsify import planned, sparsify, stage
 
 from compression_dags.calibration.activations import profile_activations
@@ -76,7 +77,7 @@ def whole_reference(source, x, layer, expert, down_reads_pruned):
 
 
 @every_family
-@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+@pytest.mark.parametrize("propagate", by_default("pruned", of=["pruned", "dense"]))
 @pytest.mark.parametrize("tokens", ["routed", "all"])
 def test_experts_are_what_whole_forwards_make_of_them(tiny_model, tmp_path, family, propagate, tokens):
     """Padded batches; the layers before and the layer's attention are pruned (propagate: pruned) or not."""
