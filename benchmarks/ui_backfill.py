@@ -10,21 +10,18 @@ There is no --tiny: it starts the UI, its daemon and 18 runs.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
+from ui_rig import PROJECT, opened, until
+
 MODELS = ("stories-a", "stories-b", "stories-c")
 SIZES = "calibration: {sequences: 8, length: 64, samples: 64}\nevaluate: [heldout_stories]\n"
 RECIPES = {
@@ -36,9 +33,6 @@ RECIPES = {
     "rtn-w4": "quantize: {method: rtn, scheme: W4A16, group_size: 32}",
 }
 TASK = "eval_heldout_c4"  # the recipes are scored by another task: nothing of it is stored
-LOADED = (
-    "{ workspaceOrError { ... on Workspace { locationEntries { loadStatus locationOrLoadError { __typename } } } } }"
-)
 LAUNCH = """mutation Launch($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {
   __typename ... on LaunchBackfillSuccess { backfillId } ... on PythonError { message } } }"""
 STATUS = """query($id: String!) { partitionBackfillOrError(backfillId: $id) {
@@ -58,7 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.absolute()
     environment = prepared(folder)
-    with ui(folder / "home", environment) as (ask, ready):
+    with opened(folder / "home", environment) as ui:
+        ask = ui.ask
         before = {model: ask(SEEN, key={"path": ["leaderboard"]}, p=[model]) for model in MODELS}
         start = time.monotonic()
         places = [f"{model}|{recipe}" for model in MODELS for recipe in RECIPES]
@@ -85,7 +80,7 @@ def main() -> None:
         assert summarised() == sorted(MODELS) and len(summaries(ask)) == len(MODELS), summaries(ask)
         after = {model: ask(SEEN, key={"path": ["leaderboard"]}, p=[model]) for model in MODELS}
         assert all(count(after[model]) == count(before[model]) + 1 for model in MODELS)
-    print(json.dumps({"partitions": len(places), "ui_ready": ready, "backfill": round(seconds, 1), "summaries": 3}))
+    print(json.dumps({"partitions": len(places), "ui_ready": ui.ready, "backfill": round(seconds, 1), "summaries": 3}))
 
 
 def prepared(folder: Path) -> dict[str, str]:
@@ -107,53 +102,12 @@ def prepared(folder: Path) -> dict[str, str]:
     return environment
 
 
-@contextlib.contextmanager
-def ui(home: Path, environment: dict[str, str]) -> Iterator[tuple[Callable[..., Any], float]]:
-    """A function that asks GraphQL, and the seconds until the code location was there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "compression_dags.cli", "ui", "--home", str(home), "--port", str(port)]
-    start = time.monotonic()
-    process = subprocess.Popen(command, env=environment, cwd=PROJECT)
-
-    def ask(query: str, **variables: Any) -> Any:
-        body = json.dumps({"query": query, "variables": variables}).encode()
-        headers = {"Content-Type": "application/json", "Origin": f"http://127.0.0.1:{port}"}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/graphql", body, headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            found = json.load(answer)
-        assert "errors" not in found, found
-        return found["data"]
-
-    def loaded() -> bool:
-        assert process.poll() is None
-        with contextlib.suppress(OSError):
-            entries = ask(LOADED)["workspaceOrError"].get("locationEntries", [])
-            return [(e["locationOrLoadError"] or {}).get("__typename") for e in entries] == ["RepositoryLocation"]
-        return False
-
-    try:
-        until(loaded, 180, "the code location")
-        yield ask, round(time.monotonic() - start, 1)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
 def summaries(ask: Callable[..., Any]) -> list[dict[str, Any]]:
     return ask(RUNS)["runsOrError"]["results"]
 
 
 def count(seen: dict[str, Any]) -> int:
     return len(seen["assetOrError"]["assetMaterializations"])
-
-
-def until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what} took more than {seconds:.0f} seconds"
-        time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who works in a home: a lock that runs share and upkeep takes alone, and one lock a run that says it is alive."""
+"""A home: its Dagster folder, a lock that runs share and upkeep takes alone, one lock a run that says it is alive."""
 
 from __future__ import annotations
 
@@ -10,11 +10,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compression_dags.errors import InputError
+from compression_dags.paths import PROJECT
+from compression_dags.statefile import replace_text
 from compression_dags.waiting import held, holder, take
 
 _RUN_ID = re.compile(r"[0-9a-f-]{36}")
 _HELD: set[str] = set()
 _PATIENCE = 1.0  # seconds in which a run that is just ending may let go
+#: Where the template of `dagster.yaml` finds its database, if it has one.
+POSTGRES_URL = "DAGSTER_POSTGRES_URL"
+
+
+def prepare_instance(home: Path) -> Path:
+    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off).
+
+    A URL of a Postgres database gets the driver that dagster-postgres is written for: SQLAlchemy 2.1 takes another.
+    """
+    file, template = home / "dagster" / "dagster.yaml", (PROJECT / "dagster.yaml").read_text(encoding="utf-8")
+    held = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if held != template and template.startswith(held):  # none yet, or a copy that was cut off
+        replace_text(file, template)
+    if url := os.environ.get(POSTGRES_URL):
+        os.environ[POSTGRES_URL] = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", url)
+    return file.parent
 
 
 def working(home: Path) -> contextlib.AbstractContextManager[object]:

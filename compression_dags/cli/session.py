@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,35 +20,17 @@ from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.registration import register_home
 from compression_dags.cli.lines import configure_logging
 from compression_dags.failures import WorkFailed
-from compression_dags.paths import PROJECT
 from compression_dags.recipes import load_recipes
 from compression_dags.resources.artifact_store import ArtifactStore
-from compression_dags.resources.home import running, working
+from compression_dags.resources.home import prepare_instance, running, working
 from compression_dags.resources.instance import closed, opened
 from compression_dags.resources.model_hub import ModelHub
-from compression_dags.statefile import replace_text
 
 if TYPE_CHECKING:
     from compression_dags.definitions import Settings
 
 #: The daemon of a UI on this home neither ends such a run after a day nor starts it again: this process sees to both.
 RUN_TAGS = {"dagster/max_runtime": "0", "dagster/max_retries": "0"}
-#: Where the template of `dagster.yaml` finds its database, if it has one.
-POSTGRES_URL = "DAGSTER_POSTGRES_URL"
-
-
-def prepare_instance(home: Path) -> Path:
-    """The Dagster home below `home`, with the template of `dagster.yaml` (telemetry and pop-ups off).
-
-    A URL of a Postgres database gets the driver that dagster-postgres is written for: SQLAlchemy 2.1 takes another.
-    """
-    file, template = home / "dagster" / "dagster.yaml", (PROJECT / "dagster.yaml").read_text(encoding="utf-8")
-    held = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if held != template and template.startswith(held):  # none yet, or a copy that was cut off
-        replace_text(file, template)
-    if url := os.environ.get(POSTGRES_URL):
-        os.environ[POSTGRES_URL] = re.sub("^postgres(ql)?://", "postgresql+psycopg2://", url)
-    return file.parent
 
 
 def reap_runs(home: Path) -> None:

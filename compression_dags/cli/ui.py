@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,13 +22,16 @@ from typing import Any
 import click
 import yaml
 
-from compression_dags.cli.session import prepare_instance, prepared_ui
 from compression_dags.errors import InputError
 from compression_dags.failures import WorkFailed
-from compression_dags.paths import PROJECT
+from compression_dags.recipes import load_recipes
+from compression_dags.resources.home import prepare_instance
+from compression_dags.resources.ui_guard import Address, Guard
 
 #: Seconds that open connections and the daemon have to end.
 PATIENCE = 5
+#: What the UI calls the code location, as workspace.yaml does.
+LOCATION = "compression_dags"
 
 
 def open_ui(home: Path, host: str, port: int, allowed: tuple[str, ...], read_only: bool) -> None:
@@ -36,8 +41,6 @@ def open_ui(home: Path, host: str, port: int, allowed: tuple[str, ...], read_onl
         InputError: an address or port that cannot be used, or a name that cannot be read.
         WorkFailed: Dagster's daemon ended.
     """
-    from compression_dags.resources.ui_guard import Address
-
     names = {text: Address.of(text) for text in allowed}
     if bad := [text for text, address in names.items() if address is None]:
         raise InputError(f"--allow-host {bad[0]!r} is not NAME or NAME:PORT")
@@ -109,41 +112,63 @@ def exposed(listening: list[socket.socket]) -> list[str]:
 def _serve(
     home: Path, host: str, port: int, listening: list[socket.socket], allowed: list[Any], read_only: bool
 ) -> None:
+    load_recipes()  # refuses a folder before anything is started
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
+    name = host.strip("[]")
+    url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_signals_interrupt())
+        # first of all, as it takes longest; what this process imports meanwhile takes nearly as long
+        ended = threading.Event()
+        code = stack.enter_context(_code_server(ended))
+        app, workspace = stack.enter_context(_web_server(home, code, read_only))
+        children = {"code server": code.process}
+        if not read_only:
+            run = ["run", "--log-level", "warning", "--workspace", str(workspace)]
+            children["daemon"] = stack.enter_context(_child("daemon", *run, ended=ended))
+        click.echo(url, err=True)
+        _run_until(ended, Guard(app, host, port, allowed, read_only), listening)
+        for what, child in children.items():
+            if (status := child.poll()) is not None:
+                raise WorkFailed(f"Dagster's {what} ended by itself with exit code {status}")
+
+
+def _run_until(ended: threading.Event, guard: Any, listening: list[socket.socket]) -> None:
+    """Serve until interrupted, or until a process has `ended` without which nothing works."""
     import uvicorn
+
+    server = uvicorn.Server(
+        uvicorn.Config(guard, log_level="warning", proxy_headers=False, timeout_graceful_shutdown=PATIENCE)
+    )
+
+    def stop() -> None:
+        ended.wait()
+        server.should_exit = True
+
+    threading.Thread(target=stop, daemon=True).start()
+    server.run(sockets=listening)
+
+
+@contextlib.contextmanager
+def _web_server(home: Path, code: CodeServer, read_only: bool) -> Iterator[tuple[Any, Path]]:
+    """Dagster's web application on a prepared home, and the workspace file that names the code server."""
     from dagster import DagsterInstance
     from dagster._core.workspace.context import WorkspaceProcessContext
     from dagster._core.workspace.load_target import WorkspaceFileTarget
     from dagster_webserver.app import create_app_from_workspace_process_context
     from dagster_webserver.version import __version__
 
-    from compression_dags.resources.ui_guard import Guard
+    from compression_dags.cli.session import prepared_ui
 
-    os.environ["DAGSTER_HOME"] = str(prepare_instance(home))
-    name = host.strip("[]")
-    url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_signals_interrupt())
-        with prepared_ui(home, read_only) as wait:
-            instance = stack.enter_context(DagsterInstance.get())
-            instance.optimize_for_webserver(statement_timeout=15000, pool_recycle=3600, max_overflow=20)
-            workspace = stack.enter_context(_code_servers(instance))
-            wait()
-        context = WorkspaceProcessContext(instance, WorkspaceFileTarget([workspace]), __version__, read_only=read_only)
-        app: Any = create_app_from_workspace_process_context(stack.enter_context(context), live_data_poll_rate=2000)
-        guard = Guard(app, host, port, allowed, read_only)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                guard,  # pyright: ignore[reportArgumentType]
-                log_level="warning",
-                proxy_headers=False,
-                timeout_graceful_shutdown=PATIENCE,
-            )
+    with prepared_ui(home, read_only) as wait, DagsterInstance.get() as instance:
+        instance.optimize_for_webserver(statement_timeout=15000, pool_recycle=3600, max_overflow=20)
+        code.wait()
+        wait()
+        context = WorkspaceProcessContext(
+            instance, WorkspaceFileTarget([str(code.workspace)]), __version__, read_only=read_only
         )
-        daemon = None if read_only else stack.enter_context(_daemon(workspace, server))
-        click.echo(url, err=True)
-        server.run(sockets=listening)
-        if daemon is not None and (code := daemon.poll()) is not None:
-            raise WorkFailed(f"Dagster's daemon ended by itself with exit code {code}")
+        with context:
+            yield create_app_from_workspace_process_context(context, live_data_poll_rate=2000), code.workspace
 
 
 @contextlib.contextmanager
@@ -162,36 +187,66 @@ def _signals_interrupt() -> Iterator[None]:
             signal.signal(getattr(signal, name), handler)
 
 
-@contextlib.contextmanager
-def _code_servers(instance: Any) -> Iterator[str]:
-    """A workspace file that names one running code server, for web server and daemon alike (as `dagster dev` does).
+@dataclass(frozen=True)
+class CodeServer:
+    """A server of the code location that is about to answer.
 
-    The servers end by themselves when nobody asks for them any more, so that none outlives a killed UI.
+    Attributes:
+        process: Dagster's proxy, which starts the server behind it anew when somebody reloads the code location.
+        socket: where it listens.
+        workspace: a file that names it, for web server and daemon alike.
     """
-    from dagster._cli.proxy_server_manager import ProxyServerManager
-    from dagster._core.workspace.load_target import WorkspaceFileTarget
 
-    target = WorkspaceFileTarget([str(PROJECT / "workspace.yaml")])
-    with (
-        ProxyServerManager(instance, target, code_server_log_level="WARNING") as servers,
-        tempfile.TemporaryDirectory(prefix="compression-dags-ui-") as folder,
-    ):
-        file = Path(folder) / "workspace.yaml"
-        file.write_text(yaml.safe_dump({"load_from": servers.get_code_server_specs()}))
-        yield str(file)
+    process: subprocess.Popen[bytes]
+    socket: Path
+    workspace: Path
+
+    def wait(self) -> None:
+        """Returns when it answers.
+
+        Raises:
+            WorkFailed: it has ended.
+        """
+        from dagster._core.errors import DagsterUserCodeUnreachableError
+        from dagster._grpc.client import DagsterGrpcClient
+
+        client = DagsterGrpcClient(socket=str(self.socket))
+        while True:
+            with contextlib.suppress(DagsterUserCodeUnreachableError):
+                client.ping("")
+                return
+            if (status := self.process.poll()) is not None:
+                raise WorkFailed(f"Dagster's code server ended with exit code {status}")
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
-def _daemon(workspace: str, server: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Dagster's daemon as a child that ends with this process, however that ends; `server` stops when it does."""
-    command = [sys.executable, "-m", "compression_dags.cli.ui_daemon", "--workspace", workspace]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+def _code_server(ended: threading.Event) -> Iterator[CodeServer]:
+    with tempfile.TemporaryDirectory(prefix="compression-dags-ui-") as folder:
+        place, file = Path(folder) / "code.sock", Path(folder) / "workspace.yaml"
+        named = {"socket": str(place), "location_name": LOCATION}
+        file.write_text(yaml.safe_dump({"load_from": [{"grpc_server": named}]}), encoding="utf-8")
+        options = ["--module-name", "compression_dags.definitions", "--location-name", LOCATION, "--socket", str(place)]
+        options += ["--use-python-environment-entry-point", "--inject-env-vars-from-instance"]
+        with _child("code-server", "start", *options, "--log-level", "warning", ended=ended) as process:
+            yield CodeServer(process, place, file)
+
+
+@contextlib.contextmanager
+def _child(*command: str, ended: threading.Event) -> Iterator[subprocess.Popen[bytes]]:
+    """One of Dagster's commands as a child that ends with this process, however that ends.
+
+    Args:
+        ended: set when it ends before its time.
+    """
+    words = [sys.executable, "-m", "compression_dags.cli.ui_server", *command]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
     stopping = threading.Event()
 
     def watch() -> None:
         child.wait()
         if not stopping.is_set():
-            server.should_exit = True
+            ended.set()
 
     threading.Thread(target=watch, daemon=True).start()
     try:

@@ -20,9 +20,10 @@ TINY = {
     "similarity_speed.py": (),
     "sparsity_quality.py": (),
     "sparsity_speed.py": ("--work", "WORK", "--device", "cpu", "--ours", "--repeats", "1"),
+    "ui_start.py": ("--folder", "WORK"),
 }
 #: Modules that other scripts import.
-MODULES = {"gpu_smoke_rows.py", "gpu_smoke_cases.py", "quality_rig.py", "random_llama.py", "speed_rig.py"}
+MODULES = {"gpu_smoke_rows.py", "gpu_smoke_cases.py", "quality_rig.py", "random_llama.py", "speed_rig.py", "ui_rig.py"}
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ from click.testing import CliRunner
 import compression_dags
 from pathlib import Path
 from compression_dags.cli.main import main
-from compression_dags.cli.session import prepare_instance
+from compression_dags.resources.home import prepare_instance
 from compression_dags.evaluation.tasks import PerplexityTask, load_tasks
 from compression_dags.paths import PROJECT
 

@@ -15,10 +15,10 @@ import pytest
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from home_runs import pooled, run_pooled
 
-from compression_dags.cli.session import prepare_instance, reap_runs
+from compression_dags.cli.session import reap_runs
 from compression_dags.errors import InputError
 from compression_dags.paths import PROJECT
-from compression_dags.resources.home import alone, is_alive, run_lock, running, runs_at_work, working
+from compression_dags.resources.home import alone, is_alive, prepare_instance, run_lock, running, runs_at_work, working
 from compression_dags.statefile import locked
 from compression_dags.waiting import Holder, held, take
 

@@ -234,7 +234,7 @@ def test_the_postgres_template(tmp_path, monkeypatch):
     """SQLAlchemy 2.1 reads `postgresql://` as another driver than the one that dagster-postgres needs."""
     import yaml
 
-    from compression_dags.cli.session import POSTGRES_URL, prepare_instance
+    from compression_dags.resources.home import POSTGRES_URL, prepare_instance
 
     monkeypatch.setenv(POSTGRES_URL, "postgresql://me:secret@db:5432/dags")
     written = (prepare_instance(tmp_path) / "dagster.yaml").read_text()
@@ -278,7 +278,7 @@ def test_what_others_can_reach(host: str):
         sock.close()
 
 
-@pytest.mark.skipif(not os.environ.get("COMPRESSION_DAGS_SLOW_TESTS"), reason="starts everything, which takes a minute")
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_the_whole_ui_starts_and_leaves_nobody_behind(end: signal.Signals, tmp_path):
     command = [sys.executable, "-m", "compression_dags.cli", "ui", "--home", str(tmp_path), "--port", "0"]
@@ -295,3 +295,15 @@ def test_the_whole_ui_starts_and_leaves_nobody_behind(end: signal.Signals, tmp_p
     while left := [pid for pid in children if os.path.exists(f"/proc/{pid}")]:
         assert time.monotonic() < deadline, left
         time.sleep(1)
+
+
+@pytest.mark.slow
+def test_the_ui_ends_with_a_child_that_it_needs(tmp_path):
+    command = [sys.executable, "-m", "compression_dags.cli", "ui", "--home", str(tmp_path), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    next(line for line in process.stderr if line.startswith("http://"))
+    found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "code-server"], capture_output=True, text=True)
+    os.kill(int(found.stdout), signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert "Dagster's code server ended by itself with exit code -9" in process.stderr.read()

@@ -10,8 +10,9 @@ from forked import logged, server_process
 
 from compression_dags.assets.partitions import BASE_MODELS
 from compression_dags.assets.publishing import GPU_POOL
-from compression_dags.cli.session import execute, prepare_instance, session
+from compression_dags.cli.session import execute, session
 from compression_dags.definitions import Settings
+from compression_dags.resources.home import prepare_instance
 
 TEXT = "Once upon a time there was a little cat who liked to play in the garden with a red ball. " * 60
 CHAIN = """name: chain
