@@ -65,6 +65,7 @@ def test_two_first_runs_at_once_end_well(desk, reference):
     assert stored(desk / "twins") == stored(reference)
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_runs_continue_to_the_same_bytes(desk, reference):
     home = desk / "home"
 
