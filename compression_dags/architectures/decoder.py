@@ -162,6 +162,66 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """One kind of layer of a discovered model.
+
+    Attributes:
+        attention: the layer's type as the config says, `attention`, or the module that mixes the tokens.
+        feed_forward: `dense` or `experts`.
+        groups: matrices by common input, in the order in which the layer evaluates them; routers and experts aside.
+        norms: modules whose weight multiplies each channel.
+        input_norms: group → the norm whose output it reads.
+        norm_offsets: what those norms add to their weights before they multiply.
+        branch_norms: norms between a branch's last matrix and the residual stream.
+        head_norms: norms between a matrix and the attention's core.
+        writers: matrices whose output is added to the residual stream, times the constant in `factors`.
+        routers: matrices that choose experts.
+        experts: parameters that hold a matrix an expert, (experts, …, …).
+        shared: parameters of other places that the layer uses.
+        shapes: parameter of the layer → its shape.
+    """
+
+    attention: str
+    feed_forward: str
+    groups: tuple[ProjectionGroup, ...] = ()
+    norms: tuple[str, ...] = ()
+    input_norms: tuple[tuple[str, str], ...] = ()
+    norm_offsets: tuple[float, ...] = ()
+    branch_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    factors: tuple[float, ...] = ()
+    routers: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """What tracing found of a model; names are those in memory.
+
+    Attributes:
+        stack: module that loops over the layers.
+        layers: the list of layers.
+        embedding, head, final_norm: names of parameters; a tied head is the embedding.
+        config_path: where the config that describes the layers lies inside the model's; empty but for wrappers.
+        kinds: every kind of layer, in order of appearance.
+        kind_of: for each layer, its place in `kinds`.
+    """
+
+    model_type: str
+    stack: str
+    layers: str
+    embedding: str
+    head: str
+    final_norm: str
+    config_path: tuple[str, ...]
+    kinds: tuple[LayerKind, ...]
+    kind_of: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What a planner needs to know of a model, without its weights.
 

@@ -159,6 +159,18 @@ def models_add(model: str, name: str | None, home: Path, as_json: bool) -> None:
     emit(artifact.metadata, as_json, metadata_text(artifact.metadata))
 
 
+@models.command("inspect")
+@click.argument("model")
+@home_option
+@json_option
+def models_inspect(model: str, home: Path, as_json: bool) -> None:
+    """Print what MODEL is made of: kinds of layers, matrices by common input, experts."""
+    from compression_dags.cli.inspect import inspect_model, text, to_json
+
+    found = inspect_model(home, model)
+    emit(to_json(found), as_json, text(found))
+
+
 @models.command("remove")
 @click.argument("name")
 @home_option

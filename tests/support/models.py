@@ -99,6 +99,11 @@ _CONFIGS: dict[str, Callable[[int], Any]] = {
 FAMILIES = tuple(_CONFIGS)
 
 
+def config_of(family: str, layers: int = 4) -> Any:
+    """The config of `tiny`."""
+    return _CONFIGS[family](layers)
+
+
 def tiny(
     family: str, directory: Path, *, layers: int = 4, seed: int = 0, dtype: str = "float32", **config: Any
 ) -> Path:
