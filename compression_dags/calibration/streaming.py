@@ -9,7 +9,7 @@ layer type). They are captured once by running the model with pass-through layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compression_dags.architectures import Experts
 from compression_dags.calibration.corpora import TokenBlocks
+from compression_dags.checkpoints.conversion import Conversion
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.kernels.fused_layer import fuse
 
@@ -101,9 +101,11 @@ class DecoderStream:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pending: dict[int, Future[dict[str, Tensor]]] = {}
         self._loaded: set[int] = set()
+        self.shell = self._empty_shell()
+        self._conversion = Conversion(self.shell)
         if self._copies:
-            self.prefetch(0)  # while the model around the layers is built
-        self.shell = self._build_shell()
+            self.prefetch(0)  # while the tensors around the layers are loaded
+        self._fill_shell()
         self.stack = self.shell.get_submodule(checkpoint.architecture.stack)
         self.layers: Any = self.shell.get_submodule(checkpoint.architecture.layers)
 
@@ -120,21 +122,26 @@ class DecoderStream:
 
         return need < psutil.virtual_memory().available / 2
 
-    def _build_shell(self) -> nn.Module:
-        """The model with everything but its decoder layers on the device; layers stay on the meta device."""
+    def _empty_shell(self) -> nn.Module:
+        """The model on the meta device; buffers (rotary frequencies, position offsets) are built for real."""
         config = AutoConfig.from_pretrained(self.checkpoint.path)
         config.use_cache = False
         with init_empty_weights(include_buffers=False):
-            shell = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        state = {name: self._to_device(self.checkpoint.tensor(name)) for name in self.checkpoint.outside_layers()}
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+
+    def _fill_shell(self) -> None:
+        """Put everything but the decoder layers on the device; layers stay on the meta device."""
+        shell: Any = self.shell
+        outside = {name: self.checkpoint.tensor(name) for name in self.checkpoint.outside_layers()}
+        state = {name: self._to_device(tensor) for name, tensor in self._conversion.converted(outside).items()}
         shell.load_state_dict(state, strict=False, assign=True)
         shell.tie_weights()
-        for module in shell.modules():  # rotary frequencies and position offsets are buffers, built for real
+        for module in shell.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(self.device))
         if self.device.type == "cuda":
             fuse(shell)
-        return shell.eval().requires_grad_(False)
+        shell.eval().requires_grad_(False)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -143,10 +150,27 @@ class DecoderStream:
 
     # -- layers -----------------------------------------------------------------------------------------------------
 
+    def in_memory(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of layer `index` that tensors on disk make; both by their names within the layer.
+
+        Raises:
+            ValueError: tensors that make a part of a parameter only.
+        """
+        prefix = self.checkpoint.architecture.layer_prefix(index)
+        found = self._conversion.converted({prefix + local: tensor for local, tensor in tensors.items()})
+        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    def unknown(self, index: int, names: Iterable[str]) -> list[str]:
+        """Those names on disk, within layer `index`, that go into no parameter."""
+        prefix = self.checkpoint.architecture.layer_prefix(index)
+        full = {prefix + local: local for local in names}
+        known = self._conversion.in_memory(full)
+        return [local for name, local in full.items() if name not in known]
+
     def _read_layer(self, index: int) -> dict[str, Tensor]:
-        tensors = {local: self.checkpoint.tensor(name) for local, name in self.checkpoint.layer(index).items()}
-        experts = self.checkpoint.architecture.experts
-        tensors = fuse_experts(tensors, experts) if experts else tensors
+        tensors = self.in_memory(
+            index, {k: self.checkpoint.tensor(name) for k, name in self.checkpoint.layer(index).items()}
+        )
         if self._copies is None:
             return tensors
         with torch.cuda.stream(self._copies):  # beside the layer that is computed now
@@ -256,24 +280,3 @@ def replaced_layers(layers: Any, forward: Callable[..., Tensor]) -> Iterator[Non
     finally:
         for layer in layers:
             del layer.forward
-
-
-def fuse_experts(tensors: dict[str, Tensor], names: Experts) -> dict[str, Tensor]:
-    """Per-expert tensors of the file → the fused parameters that transformers 5 holds in memory.
-
-    `experts.e.gate (I, H)`, `.up (I, H)`, `.down (H, I)` become `experts.gate_up_proj (E, 2I, H)` and
-    `experts.down_proj (E, H, I)`. A dense layer passes through.
-    """
-    prefix = f"{names.disk_block}.experts."
-    count = 1 + max((int(k[len(prefix) :].split(".")[0]) for k in tensors if k.startswith(prefix)), default=-1)
-    rest = {k.replace(f"{names.disk_block}.", "mlp.", 1): t for k, t in tensors.items() if not k.startswith(prefix)}
-    if not count:
-        return tensors
-
-    def of(expert: int, which: str) -> Tensor:
-        return tensors[f"{prefix}{expert}.{which}.weight"]
-
-    gate_up = [torch.cat([of(e, names.gate), of(e, names.up)]) for e in range(count)]
-    rest["mlp.experts.gate_up_proj"] = torch.stack(gate_up)
-    rest["mlp.experts.down_proj"] = torch.stack([of(e, names.down) for e in range(count)])
-    return rest

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from compression_dags.calibration.corpora import TokenBlocks
-from compression_dags.calibration.streaming import DecoderStream, fuse_experts
+from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import PROBE_TOKENS, probe_ids
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
@@ -163,10 +163,9 @@ def reference_logits(
     with torch.inference_mode():
         for position, layer in enumerate(plan.layers):
             with stream.layer(layer.slot, prefetch=source.num_layers) as module:
-                new = {k: replaced[n] for k, n in source.layer(layer.slot).items() if replaced and n in replaced}
-                if made := layer_tensors(source, plan, position):
-                    new = fuse_experts(made, source.architecture.experts) if source.architecture.experts else made
-                if new:
+                again = {k: replaced[n] for k, n in source.layer(layer.slot).items() if replaced and n in replaced}
+                if new := layer_tensors(source, plan, position) or again:
+                    new = stream.in_memory(layer.slot, new)
                     new = {k: t.to(stream.device, stream.dtype) for k, t in new.items()}
                     module.load_state_dict(new, assign=True, strict=False)
                 batch.hidden = stream.apply(module, layer.slot, batch)

@@ -16,7 +16,6 @@ import psutil
 import torch
 
 from compression_dags.calibration.corpora import TokenBlocks
-from compression_dags.calibration.streaming import fuse_experts
 from compression_dags.errors import InputError
 from compression_dags.passes.scored_rows import loss_sum
 
@@ -36,7 +35,7 @@ class Piece:
     """One layer of a student: the base model's layer `slot`, with some of its parameters replaced.
 
     `tensors` are by local name as on disk (`mlp.down_proj.weight`); empty for a layer as it is. A layer with experts
-    takes all of the experts' tensors or none.
+    takes all of the experts' tensors of one kind (down; gate and up) or none.
     """
 
     slot: int
@@ -167,13 +166,12 @@ def placed(stream: DecoderStream, piece: Piece) -> Iterator[torch.nn.Module]:
 
 def _in_memory(stream: DecoderStream, piece: Piece) -> Mapping[str, Tensor]:
     """The piece's tensors as the module names them: experts are fused there."""
-    experts = stream.checkpoint.architecture.experts
-    if not experts or not piece.tensors:
-        return piece.tensors
+    if unknown := stream.unknown(piece.slot, piece.tensors):
+        raise ValueError(f"layer {piece.slot} has no parameter {unknown[0]}")
     try:
-        return fuse_experts(dict(piece.tensors), experts)
-    except KeyError as missing:
-        raise ValueError(f"a piece of layer {piece.slot} replaces some experts but not {missing}") from None
+        return stream.in_memory(piece.slot, piece.tensors)
+    except ValueError as error:
+        raise ValueError(f"a piece of layer {piece.slot} replaces some experts but not all: {error}") from None
 
 
 def _swap(module: torch.nn.Module, name: str, tensor: Tensor, slot: int) -> Callable[[], None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compression_dags.architectures import Architecture
-from compression_dags.calibration.streaming import fuse_experts
+from compression_dags.checkpoints.conversion import Conversion
 from compression_dags.checkpoints.gate import PROBE_TOKENS, load_stock, probe_ids
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.passes.host_copies import HostCopies
@@ -44,20 +44,17 @@ class Sparsified:
         parameters = dict(model.named_parameters())
         ids = probe_ids(source.config["vocab_size"], source.config.get("max_position_embeddings", PROBE_TOKENS))
         with torch.inference_mode():
-            for name, tensor in self._in_memory(source.architecture):
+            for name, tensor in self._in_memory(source.architecture, Conversion(model)):
                 parameters[name].data = tensor.to(device, parameters[name].dtype)
             return model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
 
-    def _in_memory(self, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    def _in_memory(self, architecture: Architecture, conversion: Conversion) -> Iterator[tuple[str, Tensor]]:
         """The tensors by the names of a loaded model's parameters, which fuses experts; one layer at a time."""
         layers: dict[int | None, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
-            index, local = architecture.split_name(name)
-            layers.setdefault(index, {})[local] = tensor
-        for index, tensors in layers.items():
-            prefix = "" if index is None else architecture.layer_prefix(index)
-            found = fuse_experts(tensors, architecture.experts) if architecture.experts else tensors
-            yield from ((prefix + local, tensor) for local, tensor in found.items())
+            layers.setdefault(architecture.split_name(name)[0], {})[name] = tensor
+        for tensors in layers.values():
+            yield from conversion.converted(tensors).items()
 
 
 class Results:

@@ -7,7 +7,7 @@ from slow import by_default
 from test_sparsify import planned, sparsify, stage
 
 from compression_dags.calibration.activations import profile_activations
-from compression_dags.calibration.streaming import DecoderStream, fuse_experts
+from compression_dags.calibration.streaming import DecoderStream
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
@@ -40,10 +40,11 @@ def rows_of(decisions, name):
     return next(d for d in decisions if d.target == name).evidence
 
 
-def replaced(source, tensors, layer):
+def replaced(stream, tensors, layer):
     """The tensors of a layer on disk, some of them replaced, as a module loads them."""
+    source = stream.checkpoint
     local = {k: tensors.get(n, source.tensor(n)) for k, n in source.layer(layer).items()}
-    return {k: t.float() for k, t in fuse_experts(local, source.architecture.experts).items()}
+    return {k: t.float() for k, t in stream.in_memory(layer, local).items()}
 
 
 def experts_input(source, tensors, blocks, layer):
@@ -52,7 +53,7 @@ def experts_input(source, tensors, blocks, layer):
     batches = stream.batches(blocks)
     for index in range(layer + 1):
         with torch.inference_mode(), stream.layer(index) as module:
-            module.load_state_dict(replaced(source, tensors, index), assign=True)
+            module.load_state_dict(replaced(stream, tensors, index), assign=True)
             if index == layer:
                 module.get_submodule("mlp.experts").register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
             for batch in batches:
