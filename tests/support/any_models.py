@@ -20,7 +20,7 @@ _RULES: tuple[tuple[str, int], ...] = (
     ),
     (r"original_max_position_embeddings", 128),
     (
-        r"(num_hidden_layers|n_layers?|num_layers|num_layers_per_stack|depth|decoder_layers|encoder_layers)",
+        r"(num_hidden_layers|n_layers?|num_layers|num_layers_per_stack|num_blocks|depth|decoder_layers|encoder_layers)",
         -1,
     ),  # -1: the number of layers
     (r"(zero_expert_num)", 2),
@@ -87,7 +87,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_layer_end_index": 2},
     "falcon_h1": {"mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gpt_neo": {"attention_types": [[["global", "local"] * 2, 1]]},
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2},
     "lfm2": {"layer_types": _CONVOLUTION, "full_attn_idxs": [1, 3]},
     "lfm2_moe": {"layer_types": _CONVOLUTION},
@@ -120,10 +120,17 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
-    **dict.fromkeys(
-        ("glm4v_text", "glm_ocr_text", "paddleocr_vl_text", "qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text"),
-        {"rope_parameters": {"mrope_section": [4, 2, 2]}},
-    ),
+    **{
+        name: {"rope_parameters": {"mrope_section": [4, 2, 2]}}
+        for name in (
+            "glm4v_text",
+            "glm_ocr_text",
+            "paddleocr_vl_text",
+            "qwen2_vl_text",
+            "qwen2_5_vl_text",
+            "qwen2_5_omni_text",
+        )
+    },
     "glm4v_moe_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
     "step3p5": {"sliding_window": WINDOW},
@@ -306,6 +313,7 @@ def randomize_any(model: Any, seed: int) -> None:
 def _shrunk(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """`config` with small numbers; sub-configs are shrunk in the same way, towers to two layers."""
     count = next((config[n] for n in _LAYER_COUNTS if isinstance(config.get(n), int)), None)
+    count = count or len(config.get("layers_block_type") or ())
     chosen = _chosen_layers(config, count, layers) if count else []
     small = {n: v for n, v in config.items() if n not in _NOT_FIELDS and isinstance(n, str)}
     for name, value in list(small.items()):
@@ -316,11 +324,22 @@ def _shrunk(config: dict[str, Any], layers: int) -> dict[str, Any]:
     _fix_sections(config, small)
     for name, value in _OVERRIDES.get(config.get("model_type", ""), {}).items():
         keeps = isinstance(value, dict) and isinstance(small.get(name), dict)
-        small[name] = small[name] | value if keeps else value
+        small[name] = small[name] | value if keeps else _fitted(value, layers)
     return small
 
 
-def _shrunk_value(name: str, value: Any, layers: int, chosen: list[int], count: int | None) -> Any:
+def _fitted(value: Any, layers: int) -> Any:
+    """An override for four layers, fitted to another number of layers."""
+    if not isinstance(value, list):
+        return value
+    if isinstance(value[0], list):
+        return [[_fitted(value[0][0], layers), 1]]
+    if isinstance(value[0], int):
+        return [i for i in range(layers) if i % 4 in value]
+    return [value[i % len(value)] for i in range(layers)]
+
+
+def _shrunk_value(name: str, value: Any, layers: int, chosen: list[int], count: int) -> Any:
     if name == "per_layer_config" and value:
         new = {}
         for j, i in enumerate(chosen):
@@ -352,7 +371,9 @@ def _chosen_layers(config: dict[str, Any], count: int, layers: int) -> list[int]
     for i in range(count):
         kinds.setdefault(repr(([v[i] for v in lists], i in special, i < boundary)), []).append(i)
     chosen: list[int] = []
-    while len(chosen) < min(layers, count):
+    if layers >= count:
+        return [i % count for i in range(layers)]
+    while len(chosen) < layers:
         for members in kinds.values():
             if members and len(chosen) < layers:
                 chosen.append(members.pop(0))
@@ -396,5 +417,5 @@ def _fix_sections(config: dict[str, Any], small: dict[str, Any]) -> None:
 def _shrunk_number(name: str, value: int, layers: int) -> int:
     for pattern, small in _RULES:
         if re.fullmatch(pattern, name):
-            return value if small == 0 else min(value, small if small > 0 else layers)
+            return {0: value, -1: layers}.get(small, min(value, small))
     return value
