@@ -29,11 +29,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tiny models are helpers of the tests
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
-from compression_dags.architectures.config_rules import (  # noqa: E402
+from compression_dags.architectures.config_rules import (
     COUNTS,
     LayerFields,
     candidates,
@@ -42,7 +42,7 @@ from compression_dags.architectures.config_rules import (  # noqa: E402
     remapped,
     text_config,
 )
-from tests.support.any_models import FAMILIES, auto_class, tiny_any  # noqa: E402
+from tests.support.any_models import FAMILIES, auto_class, tiny_any
 
 TOLERANCE = 1e-4
 #: Rules tried for one family; each is a reload or more.

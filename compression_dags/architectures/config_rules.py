@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ _BOUNDARIES = ("first_k_dense_replace", "num_dense_layers", "max_window_layers",
 _LASTS = ("moe_layer_end_index",)
 _TAILS = ("num_kv_shared_layers",)
 _CYCLES = ("block_types",)
+_POINTERS = re.compile(r".*source_layers?")
+_DEPTH_SCALES = ("scale_depth",)
 _NESTED = ("attention_types",)
 _CADENCES = re.compile(
     r"_?sliding_window_pattern|full_attention_interval|decoder_sparse_step|interleave_moe_layer_step|layer_group_size"
@@ -62,6 +65,8 @@ class LayerFields:
         tails: counts that mean "the last so many layers".
         cycles: lists that repeat over the layers, or that hold pairs (list, times).
         periods: (period, offset) of the layers i with i % period == offset, where no explicit list exists.
+        pointers: lists whose entry for a layer is the index of a layer that it reads.
+        depth_scales: numbers that the model divides by the root of the number of layers.
     """
 
     count: str
@@ -75,12 +80,16 @@ class LayerFields:
     tails: tuple[str, ...] = ()
     cycles: tuple[str, ...] = ()
     periods: tuple[tuple[str, str], ...] = ()
+    pointers: tuple[str, ...] = ()
+    depth_scales: tuple[str, ...] = ()
 
     def names(self) -> frozenset[str]:
         """Every field that has a role."""
         alone = (self.lists, self.index_lists, self.index_dicts, self.boundaries, self.cadences, self.lasts)
         pairs = itertools.chain.from_iterable(self.periods)
-        return frozenset({self.count, *itertools.chain(*alone, self.tails, self.cycles, pairs)})
+        return frozenset(
+            {self.count, *itertools.chain(*alone, self.tails, self.cycles, self.pointers, self.depth_scales, pairs)}
+        )
 
 
 def text_config(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -117,10 +126,12 @@ def plain_fields(config: dict[str, Any], count: str, path: Sequence[str] = ()) -
     fields = LayerFields(count, path=tuple(path))
     layers = layer_count(config, fields)
     text = text_config(config, path)
-    lists, index_lists, index_dicts = [], [], []
+    lists, index_lists, index_dicts, pointers = [], [], [], []
     for name, value in text.items():
         if isinstance(value, list | tuple | str) and not _NOT_LISTS.fullmatch(name):
-            if _are_indices(value, layers) and _INDEX_LISTS.fullmatch(name):
+            if _POINTERS.fullmatch(name) and len(value) == layers:
+                pointers.append(name)
+            elif _are_indices(value, layers) and _INDEX_LISTS.fullmatch(name):
                 index_lists.append(name)
             elif len(value) == layers and (not isinstance(value, str) or "pattern" in name):
                 lists.append(name)
@@ -144,6 +155,8 @@ def plain_fields(config: dict[str, Any], count: str, path: Sequence[str] = ()) -
         tails=tuple(n for n in _TAILS if n in numbers),
         cycles=tuple(n for n in _CYCLES if isinstance(text.get(n), list) and n not in lists) + nested,
         periods=tuple((f"{n}_period", f"{n}_offset") for n in starts if f"{n}_offset" in numbers),
+        pointers=tuple(pointers),
+        depth_scales=tuple(n for n in _DEPTH_SCALES if isinstance(text.get(n), int | float)),
     )
 
 
@@ -206,6 +219,10 @@ def remapped(config: dict[str, Any], kept: Sequence[int], rule: LayerFields) -> 
     for name in _stated(text, rule.tails):
         start = layers - text[name]
         text[name] = len(kept) - _prefix(name, [i < start for i in kept])
+    for name in _stated(text, rule.pointers):
+        text[name] = _redirected(name, text[name], kept)
+    for name in _stated(text, rule.depth_scales):
+        text[name] *= math.sqrt(len(kept) / layers)
     for period, offset in rule.periods:
         text[period], text[offset] = _solved(period, [i % text[period] == text[offset] for i in kept])
     for name in rule.cadences:
@@ -227,6 +244,14 @@ def _stated(text: dict[str, Any], names: tuple[str, ...]) -> list[str]:
 
 def _sliced(entries: Any, kept: Sequence[int]) -> Any:
     return "".join(entries[i] for i in kept) if isinstance(entries, str) else [entries[i] for i in kept]
+
+
+def _redirected(name: str, sources: list[int], kept: Sequence[int]) -> list[int]:
+    """For each kept layer the new index of the layer that it reads."""
+    place = {i: j for j, i in enumerate(kept)}
+    if lost := sorted({sources[i] for i in kept} - place.keys()):
+        raise InputError(f"config field {name!r}: kept layers read from layers {lost}, which go")
+    return [place[sources[i]] for i in kept]
 
 
 def _unrolled(entries: list[Any], kept: Sequence[int], layers: int) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 
 import pytest
@@ -48,6 +49,9 @@ def test_only_the_count_changes_in_a_uniform_stack():
         ("moe_layer_end_index", -1, -1),
         ("num_kv_shared_layers", 3, 2),
         ("num_kv_shared_layers", 0, 0),
+        ("kv_source_layers", [0, 0, 2, 2, 2, 0], [0, 1, 1, 0]),
+        ("kv_source_layers", [0, 1, 2, 3, 4, 5], [0, 1, 2, 3]),
+        ("scale_depth", 3.0, 3.0 * math.sqrt(4 / 6)),
         ("block_types", ["r", "r", "a"], ["r", "a", "r", "a"]),
         ("attention_types", [[["global", "local"], 3]], [[["global", "global", "local", "local"], 1]]),
     ],
@@ -133,6 +137,11 @@ def test_what_no_model_reads_is_left_out():
 def test_an_order_that_mixes_a_boundary_is_refused():
     with pytest.raises(InputError, match="first_k_dense_replace"):
         _dropped(_config(first_k_dense_replace=2), kept=[3, 0, 1])
+
+
+def test_a_layer_that_others_read_cannot_go():
+    with pytest.raises(InputError, match=r"kv_source_layers.*\[1\]"):
+        _dropped(_config(kv_source_layers=[0, 1, 1, 3, 4, 5]))
 
 
 @pytest.mark.parametrize("kept", [[], [6], [-1]])

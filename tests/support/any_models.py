@@ -68,6 +68,7 @@ _CONVOLUTION = ["conv", "full_attention"] * 2
 #: By the `model_type` of a config or a sub-config. Layer lists here are those of four layers.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere2_moe": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "cohere_compass_text": {
         "layer_types": _ALTERNATING,
         "rope_parameters": {
@@ -88,11 +89,28 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_head": 16},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"] * 2, 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "jamba": {"attn_layer_period": 4, "attn_layer_offset": 2},
     "lfm2": {"layer_types": _CONVOLUTION, "full_attn_idxs": [1, 3]},
     "lfm2_moe": {"layer_types": _CONVOLUTION},
     "llama4_text": {"interleave_moe_layer_step": 2, "moe_layers": [1, 3]},
+    "laguna": {
+        "layer_types": _ALTERNATING,
+        "sliding_window": WINDOW,
+        "num_attention_heads_per_layer": [4, 8, 4, 8],
+    },
     "mamba2": {"num_heads": 8},
+    "mellum": {
+        "layer_types": _ALTERNATING,
+        "sliding_window": WINDOW,
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+    },
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+    },
+    "mistral_large4_text": {"kv_source_layers": [0, 1, 1, 3]},
+    "mllama_text_model": {"cross_attention_layers": [1, 3]},
     "nemotron": {"num_key_value_heads": 2},
     "phi4_multimodal_audio": {
         "nemo_conv_channels": 64,
@@ -134,6 +152,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
     "step3p5": {"sliding_window": WINDOW},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "sliding_window": WINDOW},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {
         "attention_hidden_size": 128,
@@ -334,7 +353,7 @@ def _fitted(value: Any, layers: int) -> Any:
         return value
     if isinstance(value[0], list):
         return [[_fitted(value[0][0], layers), 1]]
-    if isinstance(value[0], int):
+    if isinstance(value[0], int) and len(value) < 4:
         return [i for i in range(layers) if i % 4 in value]
     return [value[i % len(value)] for i in range(layers)]
 
