@@ -13,6 +13,7 @@ from compression_dags.paths import PROJECT
 FOLDER = PROJECT / "benchmarks"
 #: Script → what it is given beside `--tiny`; `WORK` is a folder that does not exist yet.
 TINY = {
+    "architectures.py": (),
     "come_speed.py": ("--work", "WORK", "--device", "cpu", "--refit"),
     "depth_quality.py": (),
     "quantization_speed.py": ("--work", "WORK", "--device", "cpu", "--ours", "--repeats", "1"),
