@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from compression_dags.architectures.config_rules import LayerFields, remapped
 from compression_dags.errors import InputError
 
 
@@ -46,6 +47,70 @@ LLAMA_GROUPS = (
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """One kind of layer of a discovered model.
+
+    Attributes:
+        attention: the layer's type as the config says, `attention`, or the module that mixes the tokens.
+        feed_forward: `dense` or `experts`.
+        groups: matrices by common input, in the order in which the layer evaluates them; routers and experts aside.
+        norms: modules whose weight multiplies each channel.
+        input_norms: group → the norm whose output it reads.
+        norm_offsets: what those norms add to their weights before they multiply.
+        branch_norms: norms between a branch's last matrix and the residual stream.
+        head_norms: norms between a matrix and the attention's core.
+        writers: matrices whose output is added to the residual stream, times the constant in `factors`.
+        routers: matrices that choose experts.
+        experts: parameters that hold a matrix an expert, (experts, …, …).
+        odd: matrices that are no plain linear module, or are used outside of it.
+        shared: parameters of other places that the layer uses.
+        shapes: parameter of the layer → its shape.
+    """
+
+    attention: str
+    feed_forward: str
+    groups: tuple[ProjectionGroup, ...] = ()
+    norms: tuple[str, ...] = ()
+    input_norms: tuple[tuple[str, str], ...] = ()
+    norm_offsets: tuple[float, ...] = ()
+    branch_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    factors: tuple[float, ...] = ()
+    routers: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    odd: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """What tracing found of a model; names are those in memory.
+
+    Attributes:
+        stack: module that loops over the layers.
+        layers: the list of layers.
+        embedding, head, final_norm: names of parameters; a tied head is the embedding.
+        config_path: where the config that describes the layers lies inside the model's; empty but for wrappers.
+        kinds: every kind of layer, in order of appearance.
+        kind_of: for each layer, its place in `kinds`.
+        returned: how many values a layer returns in a tuple; 0 where it returns its output as it is.
+    """
+
+    model_type: str
+    stack: str
+    layers: str
+    embedding: str
+    head: str
+    final_norm: str
+    config_path: tuple[str, ...]
+    kinds: tuple[LayerKind, ...]
+    kind_of: tuple[int, ...]
+    returned: int = 0
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A family of decoder-only models, described once.
 
@@ -64,6 +129,15 @@ class Architecture:
         layer_index_lists: config lists of layer indices.
         layer_boundaries: config counts that mean "the layers below this index".
         experts: names of mixture-of-experts tensors, if the family has them.
+        layer_list: path of the layer list in tensor names, where it is not `layers` of the stack.
+        module_list: the same in modules, where it is another one.
+        embedding_name, head_name: tensors on disk; a tied head is the embedding.
+        kinds, kind_of: every kind of layer, and for each layer its place there; empty for written families.
+        fields: which config fields depend on the layers; None for written families.
+        writers: groups whose output is added to the residual stream as it is; None where `branch_norms` says it.
+        sizes: the config's names of sizes → what a discovered model has.
+        returned: how many values a layer returns in a tuple; 0 where it returns its output as it is.
+        opaque: kinds of matrices that only whole layers' methods may touch, with the reason.
     """
 
     model_type: str
@@ -83,11 +157,43 @@ class Architecture:
     layer_boundaries: tuple[str, ...] = ()
     stale_cadences: tuple[str, ...] = field(default=())
     experts: Experts | None = None
+    layer_list: str = ""
+    module_list: str = ""
+    embedding_name: str = ""
+    head_name: str = "lm_head.weight"
+    kinds: tuple[LayerKind, ...] = ()
+    kind_of: tuple[int, ...] = ()
+    fields: LayerFields | None = None
+    writers: tuple[str, ...] | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+    returned: int = 0
+    opaque: tuple[str, ...] = ()
 
     @property
     def layers(self) -> str:
-        """Path of the layer list, in modules and in tensor names alike."""
-        return f"{self.stack}.layers"
+        """Path of the layer list in tensor names."""
+        return self.layer_list or f"{self.stack}.layers"
+
+    @property
+    def modules(self) -> str:
+        """Path of the layer list in modules."""
+        return self.module_list or self.layers
+
+    @property
+    def embedding(self) -> str:
+        """Name of the token embedding's tensor."""
+        return self.embedding_name or f"{self.stack}.embed_tokens.weight"
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer has the parts of a Llama layer, which methods that mix layers' channels know."""
+        plain = {group.name: len(group.projections) for group in LLAMA_GROUPS}
+        for kind in self.kinds:
+            found = {group.name: len(group.projections) for group in kind.groups}
+            counts = found | {"mlp_input": plain["mlp_input"] if found.get("mlp_input") in (1, 2) else 0}
+            if counts != plain or len(kind.input_norms) != 2 or kind.odd or set(kind.factors) - {1.0}:
+                return False
+        return True
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers}.{index}."
@@ -104,6 +210,8 @@ class Architecture:
     @property
     def stream_writers(self) -> tuple[str, ...]:
         """Groups whose output is added to the residual stream as it is; none where a norm stands between."""
+        if self.writers is not None:
+            return self.writers
         return () if self.branch_norms else ("attention_output", "mlp_output")
 
     def projections(self) -> tuple[str, ...]:
@@ -111,6 +219,8 @@ class Architecture:
 
     def is_sparse_layer(self, config: dict[str, Any], index: int) -> bool:
         """Whether layer `index` is a mixture of experts (Qwen3-MoE mixes both kinds)."""
+        if self.kinds:
+            return self.kinds[self.kind_of[index]].feed_forward == "experts"
         if self.experts is None:
             return False
         if index in (config.get("mlp_only_layers") or ()):
@@ -120,6 +230,11 @@ class Architecture:
 
     def layer_kind(self, config: dict[str, Any], index: int) -> tuple[str, str]:
         """(attention type, dense | experts). Only layers of one kind may be merged: no config can state a mixture."""
+        if self.kinds:
+            kind = self.kinds[self.kind_of[index]]
+            alike = [k for k in self.kinds if (k.attention, k.feed_forward) == (kind.attention, kind.feed_forward)]
+            number = f" {alike.index(kind) + 1}" if len(alike) > 1 else ""
+            return kind.attention, kind.feed_forward + number
         types = config.get("layer_types")
         attention = types[index] if types else "attention"
         return attention, "experts" if self.is_sparse_layer(config, index) else "dense"
@@ -131,6 +246,8 @@ class Architecture:
             InputError: the config holds a per-layer field that this description does not know; silently keeping it
                 would re-initialise or mis-type layers on reload (landscape.md §5).
         """
+        if self.fields is not None:
+            return remapped(config, kept, self.fields)
         old_count = config["num_hidden_layers"]
         self._refuse_unknown_layer_fields(config, old_count)
         new = copy.deepcopy(config)
@@ -149,6 +266,12 @@ class Architecture:
             new.pop(name, None)
         return new
 
+    def shortened(self, kept: Sequence[int]) -> Architecture:
+        """The description of the model whose layer j is (or is merged into) the layer `kept[j]`."""
+        if not self.kinds:
+            return self
+        return replace(self, kind_of=tuple(self.kind_of[i] for i in kept))
+
     def _refuse_unknown_layer_fields(self, config: dict[str, Any], count: int) -> None:
         if config.get("per_layer_config"):
             raise InputError("config field per_layer_config is set; only models with uniform layers are supported")
@@ -159,66 +282,6 @@ class Architecture:
                     f"config field {name!r} has one entry a layer and is unknown for {self.model_type}; "
                     f"known per-layer fields: {', '.join((*self.layer_lists, *self.layer_index_lists)) or 'none'}"
                 )
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """One kind of layer of a discovered model.
-
-    Attributes:
-        attention: the layer's type as the config says, `attention`, or the module that mixes the tokens.
-        feed_forward: `dense` or `experts`.
-        groups: matrices by common input, in the order in which the layer evaluates them; routers and experts aside.
-        norms: modules whose weight multiplies each channel.
-        input_norms: group → the norm whose output it reads.
-        norm_offsets: what those norms add to their weights before they multiply.
-        branch_norms: norms between a branch's last matrix and the residual stream.
-        head_norms: norms between a matrix and the attention's core.
-        writers: matrices whose output is added to the residual stream, times the constant in `factors`.
-        routers: matrices that choose experts.
-        experts: parameters that hold a matrix an expert, (experts, …, …).
-        shared: parameters of other places that the layer uses.
-        shapes: parameter of the layer → its shape.
-    """
-
-    attention: str
-    feed_forward: str
-    groups: tuple[ProjectionGroup, ...] = ()
-    norms: tuple[str, ...] = ()
-    input_norms: tuple[tuple[str, str], ...] = ()
-    norm_offsets: tuple[float, ...] = ()
-    branch_norms: tuple[str, ...] = ()
-    head_norms: tuple[str, ...] = ()
-    writers: tuple[str, ...] = ()
-    factors: tuple[float, ...] = ()
-    routers: tuple[str, ...] = ()
-    experts: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
-
-
-@dataclass(frozen=True)
-class Discovered:
-    """What tracing found of a model; names are those in memory.
-
-    Attributes:
-        stack: module that loops over the layers.
-        layers: the list of layers.
-        embedding, head, final_norm: names of parameters; a tied head is the embedding.
-        config_path: where the config that describes the layers lies inside the model's; empty but for wrappers.
-        kinds: every kind of layer, in order of appearance.
-        kind_of: for each layer, its place in `kinds`.
-    """
-
-    model_type: str
-    stack: str
-    layers: str
-    embedding: str
-    head: str
-    final_norm: str
-    config_path: tuple[str, ...]
-    kinds: tuple[LayerKind, ...]
-    kind_of: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -269,6 +332,9 @@ class ModelShape:
             return self
         split = self.architecture.split_name
         kept = {n: t for n, t in self.tensors.items() if (index := split(n)[0]) is None or index < layers}
+        if self.architecture.kinds:  # the config is that of the text alone, and nothing reads more of it than sizes
+            few = self.architecture.shortened(range(layers))
+            return ModelShape(few, {**self.config, "num_hidden_layers": layers}, kept)
         return ModelShape(self.architecture, self.architecture.remap_config(self.config, list(range(layers))), kept)
 
     def kind(self, index: int) -> tuple[str, str]:

@@ -21,12 +21,22 @@ def discover(config: Any) -> Discovered:
     Raises:
         InputError: it cannot be built or run, or nothing in it is a stack of layers.
     """
+    return read(traced_model(config))
+
+
+def traced_model(config: Any) -> Trace:
+    """The trace of a model of this transformers config.
+
+    Raises:
+        InputError: it cannot be built or run.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{config.model_type} is an encoder and a decoder; only decoders are compressed")
     try:
-        trace = traced(config)
+        return traced(config)
     except Exception as error:  # a forward may raise anything
         words = " ".join(str(error).split())[:200]
         raise InputError(f"{config.model_type} cannot be traced: {type(error).__name__}: {words}") from error
-    return read(trace)
 
 
 def read(trace: Trace) -> Discovered:
@@ -54,6 +64,7 @@ def read(trace: Trace) -> Discovered:
         config_path=_path_of(model.config, text),
         kinds=kinds,
         kind_of=tuple(kinds.index(kind) for kind in each),
+        returned=next(call.returned for call in trace.calls if call.path == f"{layers}.0"),
     )
 
 

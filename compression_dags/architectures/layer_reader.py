@@ -60,7 +60,8 @@ class LayerReader:
     def read(self, attention: str | None) -> LayerKind:
         """The layer's description. `attention` is what the config calls its type, if it does."""
         own = [p for p in self.products if p.parameter.startswith(self.prefix)]
-        flat = [p for p in own if self._ndim(p.parameter) == 2]
+        odd = [p.local for p in own if self._ndim(p.parameter) == 2 and not self._is_linear(p)]
+        flat = [p for p in own if self._ndim(p.parameter) == 2 and p.local not in odd]
         routers = [p.local for p in flat if self._reaches(p.op.outs, _CHOICE)]
         inputs: dict[int, list[_Product]] = {}
         for product in flat:
@@ -90,9 +91,15 @@ class LayerReader:
             factors=tuple(writers.values()),
             routers=_once(routers),
             experts=experts,
+            odd=_once(odd),
             shared=_once(p.parameter for p in self.products if not p.parameter.startswith(self.prefix)),
             shapes=tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters()),
         )
+
+    def _is_linear(self, product: _Product) -> bool:
+        """Whether it is the weight of a linear module, met in that module's own call."""
+        module = dict(self._module.named_modules()).get(product.local)
+        return isinstance(module, nn.Linear) and product.op.scope == self.prefix + product.local
 
     @property
     def _module(self) -> nn.Module:

@@ -67,11 +67,16 @@ class Op:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: storages of the tensors that it got and gave."""
+    """One call of a module: storages of the tensors that it got and gave.
+
+    Attributes:
+        returned: how many values it returned in a tuple; 0 where it returned one as it is.
+    """
 
     path: str
     ins: tuple[int, ...]
     outs: tuple[int, ...]
+    returned: int
 
 
 @dataclass
@@ -167,7 +172,8 @@ def _calls(model: nn.Module, trace: Trace) -> Iterator[list[str]]:
         def hook(_: nn.Module, args: Any, result: Any) -> None:
             scopes.pop()
             outs = tuple(key(t) for t in tree_leaves(result) if isinstance(t, Tensor))
-            trace.calls.append(Call(path, entered.pop(), outs))
+            returned = len(result) if isinstance(result, tuple) else 0
+            trace.calls.append(Call(path, entered.pop(), outs, returned))
 
         return hook
 

@@ -9,6 +9,7 @@ layer type). They are captured once by running the model with pass-through layer
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ import psutil
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from compression_dags.architectures.tracing import auto_class
 from compression_dags.calibration.corpora import TokenBlocks
 from compression_dags.checkpoints.conversion import Conversion
 from compression_dags.checkpoints.reader import Checkpoint
@@ -107,7 +109,7 @@ class DecoderStream:
             self.prefetch(0)  # while the tensors around the layers are loaded
         self._fill_shell()
         self.stack = self.shell.get_submodule(checkpoint.architecture.stack)
-        self.layers: Any = self.shell.get_submodule(checkpoint.architecture.layers)
+        self.layers: Any = self.shell.get_submodule(checkpoint.architecture.modules)
 
     @property
     def num_layers(self) -> int:
@@ -127,7 +129,7 @@ class DecoderStream:
         config = AutoConfig.from_pretrained(self.checkpoint.path)
         config.use_cache = False
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            return auto_class(config).from_config(config, dtype=self.dtype)
 
     def _fill_shell(self) -> None:
         """Put everything but the decoder layers on the device; layers stay on the meta device."""
@@ -158,7 +160,8 @@ class DecoderStream:
         """
         prefix = self.checkpoint.architecture.layer_prefix(index)
         found = self._conversion.converted({prefix + local: tensor for local, tensor in tensors.items()})
-        return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        path = f"{self.checkpoint.architecture.modules}.{index}."
+        return {name.removeprefix(path): tensor for name, tensor in found.items()}
 
     def unknown(self, index: int, names: Iterable[str]) -> list[str]:
         """Those names on disk, within layer `index`, that go into no parameter."""
@@ -241,14 +244,20 @@ class DecoderStream:
         """State (b, T, hidden) at the entry of layer 0, and every layer's keyword arguments."""
         captured: list[tuple[Tensor, dict[str, Any]]] = []
 
-        def pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            captured.append((hidden_states, kwargs))
-            return hidden_states
+        def pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            layer = self.layers[len(captured)]
+            captured.append((hidden_states, {**dict(zip(_positional(layer), args, strict=False)), **kwargs}))
+            return self._as_returned(hidden_states)
 
         with replaced_layers(self.layers, pass_through):
             attention_mask = None if bool(mask.all()) else mask.long().to(self.device)
             self.stack(input_ids=ids.to(self.device), attention_mask=attention_mask, use_cache=False)
         return captured[0][0], [kwargs for _, kwargs in captured]
+
+    def _as_returned(self, hidden: Tensor) -> Any:
+        """An output in the form in which this family's layers return it."""
+        count = self.checkpoint.architecture.returned
+        return (hidden, *[None] * (count - 1)) if count else hidden
 
     def apply(self, module: nn.Module, index: int, batch: Batch, hidden: Tensor | None = None) -> Tensor:
         """Output (b, T, hidden) of layer `index` on the batch's hidden states (or on `hidden`)."""
@@ -265,13 +274,18 @@ class DecoderStream:
         return self._tail(self.stack, batch, hidden).last_hidden_state
 
     def _tail(self, module: Any, batch: Batch, hidden: Tensor) -> Any:
-        with replaced_layers(self.layers, lambda hidden_states, *args, **kwargs: hidden):
+        with replaced_layers(self.layers, lambda *args, **kwargs: self._as_returned(hidden)):
             mask = batch.mask.long().to(self.device) if batch.padded else None
             return module(input_ids=batch.ids.to(self.device), attention_mask=mask, use_cache=False)
 
 
+def _positional(layer: nn.Module) -> list[str]:
+    """Names of a layer's arguments after its input, which some families give by place."""
+    return list(inspect.signature(type(layer).forward).parameters)[2:]
+
+
 @contextmanager
-def replaced_layers(layers: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+def replaced_layers(layers: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Every layer does `forward` instead of its own: the model around the layers can then run without them."""
     for layer in layers:
         layer.forward = forward

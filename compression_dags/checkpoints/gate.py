@@ -50,12 +50,15 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
         IntegrityError: naming the first tensors that do not fit.
     """
     # the code location loads this module, and neither torch nor transformers
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    from compression_dags.architectures.tracing import auto_class  # noqa: PLC0415
 
     # Straight to the device: weights that transformers 5.17 dequantizes while loading do not follow a later `.to`.
     where = {} if device == "cpu" else {"device_map": {"": device}}
     with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        stock = auto_class(AutoConfig.from_pretrained(directory, local_files_only=True))
+        loaded: Any = stock.from_pretrained(
             directory, dtype=dtype, output_loading_info=True, local_files_only=True, **where
         )
     model, info = loaded
@@ -66,8 +69,16 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     model = model.eval()
     if getattr(model.config, "quantization_config", None) is not None:
         with quiet():  # compressed-tensors unpacks all weights at the first forward
-            model(probe_ids(model.config.vocab_size, 2).to(device))
+            model(probe_ids(_vocabulary(model), 2).to(device))
     return model
+
+
+def _vocabulary(model: Any) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _context(model: Any) -> int:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or PROBE_TOKENS
 
 
 def check_finite_logits(model: Any, directory: Path, rows: int) -> None:
@@ -81,8 +92,7 @@ def check_finite_logits(model: Any, directory: Path, rows: int) -> None:
     # the code location loads this module, and neither torch nor transformers
     import torch  # noqa: PLC0415
 
-    context = getattr(model.config, "max_position_embeddings", PROBE_TOKENS)
-    ids = probe_ids(min(rows, model.config.vocab_size), context)
+    ids = probe_ids(min(rows, _vocabulary(model)), _context(model))
     for dtype in (None, torch.bfloat16):
         try:
             with torch.inference_mode(), quiet():
@@ -119,7 +129,7 @@ def check_reload(
     import torch  # noqa: PLC0415
 
     model = load_stock(directory, device=device, dtype=dtype)
-    ids = probe_ids(model.config.vocab_size, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    ids = probe_ids(_vocabulary(model), _context(model))
     with torch.inference_mode():
         logits = model(ids.to(device)).logits.float().cpu()
     reference = reference.float().cpu()

@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from compression_dags.architectures import ModelShape
+from compression_dags.architectures.described import to_json
 from compression_dags.checkpoints.copying import FilePlan, copy_weights, equal_bytes, stamp
 from compression_dags.checkpoints.gate import quiet
 from compression_dags.checkpoints.headers import is_file, one_line, read_object
-from compression_dags.checkpoints.layout import FLOATS, buffers, check_layers, check_shapes, embedding, tied
+from compression_dags.checkpoints.layout import (
+    FLOATS,
+    buffers,
+    check_family,
+    check_layers,
+    check_shapes,
+    embedding,
+    tied,
+)
 from compression_dags.checkpoints.licence import read_licence
 from compression_dags.checkpoints.model_files import (
     GENERATION,
@@ -24,7 +33,7 @@ from compression_dags.checkpoints.model_files import (
     computed_files,
     describing_files,
 )
-from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
+from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint, description_file
 from compression_dags.checkpoints.stated_config import check_code, check_config, left_out, without_attributes
 from compression_dags.checkpoints.stock_check import check_stock_load
 from compression_dags.checkpoints.tokenizer_check import check_tokenizer
@@ -32,6 +41,9 @@ from compression_dags.errors import InputError
 from compression_dags.provenance.artifacts import file_digest
 from compression_dags.provenance.contents import computed_digest
 from compression_dags.stage import Progress, silent
+
+#: Tokens of a row for models that state no limit, such as state-space models.
+UNSTATED_CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,8 @@ def import_checkpoint(
     directory.mkdir(parents=True)
     try:
         digests, notes = _copy(plan, directory, progress)
+        if plan.checkpoint.architecture.kinds:
+            description_file(directory).write_text(to_json(plan.checkpoint.architecture), encoding="utf-8")
         check_stock_load(Checkpoint(directory), source)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
@@ -122,7 +136,7 @@ def check_headers(source: Path) -> Plan:
         InputError: see `import_checkpoint`.
     """
     check_entries(source)
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, described=False)
     rewritten, notes = _check_texts(checkpoint)
     _check_config(checkpoint, rewritten, notes)
     dropped = _dropped(checkpoint, notes)
@@ -149,7 +163,7 @@ def import_files(checkpoint: Checkpoint) -> list[Path]:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts that follow from config and headers alone."""
-    config = checkpoint.config
+    config = checkpoint.text_config
     stored = Counter[str]()
     for info in checkpoint.tensors.values():
         stored[info.dtype] += info.nbytes
@@ -160,9 +174,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "hidden": int(config["hidden_size"]),
         "vocab": int(config["vocab_size"]),
-        "context": int(config["max_position_embeddings"]),
+        "context": int(config.get("max_position_embeddings") or UNSTATED_CONTEXT),
         "dtype": FLOATS[stored.most_common(1)[0][0]],
-        "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tied_embeddings": tied(checkpoint)
+        if checkpoint.architecture.kinds
+        else bool(config.get("tie_word_embeddings", False)),
     }
 
 
@@ -197,7 +213,7 @@ def _check_config(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list
     """An architecture we know, whole weights of the shapes that config.json states."""
     path = checkpoint.path
     check_config(checkpoint.raw_config, path / "config.json")
-    _ = checkpoint.architecture  # refuses unknown families before the config is handed to transformers
+    check_family(checkpoint)  # before the config is handed to transformers
     if is_file(path / SINGLE) and is_file(path / INDEX):
         raise InputError(f"{path} holds both {SINGLE} and {INDEX}, and loaders choose differently; remove one")
     if not any(is_file(path / name) for name in TOKENIZERS):
@@ -205,6 +221,9 @@ def _check_config(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list
         raise InputError(f"{path} has no tokenizer: one of {', '.join(TOKENIZERS)} must lie beside the weights")
     check_layers(checkpoint)  # reads the headers: every file whole, index and headers agree
     filled = _filled(checkpoint, rewritten, notes)
+    if checkpoint.architecture.kinds:
+        check_shapes(checkpoint, checkpoint.shape)
+        return
     check_config(filled, path / "config.json")
     check_shapes(checkpoint, ModelShape(checkpoint.architecture, filled))
 
@@ -218,7 +237,7 @@ def _filled(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list[str])
     # the code location loads this module without transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
-    config_class: Any = CONFIG_MAPPING[checkpoint.architecture.model_type]
+    config_class: Any = CONFIG_MAPPING[checkpoint.raw_config["model_type"]]
     kept, _ = left_out(checkpoint.raw_config)
     stated, names = without_attributes(kept, config_class)
     if names:
@@ -241,6 +260,8 @@ def _dropped(checkpoint: Checkpoint, notes: list[str]) -> frozenset[str]:
     dropped = buffers(checkpoint)
     if dropped:
         notes.append(f"{len(dropped)} stored buffers are left out, they are computed: {dropped[0]}, …")
+    if checkpoint.architecture.kinds:
+        return frozenset(dropped)  # what a discovered family's loader does with a head, it does with the copy's
     table, head = embedding(checkpoint), checkpoint.tensors.get("lm_head.weight")
     path, stated = checkpoint.path, "true" if tied(checkpoint) else "false"
     if tied(checkpoint) and head is not None:

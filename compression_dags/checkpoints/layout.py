@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from compression_dags.architectures import Architecture, ModelShape
+from compression_dags.architectures import KNOWN, Architecture, ModelShape
+from compression_dags.architectures.config_rules import COUNTS
 from compression_dags.checkpoints.headers import TensorInfo
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
@@ -29,12 +30,40 @@ def embedding(checkpoint: Checkpoint) -> TensorInfo:
     Raises:
         InputError: there is none, or it is no matrix.
     """
-    name = f"{checkpoint.architecture.stack}.embed_tokens.weight"
+    name = checkpoint.architecture.embedding
     if (info := checkpoint.tensors.get(name)) is None:
         raise InputError(f"{checkpoint.path} has no tensor {name}")
     if len(info.shape) != 2:
         raise InputError(f"{info.file}: tensor {name} has shape {info.shape}, two axes are needed")
     return info
+
+
+def check_family(checkpoint: Checkpoint) -> None:
+    """The family is written down, or a decoder of transformers whose layers the weights hold too.
+
+    Raises:
+        InputError: the family is unknown, or the config counts more layers than the weights number.
+    """
+    # the code location loads this module without transformers
+    from transformers.models.auto.modeling_auto import (  # noqa: PLC0415
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    raw = checkpoint.raw_config
+    if (family := raw.get("model_type")) in KNOWN:
+        _ = checkpoint.architecture  # refuses variants
+        return
+    if family not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}:
+        raise InputError(f"architecture {family!r} is no decoder that this version of transformers has")
+    numbered = [int(part) for name in checkpoint.tensors for part in name.split(".") if part.isdecimal()]
+    most = 1 + max(numbered, default=-1)
+    for config in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for count in COUNTS:
+            if type(stated := config.get(count)) is int and stated > most:
+                raise InputError(
+                    f"{checkpoint.path}: config.json counts {stated} layers ({count}), the weights number {most}"
+                )
 
 
 def check_layers(checkpoint: Checkpoint) -> None:
@@ -65,8 +94,9 @@ def check_shapes(checkpoint: Checkpoint, shape: ModelShape) -> None:
     layers = layer_tensors(checkpoint)
     first: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
     for index in range(shape.layers):
-        local, kind = layers[index], architecture.layer_kind(shape.config, index)[1]
-        wanted = _expected(architecture, shape, index, count=len(local))
+        local, kind = layers[index], str(architecture.layer_kind(shape.config, index)[architecture.kinds == () :])
+        # of a discovered family the stock loader knows the shapes
+        wanted = {} if architecture.kinds else _expected(architecture, shape, index, count=len(local))
         for name, size in wanted.items():
             if name not in local:
                 raise InputError(f"{path}: layer {index} lacks {name}, which {architecture.model_type} needs")
@@ -123,5 +153,7 @@ def _expected(architecture: Architecture, shape: ModelShape, index: int, count: 
 
 def tied(checkpoint: Checkpoint) -> bool:
     """Whether the head is the embedding, as config.json says or, where it does not, as the family's default is."""
+    if checkpoint.architecture.kinds:
+        return checkpoint.architecture.head_name == checkpoint.architecture.embedding
     stated = checkpoint.raw_config.get("tie_word_embeddings")
     return checkpoint.architecture.model_type in _TIED_BY_DEFAULT if stated is None else bool(stated)

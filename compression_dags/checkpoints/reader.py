@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from compression_dags.architectures import Architecture, ModelShape, architecture_of
+from compression_dags.architectures import KNOWN, Architecture, ModelShape, architecture_of
+from compression_dags.architectures.config_rules import text_config
+from compression_dags.architectures.described import from_json
 from compression_dags.checkpoints.headers import TensorInfo, is_file, read_header, read_object
 from compression_dags.errors import InputError
 from compression_dags.provenance.contents import without_machine_facts
@@ -25,12 +27,15 @@ SINGLE = "model.safetensors"
 class Checkpoint:
     """A directory with `config.json` and safetensors weights.
 
+    Args:
+        described: whether a description beside the directory may be read; not that of a stranger.
+
     Raises:
         InputError: no config, no safetensors, an index that names missing files or tensors, a truncated file.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, described: bool = True):
+        self.path, self.described = Path(path), described
         if not is_file(self.path / "config.json"):
             raise InputError(f"{self.path} is not a model directory: it has no config.json")
         self.raw_config = read_object(self.path / "config.json")
@@ -83,30 +88,62 @@ class Checkpoint:
 
     @functools.cached_property
     def architecture(self) -> Architecture:
+        """The description of the layers: of a written family, as kept beside the weights, or traced now.
+
+        Raises:
+            InputError: transformers has no such decoder, or it cannot be traced.
+        """
         if not isinstance(family := self.raw_config.get("model_type"), str):
             raise InputError(f"{self.path / 'config.json'}: model_type is {family!r}, not a name")
-        return architecture_of(self.raw_config)
+        if family in KNOWN:
+            return architecture_of(self.raw_config)
+        if self.described and is_file(file := description_file(self.path)):
+            return from_json(file.read_text(encoding="utf-8"))
+        # headers and stated configs are read without transformers
+        from compression_dags.checkpoints.describing import described  # noqa: PLC0415
+
+        return described(self._stated, self.config, {name: info.shape for name, info in self.tensors.items()})
+
+    @functools.cached_property
+    def _stated(self) -> Any:
+        """transformers' config object."""
+        from transformers import AutoConfig  # noqa: PLC0415
+
+        try:
+            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # transformers' validators raise many types
+            words = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.path / 'config.json'} is refused by transformers: {words}") from None
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The config with the defaults that transformers fills in (`layer_types`, `head_dim`, …)."""
-        # headers and stated configs are read without transformers
-        from transformers import AutoConfig  # noqa: PLC0415
+        return without_machine_facts(_over(self._stated.to_dict(), self.raw_config))
 
-        filled = AutoConfig.from_pretrained(self.path).to_dict()
-        return without_machine_facts({**filled, **{k: v for k, v in self.raw_config.items() if v is not None}})
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that describes the layers, with sizes by the names that most configs give them."""
+        architecture = self.architecture
+        path = architecture.fields.path if architecture.fields else ()
+        return {**text_config(self.config, path), **dict(architecture.sizes)}
 
     @property
     def shape(self) -> ModelShape:
-        return ModelShape(self.architecture, self.config, self.tensors)
+        return ModelShape(self.architecture, self.text_config, self.tensors)
 
     @property
     def stated_shape(self) -> ModelShape:
         """The same from `config.json` as it stands, without importing transformers: enough for checks before a run."""
-        return ModelShape(self.architecture, self.raw_config, self.tensors)
+        architecture = self.architecture
+        path = architecture.fields.path if architecture.fields else ()
+        return ModelShape(
+            architecture, {**text_config(self.raw_config, path), **dict(architecture.sizes)}, self.tensors
+        )
 
     @property
     def num_layers(self) -> int:
+        if self.raw_config.get("model_type") not in KNOWN:
+            return len(self.architecture.kind_of)
         count = self.raw_config.get("num_hidden_layers")
         if type(count) is not int or count < 1:
             raise InputError(f"{self.path / 'config.json'}: num_hidden_layers is {str(count)[:60]}, not a count")
@@ -153,3 +190,20 @@ class Checkpoint:
     @functools.lru_cache(maxsize=64)  # noqa: B019 (a checkpoint lives as long as its stage)
     def _open(self, file: str):
         return safe_open(self.path / file, framework="pt")
+
+
+def description_file(path: Path) -> Path:
+    """Where the description of a discovered model's layers lies: beside the checkpoint, which stays stock."""
+    return path.with_name(f"{path.name}.architecture.json")
+
+
+def _over(filled: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """`filled` with what is stated in its place, in configs within it too."""
+    found = dict(filled)
+    for key, value in stated.items():
+        inner = filled.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict) and "model_type" in inner:
+            found[key] = _over(inner, value)
+        elif value is not None:
+            found[key] = value
+    return found

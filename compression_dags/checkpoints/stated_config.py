@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from compression_dags.architectures import KNOWN
 from compression_dags.errors import InputError
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -96,7 +97,7 @@ def check_config(config: dict[str, Any], file: Path) -> None:
             raise InputError(
                 f"{file.parent} is quantized already ({str(kind)[:60]}); give the model in float32, float16 or bfloat16"
             )
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") and config.get("model_type") in KNOWN:
         raise InputError(f"{file}: per_layer_config is set; only models with uniform layers are imported")
     for name in _COUNTS:
         _check_count(config, name, 1, file)
@@ -117,7 +118,7 @@ def check_config(config: dict[str, Any], file: Path) -> None:
 
 def _check_count(config: dict[str, Any], name: str, least: int, file: Path) -> None:
     value = config.get(name)
-    required = name == "num_hidden_layers"
+    required = name == "num_hidden_layers" and config.get("model_type") in KNOWN
     if value is None and not required:
         return
     if type(value) is not int:

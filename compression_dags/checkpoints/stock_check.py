@@ -59,9 +59,9 @@ def _cut(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
         for local, name in checkpoint.layer(index).items():
             new = architecture.layer_prefix(position) + local
             tensors[new] = unchanged(checkpoint, name, new)
-    return write_checkpoint(folder, checkpoint, architecture.remap_config(config, kept), tensors)
+    return write_checkpoint(folder / "cut", checkpoint, architecture.remap_config(config, kept), tensors, kept=kept)
 
 
 def _check(checkpoint: Checkpoint) -> None:
     model: Any = load_stock(checkpoint.path, dtype="float32" if checkpoint.nbytes <= _TINY else "auto")
-    check_finite_logits(model, checkpoint.path, rows=int(checkpoint.config["vocab_size"]))
+    check_finite_logits(model, checkpoint.path, rows=int(checkpoint.text_config["vocab_size"]))

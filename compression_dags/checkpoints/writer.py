@@ -6,12 +6,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint
+from compression_dags.architectures.described import to_json
+from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint, description_file
 from compression_dags.provenance.contents import without_machine_facts
 
 if TYPE_CHECKING:
@@ -51,12 +52,19 @@ def write_checkpoint(
     config: dict[str, Any],
     tensors: dict[str, PlannedTensor],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    kept: Sequence[int] | None = None,
 ) -> Checkpoint:
     """The checkpoint that is written: config and companions (tokenizer, generation config) of `source`, other weights.
 
     A source file whose tensors are all kept unchanged is hard-linked where the file system allows it.
+
+    Args:
+        kept: source layers that the new layers take the places of; None for all.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if source.architecture.kinds:
+        described = source.architecture if kept is None else source.architecture.shortened(kept)
+        description_file(directory).write_text(to_json(described), encoding="utf-8")
     stock = without_machine_facts(config)
     (directory / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
     for companion in source.companions():

@@ -55,7 +55,7 @@ def apply_plan(source: Checkpoint, plan: MergePlan, directory: Path) -> Checkpoi
             layer = plan.layers[position]
             tensors[new_names[name]] = _planned(source, layer, made[position], local, new_names[name])
     config = architecture.remap_config(source.config, plan.slots)
-    return write_checkpoint(directory, source, config, tensors)
+    return write_checkpoint(directory, source, config, tensors, kept=plan.slots)
 
 
 def removed_share(source: Checkpoint, plan: MergePlan) -> dict[str, float]:
@@ -156,7 +156,7 @@ def reference_logits(
     `replaced` holds tensors, by their full name in the source, that a later stage computed anew.
     """
     stream = DecoderStream(source, device=device, dtype=dtype, resident=False)
-    config = source.config
+    config = source.text_config
     ids = probe_ids(config["vocab_size"], config.get("max_position_embeddings", PROBE_TOKENS)).numpy()
     blocks = TokenBlocks(ids.astype(np.int32), np.full(len(ids), ids.shape[1], dtype=np.int32), 0)
     (batch,) = stream.batches(blocks)

@@ -34,7 +34,7 @@ def loss_sum(stream: DecoderStream, batch: Batch, hidden: Tensor) -> tuple[float
     """Sum of the next-token losses (nats) of a batch whose final hidden states are `hidden`, and their number."""
     targets = batch.ids[:, 1:].masked_fill(~batch.mask[:, 1:], -100).to(hidden.device)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    step = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(stream.checkpoint.config["vocab_size"])))
+    step = max(1, LOGITS_AT_ONCE // (batch.ids.shape[1] * int(stream.checkpoint.text_config["vocab_size"])))
     for first in range(0, len(hidden), step):
         part = slice(first, first + step)
         rows = replace(batch, ids=batch.ids[part], mask=batch.mask[part])

@@ -42,7 +42,9 @@ class Sparsified:
         """Logits (2, T, vocabulary) float32 on the gate's probe of the source with these tensors in place."""
         model = load_stock(source.path, device=device, dtype=dtype)
         parameters = dict(model.named_parameters())
-        ids = probe_ids(source.config["vocab_size"], source.config.get("max_position_embeddings", PROBE_TOKENS))
+        ids = probe_ids(
+            source.text_config["vocab_size"], source.text_config.get("max_position_embeddings", PROBE_TOKENS)
+        )
         with torch.inference_mode():
             for name, tensor in self._in_memory(source.architecture, Conversion(model)):
                 parameters[name].data = tensor.to(device, parameters[name].dtype)

@@ -35,7 +35,7 @@ class WholeModel:
         self.model = load_stock(source.path, device=device, dtype=dtype).requires_grad_(False)
         self.stack: Any = self.model.get_submodule(source.architecture.stack)
         self.layers: Any = self.model.get_submodule(source.architecture.layers)
-        self.soft_cap = source.config.get("final_logit_softcapping")
+        self.soft_cap = source.text_config.get("final_logit_softcapping")
         self._kwargs: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
     def autocast(self):

@@ -93,7 +93,7 @@ class DistillRun:
         options = self.options
         torch.manual_seed(options.seed)
         tokenizer = AutoTokenizer.from_pretrained(self.teacher_checkpoint.path, local_files_only=True)
-        context = int(self.teacher_checkpoint.config.get("max_position_embeddings") or options.length)
+        context = int(self.teacher_checkpoint.text_config.get("max_position_embeddings") or options.length)
         self.windows: TrainingWindows = training_windows(
             options.corpora,
             tokenizer,
