@@ -6,7 +6,8 @@
 
 Models are tiny and random. Each is saved, layers are dropped from the files and the config, and transformers loads the
 result with nothing missing, unexpected or mismatched. Its logits are compared with those of the whole model whose
-dropped layers hand their input on. One rule must hold for all tries of a family.
+dropped layers hand their input on. Where the whole model generates the same text with and without a cache, so must
+the rest. One rule must hold for all tries of a family.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from tests.support.any_models import FAMILIES, auto_class, tiny_any
 TOLERANCE = 1e-4
 #: Rules tried for one family; each is a reload or more.
 MOST_RULES = 40
-ROWS, TOKENS = 2, 48
+ROWS, TOKENS, NEW = 2, 48, 6
 
 
 @dataclass
@@ -58,12 +59,19 @@ class Proof:
         tries: dropped layers → None where the drop equals the bypass, else the first reason against it.
         rule: the rule that holds, or the one that holds for most tries.
         plain: whether `rule` is the plain one.
+        generates: whether the whole model's text is the same with and without a cache, so that it was compared.
     """
 
     model_type: str
     tries: dict[tuple[int, ...], str | None] = field(default_factory=dict)
     rule: LayerFields | None = None
     plain: bool = True
+    generates: bool | None = None
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """Every role that has a field."""
+        return {f.name: value for f in fields(self.rule) if (value := getattr(self.rule, f.name))} if self.rule else {}
 
     @property
     def passed(self) -> bool:
@@ -71,7 +79,8 @@ class Proof:
 
     def line(self) -> str:
         good = sum(reason is None for reason in self.tries.values())
-        head = f"{self.model_type}: {good}/{len(self.tries)} {'plain' if self.plain else f'searched {self.rule}'}"
+        head = f"{self.model_type}: {good}/{len(self.tries)} {'plain' if self.plain else f'searched {self.found}'}"
+        head += "" if self.generates else " (logits only)"
         return "; ".join([head, *(f"without {list(d)}: {r}" for d, r in self.tries.items() if r)])
 
 
@@ -86,6 +95,7 @@ class Whole:
     config: dict[str, Any]
     fields: LayerFields
     prefix: str
+    generates: bool | None = None  # None: not asked yet
 
     @property
     def layers(self) -> Any:
@@ -93,7 +103,7 @@ class Whole:
 
 
 def drop_proof(model_type: str, work: Path) -> Proof:
-    """What a drop of layer 1, of the last layer of each kind, and of one of each kind together, gives."""
+    """What a drop of layer 1, of the first and last layer of each kind, and of one of each kind together, gives."""
     proof = Proof(model_type)
     whole = _whole(tiny_any(model_type, work / "whole"), model_type)
     ids = torch.randint(3, 200, (ROWS, TOKENS), generator=torch.Generator().manual_seed(5))
@@ -119,6 +129,7 @@ def drop_proof(model_type: str, work: Path) -> Proof:
             proof.tries, proof.rule, proof.plain = reasons, rule, number == 0
         if proof.passed:
             break
+    proof.generates = whole.generates
     return proof
 
 
@@ -200,9 +211,10 @@ def _kinds(whole: Whole) -> dict[str, list[int]]:
 
 
 def _tries(whole: Whole) -> list[tuple[int, ...]]:
-    last = sorted(members[-1] for members in _kinds(whole).values())
+    kinds = _kinds(whole).values()
+    last = sorted(members[-1] for members in kinds)
     together = [tuple(last)] if 1 < len(last) < len(whole.layers) else []
-    return list(dict.fromkeys([(1,), *((i,) for i in last), *together]))
+    return list(dict.fromkeys([(1,), *((members[0],) for members in kinds), *((i,) for i in last), *together]))
 
 
 def _kept(whole: Whole, drop: Sequence[int]) -> list[int]:
@@ -266,11 +278,29 @@ def _reason(
         return config["error"]
     try:
         _write(whole, _kept(whole, drop), config, target)
-        got = _logits(_loaded(target, whole.model_type), ids)
+        dropped = _loaded(target, whole.model_type)
+        got = _logits(dropped, ids)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     worst = (got - expected).abs().max().item()
-    return None if worst < TOLERANCE else f"logits differ by {worst:.1e}"
+    if worst >= TOLERANCE:
+        return f"logits differ by {worst:.1e}"
+    whole.generates = _generates(whole.model) if whole.generates is None else whole.generates
+    return None if _generates(dropped) or not whole.generates else "generate differs with and without cache"
+
+
+def _generates(model: Any) -> bool:
+    """Whether greedy text is the same with and without a cache; models that cannot do both count as no."""
+    ids = torch.randint(3, 200, (1, 24), generator=torch.Generator().manual_seed(7))
+    model.generation_config.eos_token_id = None
+    try:
+        texts = [
+            model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, use_cache=cache).tolist()
+            for cache in (True, False)
+        ]
+    except Exception:
+        return False
+    return texts[0] == texts[1]
 
 
 def _write(whole: Whole, kept: Sequence[int], config: dict[str, Any], target: Path) -> None:
