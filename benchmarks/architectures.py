@@ -39,6 +39,7 @@ from compression_dags.architectures.config_rules import (
     LayerFields,
     candidates,
     layer_count,
+    merged,
     plain_fields,
     remapped,
     text_config,
@@ -141,7 +142,7 @@ def _whole(directory: Path, model_type: str) -> Whole:
     model = _loaded(directory, model_type)
     stack = _stack(model)
     stated = json.loads((directory / "config.json").read_text())
-    config = _merged(model.config.to_dict(), stated)
+    config = merged(model.config.to_dict(), stated)
     path = ("text_config",) if isinstance(config.get("text_config"), dict) else ()
     text = text_config(config, path)
     count = next((n for n in COUNTS if isinstance(text.get(n), int)), "")
@@ -158,15 +159,6 @@ def _loaded(directory: Path, model_type: str) -> Any:
     if wrong := {name: sorted(map(str, found))[:3] for name, found in info.items() if found}:
         raise ValueError(f"reload: {wrong}")
     return model.eval()
-
-
-def _merged(full: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """What the file states, with what the class derives."""
-    out = dict(full)
-    for name, value in stated.items():
-        both = isinstance(value, dict) and isinstance(out.get(name), dict) and not name.startswith("per_layer")
-        out[name] = _merged(out[name], value) if both else value
-    return out
 
 
 def _stack(model: Any) -> str:
