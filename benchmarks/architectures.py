@@ -6,7 +6,8 @@
 
 Models are tiny and random. Each is saved, layers are dropped from the files and the config, and transformers loads the
 result with nothing missing, unexpected or mismatched. Its logits are compared with those of the whole model whose
-dropped layers hand their input on. One rule must hold for all tries of a family.
+dropped layers hand their input on. Where the whole model's generation is the same with and without a cache, that of the
+rest must be too. One rule must hold for all tries of a family.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from compression_dags.architectures.config_rules import (
     LayerFields,
     candidates,
     layer_count,
+    merged,
     plain_fields,
     remapped,
     text_config,
@@ -47,7 +49,7 @@ from tests.support.any_models import FAMILIES, auto_class, tiny_any
 TOLERANCE = 1e-4
 #: Rules tried for one family; each is a reload or more.
 MOST_RULES = 40
-ROWS, TOKENS = 2, 48
+ROWS, TOKENS, NEW = 2, 48, 6
 
 
 @dataclass
@@ -58,12 +60,19 @@ class Proof:
         tries: dropped layers → None where the drop equals the bypass, else the first reason against it.
         rule: the rule that holds, or the one that holds for most tries.
         plain: whether `rule` is the plain one.
+        generates: whether the whole model generates alike with and without a cache, so that the rest was asked to.
     """
 
     model_type: str
     tries: dict[tuple[int, ...], str | None] = field(default_factory=dict)
     rule: LayerFields | None = None
     plain: bool = True
+    generates: bool | None = None
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """Every role that has a field."""
+        return {f.name: value for f in fields(self.rule) if (value := getattr(self.rule, f.name))} if self.rule else {}
 
     @property
     def passed(self) -> bool:
@@ -71,7 +80,8 @@ class Proof:
 
     def line(self) -> str:
         good = sum(reason is None for reason in self.tries.values())
-        head = f"{self.model_type}: {good}/{len(self.tries)} {'plain' if self.plain else f'searched {self.rule}'}"
+        head = f"{self.model_type}: {good}/{len(self.tries)} {'plain' if self.plain else f'searched {self.found}'}"
+        head += "" if self.generates else " (logits only)"
         return "; ".join([head, *(f"without {list(d)}: {r}" for d, r in self.tries.items() if r)])
 
 
@@ -86,6 +96,7 @@ class Whole:
     config: dict[str, Any]
     fields: LayerFields
     prefix: str
+    generates: bool | None = None  # None: not asked yet
 
     @property
     def layers(self) -> Any:
@@ -93,7 +104,7 @@ class Whole:
 
 
 def drop_proof(model_type: str, work: Path) -> Proof:
-    """What a drop of layer 1, of the last layer of each kind, and of one of each kind together, gives."""
+    """What a drop of layer 1, of the first and last layer of each kind, and of one of each kind together, gives."""
     proof = Proof(model_type)
     whole = _whole(tiny_any(model_type, work / "whole"), model_type)
     ids = torch.randint(3, 200, (ROWS, TOKENS), generator=torch.Generator().manual_seed(5))
@@ -119,6 +130,7 @@ def drop_proof(model_type: str, work: Path) -> Proof:
             proof.tries, proof.rule, proof.plain = reasons, rule, number == 0
         if proof.passed:
             break
+    proof.generates = whole.generates
     return proof
 
 
@@ -130,7 +142,7 @@ def _whole(directory: Path, model_type: str) -> Whole:
     model = _loaded(directory, model_type)
     stack = _stack(model)
     stated = json.loads((directory / "config.json").read_text())
-    config = _merged(model.config.to_dict(), stated)
+    config = merged(model.config.to_dict(), stated)
     path = ("text_config",) if isinstance(config.get("text_config"), dict) else ()
     text = text_config(config, path)
     count = next((n for n in COUNTS if isinstance(text.get(n), int)), "")
@@ -147,15 +159,6 @@ def _loaded(directory: Path, model_type: str) -> Any:
     if wrong := {name: sorted(map(str, found))[:3] for name, found in info.items() if found}:
         raise ValueError(f"reload: {wrong}")
     return model.eval()
-
-
-def _merged(full: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """What the file states, with what the class derives."""
-    out = dict(full)
-    for name, value in stated.items():
-        both = isinstance(value, dict) and isinstance(out.get(name), dict) and not name.startswith("per_layer")
-        out[name] = _merged(out[name], value) if both else value
-    return out
 
 
 def _stack(model: Any) -> str:
@@ -200,9 +203,10 @@ def _kinds(whole: Whole) -> dict[str, list[int]]:
 
 
 def _tries(whole: Whole) -> list[tuple[int, ...]]:
-    last = sorted(members[-1] for members in _kinds(whole).values())
+    kinds = _kinds(whole).values()
+    last = sorted(members[-1] for members in kinds)
     together = [tuple(last)] if 1 < len(last) < len(whole.layers) else []
-    return list(dict.fromkeys([(1,), *((i,) for i in last), *together]))
+    return list(dict.fromkeys([(1,), *((members[0],) for members in kinds), *((i,) for i in last), *together]))
 
 
 def _kept(whole: Whole, drop: Sequence[int]) -> list[int]:
@@ -266,11 +270,32 @@ def _reason(
         return config["error"]
     try:
         _write(whole, _kept(whole, drop), config, target)
-        got = _logits(_loaded(target, whole.model_type), ids)
+        dropped = _loaded(target, whole.model_type)
+        got = _logits(dropped, ids)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     worst = (got - expected).abs().max().item()
-    return None if worst < TOLERANCE else f"logits differ by {worst:.1e}"
+    if worst >= TOLERANCE:
+        return f"logits differ by {worst:.1e}"
+    if whole.generates is None:
+        whole.generates = _generation_fault(whole.model) is None
+    return _generation_fault(dropped) if whole.generates else None
+
+
+def _generation_fault(model: Any) -> str | None:
+    """Why greedy generation with a cache is not that without; None where it is."""
+    ids = torch.randint(3, 200, (1, TOKENS // 2), generator=torch.Generator().manual_seed(7))
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "output_logits": True}
+    try:
+        with_cache, without = (
+            torch.stack(model.generate(ids, use_cache=c, return_dict_in_generate=True, **options).logits)
+            for c in (True, False)
+        )
+    except Exception as error:
+        return f"generate: {' '.join(str(error).split())[:120]}"
+    worst = (with_cache - without).abs().max().item()
+    return None if worst < TOLERANCE else f"generate: logits with a cache differ by {worst:.1e}"
 
 
 def _write(whole: Whole, kept: Sequence[int], config: dict[str, Any], target: Path) -> None:

@@ -92,6 +92,21 @@ class LayerFields:
         )
 
 
+def merged(full: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """What the config class says, with those fields of the file that it leaves out.
+
+    The class wins: a file may state an empty list for what the class derives, as Llama 4 does with `no_rope_layers`.
+
+    Args:
+        full: `config.to_dict()`, which holds the lists that the class derives.
+        stated: the content of `config.json`.
+    """
+    both = {n: merged(full[n], v) for n, v in stated.items() if isinstance(v, dict) and isinstance(full.get(n), dict)}
+    # Tables by layer are whole: a key that the class writes in another form would come twice.
+    tables = {n: full[n] for n in both if n == "per_layer_config"}
+    return {**stated, **full, **both, **tables}
+
+
 def text_config(config: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
     """The part of `config` that describes the decoder."""
     for key in path:

@@ -8,7 +8,14 @@ import sys
 
 import pytest
 
-from compression_dags.architectures.config_rules import LayerFields, candidates, layer_count, plain_fields, remapped
+from compression_dags.architectures.config_rules import (
+    LayerFields,
+    candidates,
+    layer_count,
+    merged,
+    plain_fields,
+    remapped,
+)
 from compression_dags.errors import InputError
 
 KEPT = [0, 2, 3, 5]
@@ -23,6 +30,17 @@ def _dropped(config, count="num_hidden_layers", kept=KEPT, path=()):
     new = remapped(config, kept, plain_fields(config, count, path))
     assert config == before
     return new
+
+
+def test_what_the_class_derives_wins_over_the_file():
+    full = {"a": {"list": [1, 0], "kept": 1}, "per_layer_config": {"02": {}}, "none": None}
+    stated = {"a": {"list": [], "more": 2}, "per_layer_config": {"2": {}}, "none": 3, "own": 4}
+    assert merged(full, stated) == {
+        "a": {"list": [1, 0], "kept": 1, "more": 2},
+        "per_layer_config": {"02": {}},
+        "none": None,
+        "own": 4,
+    }
 
 
 def test_only_the_count_changes_in_a_uniform_stack():
