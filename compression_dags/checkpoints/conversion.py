@@ -157,7 +157,7 @@ class Conversion:
         """What transformers' converter makes of disk tensors."""
         converter = self._converter(next(iter(tensors)))
         for name, tensor in tensors.items():
-            converter.add_tensor(target, name, self._known(name).pattern, tensor)  # pyright: ignore[reportArgumentType]
+            converter.add_tensor(target, name, self._known(name).pattern or name, tensor)  # pyright: ignore[reportArgumentType]
         made: dict[str, Any] = converter.convert(target, model=model, config=getattr(model, "config", None))
         found = {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
         return {name: tensor for name, tensor in found.items() if name in self._shapes}
@@ -190,9 +190,10 @@ class Conversion:
             return None
         found: dict[str, Made] = {}
         for name, output in outputs.items():
-            small = parts_in(output.numpy(), numbers)
+            small, shape = parts_in(output.numpy(), numbers), self._shapes[name]
             parts = None if small is None else tuple(part.scaled(factor) for part in small)
-            if parts is None or not spans(parts, self._shapes[name]):
+            fits = tuple(size * factor for size in output.shape) == shape if parts is None else spans(parts, shape)
+            if not fits:
                 return None
             found[name] = self._stated(list(shapes), parts)
         return found

@@ -16,7 +16,9 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
 )
+from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter
 
+from compression_dags.checkpoints import conversion as conversion_module
 from compression_dags.checkpoints.conversion import Conversion
 from compression_dags.checkpoints.parameter_parts import numbered, parts_in, shrinking, spans
 from models import _randomize, tiny
@@ -194,6 +196,34 @@ def test_large_experts_are_probed_with_small_tensors(tiny_model):
     up = {part.disk: part.place for part in found["model.layers.0.mlp.experts.gate_up_proj"].parts}
     assert up[f"{prefix}5.w3.weight"] == (5, slice(14336, 28672), slice(0, 4096))
     assert found["model.layers.0.mlp.experts.down_proj"].parts[7].place == (7, slice(0, 4096), slice(0, 14336))
+
+
+def test_split_turned_and_mixed_tensors(tiny_model, monkeypatch):
+    """Operations of families that are not here, each put onto a matrix of llama."""
+    own = [
+        WeightConverter("self_attn.kv.weight", ["self_attn.k_proj.weight", "self_attn.v_proj.weight"], [Chunk(dim=0)]),
+        WeightConverter("mlp.turned.weight", "mlp.up_proj.weight", [Transpose(0, 1)]),
+        WeightConverter("mlp.mixed.weight", "mlp.gate_proj.weight", [Interleave(dim=0)]),
+        WeightConverter("self_attn.checked.weight", "self_attn.o_proj.weight", [Transpose(0, 1, check_dims=True)]),
+    ]
+    monkeypatch.setattr(conversion_module, "get_model_conversion_mapping", lambda model: own)
+    conversion, prefix = Conversion(on_meta("llama", tiny_model("llama"))), "model.layers.1."
+    shapes = {"self_attn.kv": (64, 64), "mlp.turned": (64, 96), "mlp.mixed": (96, 64), "self_attn.checked": (64, 64)}
+    disk = {f"{prefix}{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+    memory = conversion.converted(disk)
+    found = {
+        name.removeprefix(prefix).removesuffix(".weight"): made
+        for name, made in conversion.on_disk({name: tensor.shape for name, tensor in disk.items()}).items()
+    }
+    for name, made in found.items():
+        for part in made.parts or ():
+            assert torch.equal(part.read(memory[f"{prefix}{name}.weight"]), disk[part.disk][part.source])
+    assert found["self_attn.v_proj"].parts[0].source == (slice(32, 64), slice(0, 64))
+    turned = {name: made.parts[0].transposed for name, made in found.items() if made.parts}
+    assert turned == {
+        "self_attn.k_proj": False, "self_attn.v_proj": False, "mlp.up_proj": True, "self_attn.o_proj": False
+    }  # fmt: skip
+    assert found["mlp.gate_proj"].parts is None and found["mlp.gate_proj"].operations == ("Interleave(dim=0)",)
 
 
 def test_parts_of_arrays():
