@@ -52,6 +52,7 @@ class LayerKind:
 
     Attributes:
         attention: the layer's type as the config says, `attention`, or the module that mixes the tokens.
+        attends: whether it has a core of attention, whose cache counts the tokens.
         feed_forward: `dense` or `experts`.
         groups: matrices by common input, in the order in which the layer evaluates them; routers and experts aside.
         norms: modules whose weight multiplies each channel.
@@ -82,6 +83,7 @@ class LayerKind:
     odd: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    attends: bool = True
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,12 @@ class Architecture:
                 would re-initialise or mis-type layers on reload (landscape.md §5).
         """
         if self.fields is not None:
+            attending = [i for i, number in enumerate(self.kind_of) if self.kinds[number].attends]
+            if attending and not set(attending) & set(kept):
+                raise InputError(
+                    f"layers {attending} are the only ones of {self.model_type} that attend; without one no text is "
+                    "generated with a cache: keep one (protect_first, protect_last or fewer layers)"
+                )
             return remapped(config, kept, self.fields)
         old_count = config["num_hidden_layers"]
         self._refuse_unknown_layer_fields(config, old_count)

@@ -77,6 +77,9 @@ def _prefix_on_disk(found: Discovered, names: Mapping[str, str], first: list[int
             tail = f".{index}.{memory.removeprefix(head)}"
             if memory.startswith(head) and disk.endswith(tail):
                 prefixes[disk.removesuffix(tail)] += 1
+    for index in () if prefixes else first:  # other names within a layer: what stands before its number
+        for disk in (d for memory, d in names.items() if memory.startswith(f"{found.layers}.{index}.")):
+            prefixes[disk.partition(f".{index}.")[0]] += 1
     if not prefixes:
         raise InputError(f"{found.model_type}: the tensors of its layers are not numbered on disk as in memory")
     return prefixes.most_common(1)[0][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -21,7 +22,7 @@ def discover(config: Any) -> Discovered:
     Raises:
         InputError: it cannot be built or run, or nothing in it is a stack of layers.
     """
-    return read(traced_model(config))
+    return read(traced_model(config), config)
 
 
 def traced_model(config: Any) -> Trace:
@@ -39,8 +40,8 @@ def traced_model(config: Any) -> Trace:
         raise InputError(f"{config.model_type} cannot be traced: {type(error).__name__}: {words}") from error
 
 
-def read(trace: Trace) -> Discovered:
-    """What a trace says of its model.
+def read(trace: Trace, config: Any) -> Discovered:
+    """What a trace says of a model of this config.
 
     Raises:
         InputError: nothing in it is a stack of layers.
@@ -55,13 +56,13 @@ def read(trace: Trace) -> Discovered:
     kinds = tuple(dict.fromkeys(each))
     head, norm = _tail(trace, layers)
     return Discovered(
-        model_type=model.config.model_type,
-        stack=layers.rpartition(".")[0],
+        model_type=config.model_type,
+        stack=_takes_ids(model, layers),
         layers=layers,
         embedding=_table(trace, layers),
         head=head,
         final_norm=norm,
-        config_path=_path_of(model.config, text),
+        config_path=_path_of(config, text),
         kinds=kinds,
         kind_of=tuple(kinds.index(kind) for kind in each),
         returned=next(call.returned for call in trace.calls if call.path == f"{layers}.0"),
@@ -105,6 +106,16 @@ def _tail(trace: Trace, layers: str) -> tuple[str, str]:
             elif len(shape) == 2 and op.name in PRODUCTS:
                 head, norm = held.name, next((gains[value] for value in op.values if value in gains), "")
     return head, norm
+
+
+def _takes_ids(model: Any, layers: str) -> str:
+    """Path of the innermost module around the layers that takes token ids."""
+    path = layers
+    while path:
+        path = path.rpartition(".")[0]
+        if "input_ids" in inspect.signature(type(model.get_submodule(path)).forward).parameters:
+            return path
+    return path
 
 
 def _config_of(model: Any, layers: str) -> Any:

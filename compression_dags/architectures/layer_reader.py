@@ -78,6 +78,7 @@ class LayerReader:
         homes = [members[0].local.rpartition(".")[0] for members in inputs.values()]
         return LayerKind(
             attention=attention or ("attention" if self._attends else homes[0] if homes else "none"),
+            attends=self._attends,
             feed_forward="experts" if experts else "dense",
             groups=tuple(ProjectionGroup(names[k], _once(p.local for p in v)) for k, v in inputs.items()),
             norms=_once(g.module for g in self.gains.values()),

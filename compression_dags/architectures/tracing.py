@@ -95,10 +95,11 @@ class Trace:
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model of this config with its head: of text, else of images and text."""
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    return AutoModelForImageTextToText
+    """The class of transformers that loads a model of this config whole: with its towers, where it has some."""
+    wraps = config.get_text_config(decoder=True) is not config
+    if wraps and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def traced(config: Any) -> Trace:
@@ -172,7 +173,7 @@ def _calls(model: nn.Module, trace: Trace) -> Iterator[list[str]]:
         def hook(_: nn.Module, args: Any, result: Any) -> None:
             scopes.pop()
             outs = tuple(key(t) for t in tree_leaves(result) if isinstance(t, Tensor))
-            returned = len(result) if isinstance(result, tuple) else 0
+            returned = len(result) if isinstance(result, (tuple, list)) else 0
             trace.calls.append(Call(path, entered.pop(), outs, returned))
 
         return hook

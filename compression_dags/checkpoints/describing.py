@@ -31,7 +31,7 @@ def described(stated: Any, config: dict[str, Any], shapes: Mapping[str, tuple[in
         InputError: the model cannot be traced, or its layers are not numbered on disk.
     """
     trace = traced_model(stated)
-    found = read(trace)
+    found = read(trace, stated)
     first = [found.kind_of.index(number) for number in range(len(found.kinds))]
     made = _made(Conversion(trace.model), found, first, shapes)
     names = {memory: how.disk[0] for memory, how in made.items() if len(how.disk) == 1 and not how.operations}

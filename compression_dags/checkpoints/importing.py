@@ -34,7 +34,13 @@ from compression_dags.checkpoints.model_files import (
     describing_files,
 )
 from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint, description_file
-from compression_dags.checkpoints.stated_config import check_code, check_config, left_out, without_attributes
+from compression_dags.checkpoints.stated_config import (
+    check_code,
+    check_config,
+    left_out,
+    plain_floats,
+    without_attributes,
+)
 from compression_dags.checkpoints.stock_check import check_stock_load
 from compression_dags.checkpoints.tokenizer_check import check_tokenizer
 from compression_dags.errors import InputError
@@ -244,7 +250,7 @@ def _filled(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list[str])
         rewritten["config.json"] = _text(stated)
         notes.append(_left_out("config.json", names))
     try:
-        filled = config_class.from_dict(stated).to_dict()
+        filled = config_class.from_dict(plain_floats(stated)).to_dict()
     except Exception as error:  # transformers' validators raise many types
         named = checkpoint.path / "config.json"
         raise InputError(f"{named} is refused by transformers: {one_line(error)}") from None

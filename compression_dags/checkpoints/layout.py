@@ -87,10 +87,9 @@ def check_shapes(checkpoint: Checkpoint, shape: ModelShape) -> None:
         InputError: naming the first tensor that differs.
     """
     path, architecture = checkpoint.path, checkpoint.architecture
-    if (rows := embedding(checkpoint).shape[0]) != shape.config["vocab_size"]:
-        raise InputError(
-            f"{path}: the embedding has {rows} rows, config.json says vocab_size {shape.config['vocab_size']}"
-        )
+    rows, named = embedding(checkpoint).shape[0], shape.config["vocab_size"]
+    if rows != named and not (architecture.kinds and rows > named):
+        raise InputError(f"{path}: the embedding has {rows} rows, config.json says vocab_size {named}")
     layers = layer_tensors(checkpoint)
     first: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
     for index in range(shape.layers):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from compression_dags.architectures import KNOWN, Architecture, ModelShape, architecture_of
-from compression_dags.architectures.config_rules import text_config
+from compression_dags.architectures.config_rules import merged, text_config
 from compression_dags.architectures.described import from_json
 from compression_dags.checkpoints.headers import TensorInfo, is_file, read_header, read_object
 from compression_dags.errors import InputError
@@ -118,7 +118,10 @@ class Checkpoint:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The config with the defaults that transformers fills in (`layer_types`, `head_dim`, …)."""
-        return without_machine_facts(_over(self._stated.to_dict(), self.raw_config))
+        filled = self._stated.to_dict()
+        if self.raw_config.get("model_type") not in KNOWN:
+            return without_machine_facts(merged(filled, self.raw_config))
+        return without_machine_facts({**filled, **{k: v for k, v in self.raw_config.items() if v is not None}})
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -195,15 +198,3 @@ class Checkpoint:
 def description_file(path: Path) -> Path:
     """Where the description of a discovered model's layers lies: beside the checkpoint, which stays stock."""
     return path.with_name(f"{path.name}.architecture.json")
-
-
-def _over(filled: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
-    """`filled` with what is stated in its place, in configs within it too."""
-    found = dict(filled)
-    for key, value in stated.items():
-        inner = filled.get(key)
-        if isinstance(value, dict) and isinstance(inner, dict) and "model_type" in inner:
-            found[key] = _over(inner, value)
-        elif value is not None:
-            found[key] = value
-    return found

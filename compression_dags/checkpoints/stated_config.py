@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,33 @@ def without_attributes(config: dict[str, Any], config_class: Any) -> tuple[dict[
     transformers sets every unknown key as an attribute of the config object, whatever stood there.
     """
     fields = set(getattr(config_class, "__dataclass_fields__", ()))
-    kept = fields | {"model_type", "rope_scaling", "rope_theta", "torch_dtype", "dtype", "_sliding_window_pattern"}
+    kept = (
+        fields
+        | {"per_layer_config"}
+        | {"model_type", "rope_scaling", "rope_theta", "torch_dtype", "dtype", "_sliding_window_pattern"}
+    )
     odd = sorted(k for k in config if k not in kept and (hasattr(config_class, k) or k.startswith("_")))
     return {key: value for key, value in config.items() if key not in odd}, odd
+
+
+def plain_floats(value: Any) -> Any:
+    """The value with infinities as numbers: transformers writes them as objects, at any depth."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: plain_floats(item) for key, item in value.items()}
+    return [plain_floats(item) for item in value] if isinstance(value, list) else value
+
+
+def written_floats(value: Any) -> Any:
+    """The value with numbers that JSON lacks as transformers writes them."""
+    if isinstance(value, dict):
+        return {key: written_floats(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [written_floats(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
 
 
 def check_code(config: dict[str, Any], file: Path) -> None:
@@ -110,6 +135,8 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         if (value := config.get(name)) is not None and value not in _DTYPES:
             raise _refusal(file, name, value, f"allowed are {', '.join(_DTYPES)}")
     for name, value in config.items():
+        if value is None and config.get("model_type") not in KNOWN:
+            continue
         if _EPSILON.search(name) and not (_is_number(value) and 0 < value < 1):
             raise _refusal(file, name, value, "a number above 0 and below 1 is needed")
         if name == "rope_theta" and value is not None and not (_is_number(value) and value > 0):
@@ -117,9 +144,12 @@ def check_config(config: dict[str, Any], file: Path) -> None:
 
 
 def _check_count(config: dict[str, Any], name: str, least: int, file: Path) -> None:
-    value = config.get(name)
-    required = name == "num_hidden_layers" and config.get("model_type") in KNOWN
-    if value is None and not required:
+    value, written = config.get(name), config.get("model_type") in KNOWN
+    if value is None and not (name == "num_hidden_layers" and written):
+        return
+    if isinstance(value, list) and not written:  # one entry a layer
+        for entry in value:
+            _check_count({name: entry}, name, least, file)
         return
     if type(value) is not int:
         raise _refusal(file, name, value, "not a count")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compression_dags.architectures.described import to_json
 from compression_dags.checkpoints.reader import INDEX, SINGLE, Checkpoint, description_file
+from compression_dags.checkpoints.stated_config import written_floats
 from compression_dags.provenance.contents import without_machine_facts
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def write_checkpoint(
     if source.architecture.kinds:
         described = source.architecture if kept is None else source.architecture.shortened(kept)
         description_file(directory).write_text(to_json(described), encoding="utf-8")
-    stock = without_machine_facts(config)
+    stock = written_floats(without_machine_facts(config))
     (directory / "config.json").write_text(json.dumps(stock, indent=2, sort_keys=True) + "\n")
     for companion in source.companions():
         shutil.copyfile(companion, directory / companion.name)
