@@ -51,7 +51,9 @@ def check_family(checkpoint: Checkpoint) -> None:
     )
 
     raw = checkpoint.raw_config
-    if (family := raw.get("model_type")) in KNOWN:
+    if not isinstance(family := raw.get("model_type"), str):
+        raise InputError(f"{checkpoint.path / 'config.json'}: model_type is {family!r}, not a name")
+    if family in KNOWN:
         _ = checkpoint.architecture  # refuses variants
         return
     if family not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}:

@@ -89,9 +89,9 @@ def written_floats(value: Any) -> Any:
         return {key: written_floats(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [written_floats(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    return value
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
 
 
 def check_code(config: dict[str, Any], file: Path) -> None:
@@ -122,7 +122,7 @@ def check_config(config: dict[str, Any], file: Path) -> None:
             raise InputError(
                 f"{file.parent} is quantized already ({str(kind)[:60]}); give the model in float32, float16 or bfloat16"
             )
-    if config.get("per_layer_config") and config.get("model_type") in KNOWN:
+    if config.get("per_layer_config") and _is_written(config):
         raise InputError(f"{file}: per_layer_config is set; only models with uniform layers are imported")
     for name in _COUNTS:
         _check_count(config, name, 1, file)
@@ -135,26 +135,29 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         if (value := config.get(name)) is not None and value not in _DTYPES:
             raise _refusal(file, name, value, f"allowed are {', '.join(_DTYPES)}")
     for name, value in config.items():
-        if value is None and config.get("model_type") not in KNOWN:
+        if value is None and not _is_written(config):
             continue
-        if _EPSILON.search(name) and not (_is_number(value) and 0 < value < 1):
+        if _EPSILON.search(name) and not (isinstance(value, (int, float)) and _is_number(value) and 0 < value < 1):
             raise _refusal(file, name, value, "a number above 0 and below 1 is needed")
         if name == "rope_theta" and value is not None and not (_is_number(value) and value > 0):
             raise _refusal(file, name, value, "a number above 0 is needed")
 
 
+def _is_written(config: dict[str, Any]) -> bool:
+    """Whether somebody wrote down what layers of this family are."""
+    return isinstance(family := config.get("model_type"), str) and family in KNOWN
+
+
 def _check_count(config: dict[str, Any], name: str, least: int, file: Path) -> None:
-    value, written = config.get(name), config.get("model_type") in KNOWN
-    if value is None and not (name == "num_hidden_layers" and written):
+    stated, written = config.get(name), _is_written(config)
+    if stated is None and not (name == "num_hidden_layers" and written):
         return
-    if isinstance(value, list) and not written:  # one entry a layer
-        for entry in value:
-            _check_count({name: entry}, name, least, file)
-        return
-    if type(value) is not int:
-        raise _refusal(file, name, value, "not a count")
-    if not least <= value <= _LARGEST:
-        raise _refusal(file, name, value, f"a count from {least} to {_LARGEST} is needed")
+    each: list[Any] = stated if isinstance(stated, list) and not written else [stated]  # one entry a layer
+    for value in each:
+        if type(value) is not int:
+            raise _refusal(file, name, value, "not a count")
+        if not least <= value <= _LARGEST:
+            raise _refusal(file, name, value, f"a count from {least} to {_LARGEST} is needed")
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from compression_dags.checkpoints.gate import check_finite_logits, load_stock
+from compression_dags.checkpoints.gate import check_causal, check_finite_logits, load_stock
 from compression_dags.checkpoints.headers import one_line
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import unchanged, write_checkpoint
@@ -65,3 +65,5 @@ def _cut(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 def _check(checkpoint: Checkpoint) -> None:
     model: Any = load_stock(checkpoint.path, dtype="float32" if checkpoint.nbytes <= _TINY else "auto")
     check_finite_logits(model, checkpoint.path, rows=int(checkpoint.text_config["vocab_size"]))
+    if checkpoint.architecture.kinds:
+        check_causal(model, checkpoint.path)

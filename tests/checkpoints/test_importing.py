@@ -162,7 +162,8 @@ def test_damaged_index(index, message, model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' is not known; known are: gemma3_text, llama"),
+        ({"model_type": "t5"}, "'t5' is no decoder that this version of transformers has"),
+        ({"model_type": "gpt2"}, "gpt2: the tensors of its layers are not numbered on disk as in memory"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}, r"remote code \(auto_map\)"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),
         ({"num_hidden_layers": 4}, "config.json counts 4 layers, the weights hold 5, numbered up to 4"),
