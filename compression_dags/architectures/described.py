@@ -130,6 +130,13 @@ def _stream_writers(kinds: list[LayerKind]) -> tuple[str, ...]:
     return tuple(name for name, plain in found.items() if plain)
 
 
+def kinds_text(description: Architecture) -> str:
+    """How many layers there are of each kind, in words: `3 of linear_attention, dense; 1 of full_attention, dense`."""
+    counts = Counter(description.kind_of)
+    named = {number: f"{kind.attention}, {kind.feed_forward}" for number, kind in enumerate(description.kinds)}
+    return "; ".join(f"{counts[number]} of {name}" for number, name in named.items())
+
+
 def to_json(description: Architecture) -> str:
     """The description as text, the same for equal descriptions."""
     return json.dumps(asdict(description), indent=1, sort_keys=True) + "\n"

@@ -72,7 +72,7 @@ def _tail(value: Any, skip: int, rows: int) -> Any:
 
 def output_of(result: Any) -> Tensor:
     """The hidden state of a layer's result: transformers 5 returns a tensor, older ones a tuple."""
-    return result[0] if isinstance(result, tuple) else result
+    return result[0] if isinstance(result, (tuple, list)) else result
 
 
 class DecoderStream:

@@ -125,7 +125,7 @@ def check_causal(model: Any, directory: Path) -> None:
     other[:, -1] = (other[:, -1] + 1) % _vocabulary(model)
     with torch.inference_mode(), quiet():
         before, after = (model(x).logits[:, :-1].float() for x in (ids, other))
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+    if not torch.allclose(before, after, rtol=1e-5, atol=1e-5 * float(before.abs().max())):
         raise IntegrityError(f"{directory} reads later tokens too; only decoders that read from left to right are used")
 
 

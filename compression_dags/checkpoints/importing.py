@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_dags.architectures import ModelShape
-from compression_dags.architectures.described import to_json
+from compression_dags.architectures.described import kinds_text, to_json
 from compression_dags.checkpoints.copying import FilePlan, copy_weights, equal_bytes, stamp
 from compression_dags.checkpoints.gate import quiet
 from compression_dags.checkpoints.headers import is_file, one_line, read_object
@@ -173,8 +173,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     stored = Counter[str]()
     for info in checkpoint.tensors.values():
         stored[info.dtype] += info.nbytes
+    kinds = {"kinds_of_layers": kinds_text(checkpoint.architecture)} if checkpoint.architecture.kinds else {}
     return {
         "architecture": checkpoint.architecture.model_type,
+        **kinds,
         "layers": checkpoint.num_layers,
         "parameters": checkpoint.numel,
         "bytes": checkpoint.nbytes,

@@ -20,6 +20,7 @@ from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.depth.concat.merge import concatenate, concatenate_released
 from compression_dags.depth.plan import MergePlan, PlannedLayer
+from compression_dags.depth.reblocking import reblocked
 from compression_dags.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,20 +42,21 @@ def apply_plan(source: Checkpoint, plan: MergePlan, directory: Path) -> Checkpoi
         for position, layer in enumerate(plan.layers)
         for local, name in source.layer(layer.slot).items()
     }
+    config = architecture.remap_config(source.config, plan.slots)
+    blocks = reblocked(source, config, plan.slots) if architecture.kinds else {}
     home = {layer.slot: position for position, layer in enumerate(plan.layers)}
     made: dict[int, dict[str, torch.Tensor]] = {}
     tensors: dict[str, PlannedTensor] = {}
     for name in source.tensors:  # in file order, so that shards keep their locality
         index, local = architecture.split_name(name)
         if index is None:
-            tensors[name] = unchanged(source, name)
+            tensors[name] = blocks.get(name) or unchanged(source, name)
         elif name in new_names:
             position = home[index]
             if position not in made:
                 made[position] = layer_tensors(source, plan, position)
             layer = plan.layers[position]
             tensors[new_names[name]] = _planned(source, layer, made[position], local, new_names[name])
-    config = architecture.remap_config(source.config, plan.slots)
     return write_checkpoint(directory, source, config, tensors, kept=plan.slots)
 
 

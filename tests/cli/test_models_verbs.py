@@ -129,3 +129,21 @@ def test_a_run_that_overflows_names_the_dtype(model, tmp_path, monkeypatch):
     asked = ["run", "-m", str(model), "-r", "cut", "--dtype", "float16", "--device", "cpu"]
     said = cli(tmp_path / "home", *asked, "--tasks", str(tmp_path / "text.txt"), code=1)
     assert "float16" in said and "--dtype bfloat16 or --dtype float32" in said
+
+
+def test_inspect_says_what_a_model_is_made_of(tmp_path):
+    from any_models import tiny_config
+
+    tiny_config("qwen3_next").save_pretrained(tmp_path / "hybrid")  # no weights are needed
+    line = ["models", "inspect", str(tmp_path / "hybrid"), "--home", str(tmp_path / "home")]
+    said = CliRunner().invoke(main, line)
+    assert said.exit_code == 0, said.output
+    assert "4 layers of 2 kinds under model.layers" in said.stdout
+    assert "router: mlp.gate" in said.stdout and "experts: mlp.experts.gate_up_proj (4 x " in said.stdout
+    assert "least-squares recovery: no, a router chooses between the last matrices" in said.stdout
+    found = json.loads(CliRunner().invoke(main, [*line, "--json"]).stdout)
+    assert found["model_type"] == "qwen3_next" and len(found["kind_of"]) == 4
+    (tmp_path / "hybrid" / "config.json").write_text('{"model_type": "nothing"}')
+    refused = CliRunner().invoke(main, line)
+    assert refused.exit_code == 2 and "refused by transformers" in refused.stderr
+    assert not (tmp_path / "home").exists()
