@@ -62,15 +62,22 @@ def installed() -> Path:
 
 def write_models(folder: Path, package: Path, wanted: Iterable[str]) -> dict[str, Path]:
     """Name → directory of each wanted model."""
-    sys.path.append(str(REPOSITORY / "tests" / "support"))
+    sys.path += [str(REPOSITORY / "tests" / "support"), str(REPOSITORY)]
+    import any_models
     from models import FAMILIES, tiny
 
     asked = list(wanted) or [STORIES, *FAMILIES]
-    if unknown := set(asked) - {STORIES, *FAMILIES}:
-        raise SystemExit(f"unknown models: {', '.join(sorted(unknown))}; known: {STORIES}, {', '.join(FAMILIES)}")
-    shipped = package / "shipped" / "models" / STORIES
-    kinds: dict[str, Any] = MIXED
-    return {n: shipped if n == STORIES else tiny(n, folder / n, layers=LAYERS, **kinds.get(n, {})) for n in asked}
+    if unknown := set(asked) - {STORIES, *FAMILIES, *any_models.FAMILIES}:
+        raise SystemExit(f"unknown models: {', '.join(sorted(unknown))}; known: {STORIES} and families of transformers")
+
+    def made(name: str) -> Path:
+        if name == STORIES:
+            return package / "shipped" / "models" / STORIES
+        if name in FAMILIES:
+            return tiny(name, folder / name, layers=LAYERS, **MIXED.get(name, {}))
+        return any_models.tiny_any(name, folder / name, layers=LAYERS)
+
+    return {name: made(name) for name in asked}
 
 
 def write_recipes(folder: Path, layers: int, wanted: str) -> list[str]:

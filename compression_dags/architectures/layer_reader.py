@@ -60,12 +60,12 @@ class LayerReader:
     def read(self, attention: str | None) -> LayerKind:
         """The layer's description. `attention` is what the config calls its type, if it does."""
         own = [p for p in self.products if p.parameter.startswith(self.prefix)]
-        odd = [p.local for p in own if self._ndim(p.parameter) == 2 and not self._is_linear(p)]
-        flat = [p for p in own if self._ndim(p.parameter) == 2 and p.local not in odd]
+        flat = [p for p in own if self._ndim(p.parameter) == 2]
         routers = [p.local for p in flat if self._reaches(p.op.outs, _CHOICE)]
+        odd = [p.local for p in flat if p.local not in routers and not self._is_linear(p)]
         inputs: dict[int, list[_Product]] = {}
         for product in flat:
-            if product.local not in routers:
+            if product.local not in (*routers, *odd):
                 inputs.setdefault(self._original(product.reads), []).append(product)
         names = self._named(inputs)
         read = {names[k]: g for k, g in self.gains.items() if k in inputs}
