@@ -40,7 +40,7 @@ STORIES = "stories260k"
 LAYERS = 6
 #: Neighbours of one kind: only such may be merged.
 KINDS = {"layer_types": ["sliding_attention"] * (LAYERS // 2) + ["full_attention"] * (LAYERS // 2)}
-MIXED = {"qwen3": KINDS, "gemma3_text": KINDS}
+MIXED: dict[str, Any] = {"qwen3": KINDS, "gemma3_text": KINDS}
 
 
 def installed() -> Path:
@@ -64,6 +64,7 @@ def write_models(folder: Path, package: Path, wanted: Iterable[str]) -> dict[str
     """Name → directory of each wanted model."""
     sys.path += [str(REPOSITORY / "tests" / "support"), str(REPOSITORY)]
     import any_models
+
     from models import FAMILIES, tiny
 
     asked = list(wanted) or [STORIES, *FAMILIES]
