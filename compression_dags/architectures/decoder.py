@@ -63,7 +63,7 @@ class LayerKind:
         writers: matrices whose output is added to the residual stream, times the constant in `factors`.
         routers: matrices that choose experts.
         experts: parameters that hold a matrix an expert, (experts, …, …).
-        odd: matrices that are no plain linear module, or are used outside of it.
+        odd: matrices that are no plain linear module, or are used outside of it or more than once.
         shared: parameters of other places that the layer uses.
         shapes: parameter of the layer → its shape.
         sole: groups whose input nothing else of the layer reads.
@@ -159,6 +159,7 @@ class Architecture:
         sizes: the config's names of sizes → what a discovered model has.
         returned: how many values a layer returns in a tuple; 0 where it returns its output as it is.
         opaque: kinds of matrices that only whole layers' methods may touch, with the reason.
+        needs_weights: why stock transformers cannot load linear modules without a plain weight; empty if it can.
     """
 
     model_type: str
@@ -189,6 +190,7 @@ class Architecture:
     sizes: tuple[tuple[str, int], ...] = ()
     returned: int = 0
     opaque: tuple[str, ...] = ()
+    needs_weights: str = ""
 
     @property
     def layers(self) -> str:

@@ -6,6 +6,7 @@ added to the residual stream, what chooses experts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,8 @@ class LayerReader:
         own = [p for p in self.products if p.parameter.startswith(self.prefix)]
         flat = [p for p in own if self._ndim(p.parameter) == 2]
         routers = [p.local for p in flat if self._reaches(p.op.outs, _CHOICE)]
-        odd = [p.local for p in flat if p.local not in routers and not self._is_linear(p)]
+        uses = Counter(p.local for p in flat)
+        odd = [p.local for p in flat if p.local not in routers and (uses[p.local] > 1 or not self._is_linear(p))]
         inputs: dict[int, list[_Product]] = {}
         for product in flat:
             if product.local not in (*routers, *odd):

@@ -103,6 +103,11 @@ def refuse_unroundable(shape: ModelShape, instead: str = "drop layers instead (s
             f"quantizing {architecture.model_type} is not supported: its layers are {architecture.layers} on disk and "
             f"{architecture.modules} in memory, and a compressed-tensors scheme names modules as both; {instead}"
         )
+    if architecture.needs_weights:
+        raise InputError(
+            f"quantizing {architecture.model_type} is not supported: stock transformers cannot load it with packed "
+            f"weights, for {architecture.needs_weights}; {instead}"
+        )
     if architecture.kinds and not architecture.projections():
         left = f" (there are {', '.join(architecture.opaque[:3])})" if architecture.opaque else ""
         raise InputError(
