@@ -20,6 +20,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -74,7 +75,7 @@ def _outcome(run: Callable[[], None], details: bool) -> str:
 
 
 def pruned(method: str, source: Checkpoint, directory: Path) -> None:
-    stage = METHODS["sparsify"][method].model_validate({"method": method, "sparsity": 0.5})
+    stage: Any = METHODS["sparsify"][method].model_validate({"method": method, "sparsity": 0.5})
     stage.check(source.shape)
     plan, _ = stage.plan(source, SparsityEvidence(source.architecture))
     found = stage.sparsify(source, plan, blocks(), directory)
@@ -82,7 +83,7 @@ def pruned(method: str, source: Checkpoint, directory: Path) -> None:
 
 
 def rounded(method: str, source: Checkpoint, directory: Path) -> None:
-    stage = METHODS["quantize"][method].model_validate({"method": method, "scheme": "W4A16", "group_size": 16})
+    stage: Any = METHODS["quantize"][method].model_validate({"method": method, "scheme": "W4A16", "group_size": 16})
     stage.check(source.shape)
     found = stage.quantize(source, directory, blocks=blocks() if stage.reads_tokens else None)
     check_reload(directory, stage.reference_logits(source, rounding=found.rounding))

@@ -31,6 +31,14 @@ def refuse_unlike(shape: ModelShape, what: str, instead: str) -> None:
         raise InputError(f"{what} does not fit {shape.architecture.model_type}: {why}; {instead}")
 
 
+def refuse_shared(shape: ModelShape, what: str, instead: str) -> None:
+    """Raise InputError for a discovered model whose layers use one another's matrices."""
+    architecture = shape.architecture
+    inside = (n for k in architecture.kinds for n in k.shared if n.startswith(f"{architecture.modules}."))
+    if name := next(inside, ""):
+        raise InputError(f"{what} does not fit {architecture.model_type}: several layers use {name}; {instead}")
+
+
 def _mixed(shape: ModelShape) -> str:
     """What differs between kinds whose layers are each as in a Llama."""
     names = [group.name for group in shape.architecture.groups]

@@ -46,8 +46,18 @@ def described(stated: Any, config: dict[str, Any], shapes: Mapping[str, tuple[in
     experts = _experts(found, first, made, description) if _are_usual(trace.model, found, first) else None
     unknown = any(kind.experts for kind in description.kinds) and experts is None
     left = _once(p for kind in found.kinds for p in kind.experts) if unknown else ()
-    reads = _reads_weights(trace.model, found)
+    reads = _fused(found, made) or _reads_weights(trace.model, found)
     return replace(description, experts=experts, opaque=(*description.opaque, *left), needs_weights=reads)
+
+
+def _fused(found: Discovered, made: Mapping[str, Made]) -> str:
+    """The first parameter of a layer, experts' aside, that several tensors make; with packed weights none is made."""
+    experts = {p for kind in found.kinds for p in kind.experts}
+    for name, how in made.items():
+        local = name.removeprefix(f"{found.layers}.").partition(".")[2]
+        if name.startswith(f"{found.layers}.") and len(how.disk) > 1 and local not in experts:
+            return f"{local} is made of {len(how.disk)} tensors while loading"
+    return ""
 
 
 def _reads_weights(model: Any, found: Discovered) -> str:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from compression_dags.architectures import ModelShape
+from compression_dags.architectures.uniformity import refuse_shared
 from compression_dags.errors import InputError
 from compression_dags.quantization.formats import Choice
 
@@ -103,6 +104,7 @@ def refuse_unroundable(shape: ModelShape, instead: str = "drop layers instead (s
             f"quantizing {architecture.model_type} is not supported: its layers are {architecture.layers} on disk and "
             f"{architecture.modules} in memory, and a compressed-tensors scheme names modules as both; {instead}"
         )
+    refuse_shared(shape, "quantize", instead)
     if architecture.needs_weights:
         raise InputError(
             f"quantizing {architecture.model_type} is not supported: stock transformers cannot load it with packed "

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import Architecture, ModelShape
+from compression_dags.architectures.uniformity import refuse_shared
 from compression_dags.errors import InputError
 from compression_dags.options import TOKENS_PER_UNKNOWN, Ridge
 from compression_dags.recovery.stage import RecoverStage
@@ -69,6 +70,7 @@ class LeastSquares(RecoverStage):
                 f"recover: least-squares cannot fold into {shape.architecture.model_type}: a norm or a router stands "
                 "between its last projection and the residual stream; leave the stage out for this model"
             )
+        refuse_shared(shape, "recover: least-squares", "leave the stage out for this model")
         if self.projections != "mlp" and (lacking := _without_attention_output(shape.architecture)):
             raise InputError(
                 f"recover: least-squares with projections {self.projections} needs an attention output that is added "

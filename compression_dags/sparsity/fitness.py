@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from compression_dags.architectures import ModelShape
+from compression_dags.architectures import Architecture, ModelShape
+from compression_dags.architectures.uniformity import refuse_shared
 from compression_dags.errors import InputError
 
 
@@ -11,6 +12,7 @@ def refuse_unprunable(shape: ModelShape) -> None:
     architecture = shape.architecture
     if not architecture.kinds:
         return
+    refuse_shared(shape, "sparsify", "drop layers instead (shortgpt, sleb)")
     experts = [name for kind in architecture.kinds for name in kind.experts]
     if experts and architecture.experts is None:
         raise InputError(
@@ -35,3 +37,15 @@ def pruned_widths(shape: ModelShape) -> list[tuple[int, str]]:
         return [*sorted(found), *experts]
     dense = [(shape.intermediate, "intermediate size")] if "dense" in kinds else []
     return [(shape.hidden, "hidden size"), *dense, *experts]
+
+
+def why_dense(architecture: Architecture, layer: int, local: str) -> str:
+    """Why a matrix of a discovered model's layer is never pruned."""
+    kind = architecture.kinds[architecture.kind_of[layer]]
+    if local in kind.routers:
+        return "it chooses experts"
+    if local in kind.odd:
+        return "it is no plain linear module, or is used outside of it or more than once"
+    if local in architecture.opaque:
+        return "its name or form in memory is another than on disk"
+    return "it multiplies no input of the layer, as far as a trace shows"
