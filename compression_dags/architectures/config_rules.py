@@ -102,8 +102,8 @@ def merged(full: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
         stated: the content of `config.json`.
     """
     both = {n: merged(full[n], v) for n, v in stated.items() if isinstance(v, dict) and isinstance(full.get(n), dict)}
-    # Tables by layer are whole: a key that the class writes in another form would come twice.
-    tables = {n: full[n] for n in both if n == "per_layer_config"}
+    # Tables by number are whole: a key that the class writes in another form would come twice.
+    tables = {n: full[n] for n in both if n == "per_layer_config" or any(isinstance(k, int) for k in full[n])}
     return {**stated, **full, **both, **tables}
 
 

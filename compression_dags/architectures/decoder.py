@@ -63,9 +63,12 @@ class LayerKind:
         writers: matrices whose output is added to the residual stream, times the constant in `factors`.
         routers: matrices that choose experts.
         experts: parameters that hold a matrix an expert, (experts, …, …).
-        odd: matrices that are no plain linear module, or are used outside of it.
+        odd: matrices that are no plain linear module, or are used outside of it or more than once.
         shared: parameters of other places that the layer uses.
         shapes: parameter of the layer → its shape.
+        sole: groups whose input nothing else of the layer reads.
+        row_folds: group → the matrix whose rows can take the factors of the group's input channels.
+        before_experts: groups that the layer evaluates before its experts.
     """
 
     attention: str
@@ -84,6 +87,22 @@ class LayerKind:
     shared: tuple[str, ...] = ()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     attends: bool = True
+    sole: tuple[str, ...] = ()
+    row_folds: tuple[tuple[str, str], ...] = ()
+    before_experts: tuple[str, ...] = ()
+
+    @property
+    def plain_writers(self) -> set[str]:
+        """Matrices whose output is added to the residual stream as it is."""
+        return {name for name, factor in zip(self.writers, self.factors, strict=True) if factor == 1.0}
+
+    def members(self, group: str) -> tuple[str, ...]:
+        """Matrices of the group `group`; none where the layer has no such group."""
+        return next((g.projections for g in self.groups if g.name == group), ())
+
+    def columns(self, projection: str) -> int:
+        """Inputs of one of the matrices."""
+        return dict(self.shapes)[f"{projection}.weight"][1]
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,7 @@ class Architecture:
         sizes: the config's names of sizes → what a discovered model has.
         returned: how many values a layer returns in a tuple; 0 where it returns its output as it is.
         opaque: kinds of matrices that only whole layers' methods may touch, with the reason.
+        needs_weights: why stock transformers cannot load linear modules without a plain weight; empty if it can.
     """
 
     model_type: str
@@ -170,6 +190,7 @@ class Architecture:
     sizes: tuple[tuple[str, int], ...] = ()
     returned: int = 0
     opaque: tuple[str, ...] = ()
+    needs_weights: str = ""
 
     @property
     def layers(self) -> str:
@@ -196,6 +217,18 @@ class Architecture:
             if counts != plain or len(kind.input_norms) != 2 or kind.odd or set(kind.factors) - {1.0}:
                 return False
         return True
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layer is a mixture of experts, however its experts are stored."""
+        return self.experts is not None or any(kind.experts for kind in self.kinds)
+
+    def groups_of(self, index: int) -> tuple[ProjectionGroup, ...]:
+        """Groups of one layer, in the order in which it evaluates them; a written family may lack some of them."""
+        return self.kinds[self.kind_of[index]].groups if self.kinds else self.groups
+
+    def projections_of(self, index: int) -> tuple[str, ...]:
+        return tuple(p for group in self.groups_of(index) for p in group.projections)
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers}.{index}."

@@ -40,17 +40,20 @@ def architecture(
         local = f"{found.layers}.{index}."
         usable = {p for p in _projections(kind) if names.get(f"{local}{p}.weight") == f"{prefix}.{index}.{p}.weight"}
         groups = tuple(_only(group, usable) for group in kind.groups if usable & set(group.projections))
-        kinds.append(LayerKind(**{**_shallow(kind), "groups": groups}))
+        whole = {group.name for group in groups if group in kind.groups}
+        folds = tuple((group, row) for group, row in kind.row_folds if group in whole and row in usable)
+        sole = tuple(group for group in kind.sole if group in whole)
+        kinds.append(LayerKind(**{**_shallow(kind), "groups": groups, "sole": sole, "row_folds": folds}))
         opaque |= dict.fromkeys((*kind.odd, *kind.shared, *sorted(_projections(kind) - usable)))
     offsets = {offset for kind in kinds for offset in kind.norm_offsets}
-    folds = len(offsets) <= 1
+    one_offset = len(offsets) <= 1
     last = {_last_writer(kind) for kind in kinds}
     return Architecture(
         model_type=found.model_type,
         stack=found.stack,
         groups=_union(kinds),
         norms=_once(kinds, "norms"),
-        input_norms=tuple(dict.fromkeys(p for k in kinds for p in k.input_norms)) if folds else (),
+        input_norms=tuple(dict.fromkeys(p for k in kinds for p in k.input_norms)) if one_offset else (),
         branch_norms=_once(kinds, "branch_norms"),
         head_norms=_once(kinds, "head_norms"),
         norm_offset=next(iter(offsets), 0.0),

@@ -6,6 +6,7 @@ added to the residual stream, what chooses experts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,8 @@ class LayerReader:
         own = [p for p in self.products if p.parameter.startswith(self.prefix)]
         flat = [p for p in own if self._ndim(p.parameter) == 2]
         routers = [p.local for p in flat if self._reaches(p.op.outs, _CHOICE)]
-        odd = [p.local for p in flat if p.local not in routers and not self._is_linear(p)]
+        uses = Counter(p.local for p in flat)
+        odd = [p.local for p in flat if p.local not in routers and (uses[p.local] > 1 or not self._is_linear(p))]
         inputs: dict[int, list[_Product]] = {}
         for product in flat:
             if product.local not in (*routers, *odd):
@@ -95,7 +97,44 @@ class LayerReader:
             odd=_once(odd),
             shared=_once(p.parameter for p in self.products if not p.parameter.startswith(self.prefix)),
             shapes=tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters()),
+            sole=tuple(names[k] for k, members in inputs.items() if self._used_by(k) <= {id(p.op) for p in members}),
+            before_experts=self._before_experts(names, inputs) if experts else (),
+            row_folds=tuple((names[k], row) for k in inputs if (row := self._row_fold(k, names, inputs))),
         )
+
+    def _before_experts(self, names: dict[int, str], inputs: dict[int, list[_Product]]) -> tuple[str, ...]:
+        place = {id(product): number for number, product in enumerate(self.products)}
+        first = min(place[id(p)] for p in self.products if self._ndim(p.parameter) == 3)
+        return tuple(names[k] for k, members in inputs.items() if place[id(members[0])] < first)
+
+    def _used_by(self, value: int) -> set[int]:
+        """The operations that read a value or a copy of it."""
+        found, todo = set[int](), [value]
+        while todo:
+            for op in self.users.get(todo.pop(), []):
+                if op.name in _COPIES and len(op.values) == 1:
+                    todo += op.outs
+                else:
+                    found.add(id(op))
+        return found
+
+    def _row_fold(self, value: int, names: dict[int, str], inputs: dict[int, list[_Product]]) -> str:
+        """The matrix in whose rows a value is linear, channel by channel: the values of attention, or a gated input."""
+        op = self.made_by.get(value)
+        if op is None or op.held:
+            return ""
+        if "scaled_dot_product" in op.name and names[value] == "attention_output":
+            candidates = op.values[2:3]
+        elif op.name == "mul" and len(op.values) == 2 and names[value] == "mlp_output":
+            candidates = op.values
+        else:
+            return ""
+        rows = {id(p.op): (p.local, k) for k, members in inputs.items() for p in members}
+        for candidate in candidates:
+            made = self.made_by.get(first := self._original(candidate))
+            if made is not None and id(made) in rows and self._used_by(first) == {id(op)}:
+                return rows[id(made)][0]
+        return ""
 
     def _is_linear(self, product: _Product) -> bool:
         """Whether it is the weight of a linear module, met in that module's own call."""

@@ -246,7 +246,7 @@ class DecoderStream:
 
         def pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             layer = self.layers[len(captured)]
-            captured.append((hidden_states, {**dict(zip(_positional(layer), args, strict=False)), **kwargs}))
+            captured.append((hidden_states, {**dict(zip(positional(layer), args, strict=False)), **kwargs}))
             return self._as_returned(hidden_states)
 
         with replaced_layers(self.layers, pass_through):
@@ -279,7 +279,7 @@ class DecoderStream:
             return module(input_ids=batch.ids.to(self.device), attention_mask=mask, use_cache=False)
 
 
-def _positional(layer: nn.Module) -> list[str]:
+def positional(layer: nn.Module) -> list[str]:
     """Names of a layer's arguments after its input, which some families give by place."""
     return list(inspect.signature(type(layer).forward).parameters)[2:]
 

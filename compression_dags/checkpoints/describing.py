@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from transformers.initialization import no_init_weights
+
 from compression_dags.architectures.config_rules import COUNTS, plain_fields, text_config
 from compression_dags.architectures.decoder import Architecture, Discovered, Experts
 from compression_dags.architectures.described import SIZES, architecture
@@ -41,10 +43,54 @@ def described(stated: Any, config: dict[str, Any], shapes: Mapping[str, tuple[in
     inner: Any = _inner(stated, found.config_path)
     sizes = {n: v for n in SIZES if type(v := getattr(inner, n, None)) is int}
     description = architecture(found, names, rule, {**sizes, "num_hidden_layers": len(found.kind_of)})
-    experts = _experts(found, first, made, description)
+    experts = _experts(found, first, made, description) if _are_usual(trace.model, found, first) else None
     unknown = any(kind.experts for kind in description.kinds) and experts is None
     left = _once(p for kind in found.kinds for p in kind.experts) if unknown else ()
-    return replace(description, experts=experts, opaque=(*description.opaque, *left))
+    reads = _fused(found, made) or _reads_weights(trace.model, found)
+    return replace(description, experts=experts, opaque=(*description.opaque, *left), needs_weights=reads)
+
+
+def _fused(found: Discovered, made: Mapping[str, Made]) -> str:
+    """The first parameter of a layer, experts' aside, that several tensors make; with packed weights none is made."""
+    experts = {p for kind in found.kinds for p in kind.experts}
+    for name, how in made.items():
+        local = name.removeprefix(f"{found.layers}.").partition(".")[2]
+        if name.startswith(f"{found.layers}.") and len(how.disk) > 1 and local not in experts:
+            return f"{local} is made of {len(how.disk)} tensors while loading"
+    return ""
+
+
+def _reads_weights(model: Any, found: Discovered) -> str:
+    """What the model's initialisation says once a matrix of each kind has no weight, as when it is packed.
+
+    Args:
+        model: it is of no use after this.
+    """
+    for index in map(found.kind_of.index, range(len(found.kinds))):
+        for group in found.kinds[found.kind_of[index]].groups:
+            for projection in group.projections:
+                module = model.get_submodule(f"{found.layers}.{index}.{projection}")
+                module._parameters.pop("weight", None)
+    for module in model.modules():
+        try:
+            with no_init_weights():
+                model._init_weights(module)
+        except AttributeError as error:
+            if "weight" in str(error):
+                return f"initialising {type(module).__name__} reads a weight"
+        except Exception:  # values of tensors, which a traced model has none of
+            continue
+    return ""
+
+
+def _are_usual(model: Any, found: Discovered, first: list[int]) -> bool:
+    """Whether experts are a module that holds an activation, as most families' fused experts do."""
+    modules = dict(model.named_modules())
+    return all(
+        hasattr(modules.get(f"{found.layers}.{index}.mlp.experts"), "act_fn")
+        for kind, index in zip(found.kinds, first, strict=True)
+        if kind.experts
+    )
 
 
 def _inner(config: Any, path: Iterable[str]) -> Any:

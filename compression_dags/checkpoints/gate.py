@@ -74,6 +74,11 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     return model
 
 
+def probe_of(model: Any) -> torch.Tensor:
+    """The probe for a loaded model, whose text may be a part of it."""
+    return probe_ids(_vocabulary(model), _context(model))
+
+
 def _vocabulary(model: Any) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
 
@@ -148,7 +153,7 @@ def check_reload(
     import torch  # noqa: PLC0415
 
     model = load_stock(directory, device=device, dtype=dtype)
-    ids = probe_ids(_vocabulary(model), _context(model))
+    ids = probe_of(model)
     with torch.inference_mode():
         logits = model(ids.to(device)).logits.float().cpu()
     reference = reference.float().cpu()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 
 from compression_dags.architectures import ModelShape
+from compression_dags.architectures.uniformity import refuse_unlike
 from compression_dags.depth.plan import VERSION as WRITER_VERSION
 from compression_dags.depth.plan import MergePlan
 from compression_dags.errors import InputError
@@ -130,9 +131,10 @@ class MergeStage(Stage):
 
 
 def refuse_experts(shape: ModelShape, what: str = "concatenation of layers") -> None:
-    """Raise InputError for mixtures of experts: their channels belong to experts, not to the layer."""
-    if shape.architecture.experts is not None:
+    """Raise InputError for mixtures of experts, whose channels are not the layer's, and for layers unlike a Llama's."""
+    if shape.architecture.has_experts:
         raise InputError(
             f"{what} needs dense layers: {shape.architecture.model_type} is a mixture of experts; "
             "drop layers instead (shortgpt, sleb)"
         )
+    refuse_unlike(shape, what, "drop layers instead (shortgpt, sleb)")

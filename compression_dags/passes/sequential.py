@@ -42,6 +42,14 @@ class Extra(Protocol):
         ...
 
 
+#: Where a layer's forward waits.
+Stop = ProjectionGroup | Extra
+
+
+def _module(place: Stop, modules: Modules) -> nn.Module:
+    return modules[place.projections[0]] if isinstance(place, ProjectionGroup) else place.module
+
+
 class SequentialPass(ABC):
     """One run over a model.
 
@@ -112,37 +120,46 @@ class SequentialPass(ABC):
 
     def _layer(self, index: int, layer: nn.Module) -> None:
         modules = dict(layer.named_modules())
-        groups = [g for g in self.source.architecture.groups if g.projections[0] in modules]
-        extras = self.extras(index, modules)
+        stops = self._stops(index, modules)
         if not self.batches:
-            for group in groups:
-                self._change(index, group, modules, None)
-            for extra in extras:
-                extra.change(go_on=False)
+            for stop in stops:
+                if isinstance(stop, ProjectionGroup):
+                    self._change(index, stop, modules, None)
+                else:
+                    stop.change(go_on=False)
         elif self.dense:
-            self._both(index, layer, modules, groups, extras)
+            self._both(index, layer, modules, stops)
         else:
-            self._alone(index, layer, modules, groups, extras)
+            self._alone(index, layer, modules, stops)
 
-    def _alone(
-        self, index: int, layer: nn.Module, modules: Modules, groups: list[ProjectionGroup], extras: list[Any]
-    ) -> None:
-        sums = [self._sums(group, modules) for group in groups]
+    def _stops(self, index: int, modules: Modules) -> list[Stop]:
+        """Groups and extras in the order in which the layer evaluates them."""
+        architecture = self.source.architecture
+        groups = [g for g in architecture.groups_of(index) if g.projections[0] in modules]
+        first = architecture.kinds[architecture.kind_of[index]].before_experts if architecture.kinds else None
+        before = [g for g in groups if first is None or g.name in first]
+        return [*before, *self.extras(index, modules), *(g for g in groups if g not in before)]
+
+    def _alone(self, index: int, layer: nn.Module, modules: Modules, places: list[Stop]) -> None:
+        sums = [self._sums(place, modules) for place in places]
         staged = self.propagate == "pruned"
 
         def seen(stop: int, turn: int, *args: Tensor, **kwargs: Tensor) -> None:
-            if stop < len(groups):
-                sums[stop].add(self._shaped(turn, args[0]), self.masks[turn])
+            place, own = places[stop], sums[stop]
+            if isinstance(place, ProjectionGroup):
+                assert own is not None
+                own.add(self._shaped(turn, args[0]), self.masks[turn])
             else:
-                extras[0].seen(self.masks[turn], *args, **kwargs)
+                place.seen(self.masks[turn], *args, **kwargs)
 
         def change(stop: int) -> None:
-            if stop < len(groups):
-                self._change(index, groups[stop], modules, sums[stop])
+            place = places[stop]
+            if isinstance(place, ProjectionGroup):
+                self._change(index, place, modules, sums[stop])
             else:
-                extras[0].change(go_on=staged)
+                place.change(go_on=staged)
 
-        stops = [*((modules[g.projections[0]],) for g in groups), *((e.module,) for e in extras)]
+        stops = [(_module(place, modules),) for place in places]
         forward = LockstepForward(
             len(self.batches),
             lambda turn: self.stream.apply(layer, index, self.batches[turn]),
@@ -155,14 +172,12 @@ class SequentialPass(ABC):
         for stop in range(0 if staged else len(stops)):
             change(stop)
 
-    def _both(
-        self, index: int, layer: nn.Module, modules: Modules, groups: list[ProjectionGroup], extras: list[Any]
-    ) -> None:
+    def _both(self, index: int, layer: nn.Module, modules: Modules, places: list[Stop]) -> None:
         """Turn 2i is batch i in the dense model, 2i + 1 in the changed one, right after it."""
         before = copy.deepcopy(layer)
         dense = dict(before.named_modules())
-        sums = [self._sums(group, modules) for group in groups]
-        drifting = self.source.architecture.stream_writers if self.follows == "residual" else ()
+        sums = [self._sums(place, modules) for place in places]
+        drifting = self._drifting(index) if self.follows == "residual" else ()
         residual: dict[int, Tensor] = {}  # by turn: what the next writer's output will be added to
         waiting: list[Tensor] = []
 
@@ -172,32 +187,34 @@ class SequentialPass(ABC):
             return self.stream.apply(layer if turn % 2 else before, index, batch, residual[turn])
 
         def seen(stop: int, turn: int, *args: Tensor, **kwargs: Tensor) -> None:
-            if stop == len(groups):
+            place, own = places[stop], sums[stop]
+            if not isinstance(place, ProjectionGroup):
                 if turn % 2:
-                    extras[0].seen(self.masks[turn // 2], *args, **kwargs)
+                    place.seen(self.masks[turn // 2], *args, **kwargs)
             elif turn % 2 == 0:
                 waiting.append(args[0])
             else:
                 number = turn // 2
-                drift = residual[turn - 1] - residual[turn] if groups[stop].name in drifting else None
+                drift = residual[turn - 1] - residual[turn] if place.name in drifting else None
                 reference = Reference(self._shaped(number, waiting.pop()), drift)
-                sums[stop].add(self._shaped(number, args[0]), self.masks[number], reference)
+                assert own is not None
+                own.add(self._shaped(number, args[0]), self.masks[number], reference)
 
         def change(stop: int) -> None:
-            if stop < len(groups):
-                self._change(index, groups[stop], modules, sums[stop])
+            place = places[stop]
+            if isinstance(place, ProjectionGroup):
+                self._change(index, place, modules, sums[stop])
             else:
-                extras[0].change(go_on=True)
+                place.change(go_on=True)
 
-        stops = [(modules[g.projections[0]], dense[g.projections[0]]) for g in groups]
         names = {id(module): name for name, module in modules.items()}
-        stops += [(e.module, dense[names[id(e.module)]]) for e in extras]
+        stops = [(module, dense[names[id(module)]]) for module in (_module(place, modules) for place in places)]
         staged = LockstepForward(2 * len(self.batches), forward, stops, seen, change)
 
         def enters(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             residual[staged.turn] = args[0].reshape(residual[staged.turn].shape)
 
-        norm = dict(self.source.architecture.input_norms).get("mlp_input")
+        norm = self._norm_before_mlp(index)
         hooks = [m[norm].register_forward_pre_hook(enters) for m in (modules, dense) if norm in m]
         outputs = staged.run()
         for hook in hooks:
@@ -206,11 +223,32 @@ class SequentialPass(ABC):
         for batch, hidden in zip(self.batches, outputs[1::2], strict=True):
             batch.hidden = hidden
 
+    def _norm_before_mlp(self, index: int) -> str | None:
+        """The norm that reads the residual stream to which the MLP's output is added."""
+        architecture = self.source.architecture
+        kind = architecture.kinds[architecture.kind_of[index]] if architecture.kinds else architecture
+        return dict(kind.input_norms).get("mlp_input")
+
+    def _drifting(self, index: int) -> tuple[str, ...]:
+        """Groups whose output is added as it is to a residual stream that is known here; others follow `dense`."""
+        architecture = self.source.architecture
+        if not architecture.kinds:
+            return architecture.stream_writers
+        kind = architecture.kinds[architecture.kind_of[index]]
+        norms, plain = dict(kind.input_norms), kind.plain_writers
+        first = kind.writers[0] if kind.writers else None
+        known = {"attention_output": "attention_input" in norms, "mlp_output": "mlp_input" in norms}
+        known["attention_output"] = known["attention_output"] and first in kind.members("attention_output")
+        return tuple(name for name, reads in known.items() if reads and plain.issuperset(kind.members(name)))
+
     def _shaped(self, number: int, x: Tensor) -> Tensor:
         return x.reshape(*self.batches[number].mask.shape, -1)
 
-    def _sums(self, group: ProjectionGroup, modules: Modules) -> InputSums:
-        first: Any = modules[group.projections[0]]
+    def _sums(self, place: Stop, modules: Modules) -> InputSums | None:
+        """Empty sums of a group's input; an extra keeps its own."""
+        if not isinstance(place, ProjectionGroup):
+            return None
+        first: Any = modules[place.projections[0]]
         return InputSums(self.statistic, first.weight.shape[1], self.stream.device)
 
     def _change(self, index: int, group: ProjectionGroup, modules: Modules, seen: InputSums | None) -> None:

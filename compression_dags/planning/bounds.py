@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from compression_dags.architectures.uniformity import refuse_unlike
 from compression_dags.errors import InputError
 from compression_dags.planning.candidates import Candidate, CandidateTable, Shapes, candidates, empty_table, removable
 from compression_dags.planning.options import CandidateOptions, quantizer_stage, recovery_of, table_options
@@ -126,6 +127,7 @@ def check_plan(
         InputError: a budget out of reach, a quantizer or a recovery stage that does not fit, too few tokens for it.
     """
     shape = source.stated_shape
+    refuse_unlike(shape, "a plan of mixed schemes, zeros and layers", "name a scheme and the layers to drop yourself")
     for choice in options.choices():
         quantizer_stage(options.quantizer, choice).check(shape)
     if options.depth and isinstance(options.recover, dict):
@@ -151,6 +153,7 @@ def check_bits(stage: QuantizeStage, shape: ModelShape) -> None:
     """
     if stage.bits is None or not shape.tensors:
         return
+    refuse_unlike(shape, "quantize: bits", "give one scheme and overrides")
     found = limits_of(Shapes(shape.architecture, shape.tensors, shape.layers), table_options(stage))["bits"]
     try:
         found.check(stage.bits)

@@ -11,8 +11,9 @@ import compressed_tensors
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from compression_dags.architectures.tracing import auto_class
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.checkpoints.writer import PlannedTensor, unchanged, write_checkpoint
 from compression_dags.errors import InputError, IntegrityError
@@ -36,7 +37,8 @@ MIXED = "mixed-precision"
 def linear_modules(source: Checkpoint) -> list[str]:
     """Names of all `nn.Linear` modules of the model, in its order; no weights are read."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.path))
+        config = AutoConfig.from_pretrained(source.path)
+        model = auto_class(config).from_config(config)
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 

@@ -12,7 +12,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
 from compression_dags.calibration.corpora import TokenBlocks
-from compression_dags.checkpoints.gate import PROBE_TOKENS, load_stock, probe_ids
+from compression_dags.checkpoints.gate import load_stock, probe_of
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.provenance.resume import ResumePoint
@@ -71,7 +71,7 @@ def reference_logits(
     """Logits of the rounded model in memory; see `QuantizeStage.reference_logits`."""
     model = load_stock(source.path, device=device, dtype=dtype)
     if ids is None:
-        ids = probe_ids(model.config.vocab_size, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+        ids = probe_of(model)
     rounding = rounding or _directly(stage, source, stage.choices(source.shape), device)
     early = needs_rebuilding(rounding.choices) and rebuilds_while_loading()
     with torch.inference_mode():

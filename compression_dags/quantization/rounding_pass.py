@@ -90,7 +90,7 @@ class RoundingPass(SequentialPass):
         if seen is None:
             raise IntegrityError(f"{label}: no calibration tokens reached it")
         choice = self.choices[next(iter(chosen))]
-        fold = fold_of(self.source, index, self._group(chosen)) if len(chosen) == len(held) else None
+        fold = fold_of(self.source, index, self._group(index, chosen)) if len(chosen) == len(held) else None
         if fold and fold.rows and self._again.get(f"{fold.prefix}{fold.rows}") is None:
             fold = None  # what would take the factors is not quantized, or cannot
         group = self.stage.round_folded(chosen, seen, choice, label, fold)
@@ -130,9 +130,9 @@ class RoundingPass(SequentialPass):
 
         self._copies.take(list(parts.values()), land)
 
-    def _group(self, chosen: Mapping[str, Tensor]) -> ProjectionGroup:
+    def _group(self, index: int, chosen: Mapping[str, Tensor]) -> ProjectionGroup:
         local = self.source.architecture.split_name(next(iter(chosen)))[1]
-        return next(g for g in self.source.architecture.groups if local in g.projections)
+        return next(g for g in self.source.architecture.groups_of(index) if local in g.projections)
 
     def results_state(self) -> dict[str, Tensor]:
         self._copies.settle()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compression_dags.architectures.uniformity import unlike_llama
+
 if TYPE_CHECKING:
     from compression_dags.architectures import ProjectionGroup
     from compression_dags.checkpoints.reader import Checkpoint
@@ -95,6 +97,8 @@ def fold_of(source: Checkpoint, index: int, group: ProjectionGroup) -> Fold | No
     """Where the factors of a group's input can go; None where nothing linear makes it."""
     architecture, shape = source.architecture, source.shape
     prefix = architecture.layer_prefix(index)
+    if architecture.kinds:
+        return _discovered_fold(source, index, group)
     norm = dict(architecture.input_norms).get(group.name)
     if norm:
         return Fold(source, prefix, norm=norm)
@@ -105,3 +109,21 @@ def fold_of(source: Checkpoint, index: int, group: ProjectionGroup) -> Fold | No
     if group.name == "attention_output":
         shared = (shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
     return Fold(source, prefix, rows=rows, shared=shared)
+
+
+def _discovered_fold(source: Checkpoint, index: int, group: ProjectionGroup) -> Fold | None:
+    """The same for a discovered model, where the trace proves that nothing else of the layer changes."""
+    architecture, shape = source.architecture, source.shape
+    kind, prefix = architecture.kinds[architecture.kind_of[index]], architecture.layer_prefix(index)
+    if group.name not in kind.sole:
+        return None
+    norm = dict(kind.input_norms).get(group.name)
+    if norm is not None:
+        known = (group.name, norm) in architecture.input_norms and f"{prefix}{norm}.weight" in source.tensors
+        return Fold(source, prefix, norm=norm) if known else None
+    rows = dict(kind.row_folds).get(group.name)
+    if rows is None or unlike_llama(shape):
+        return None
+    if group.name != "attention_output":
+        return Fold(source, prefix, rows=rows)
+    return Fold(source, prefix, rows=rows, shared=(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim))

@@ -6,6 +6,7 @@ formats `formats.py`'s.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,11 +14,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compression_dags.architectures import ModelShape
+from compression_dags.architectures.uniformity import refuse_unlike
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 from compression_dags.options import Options
 from compression_dags.quantization.formats import FREE, Choice, Format, Scheme
-from compression_dags.quantization.schemes import check_together, input_dimensions, matches
+from compression_dags.quantization.schemes import (
+    check_together,
+    input_dimensions,
+    inputs_by_layer,
+    matches,
+    refuse_unroundable,
+)
 from compression_dags.stage import Progress, Stage, StatisticKind, Target, implementation, silent
 from compression_dags.step import WEIGHTS, Chain, Kind, Step, worker
 
@@ -146,9 +154,7 @@ class QuantizeStage(Stage):
 
     def wished(self, shape: ModelShape) -> list[str]:
         """Projections that `ignore` does not name, whether their scheme fits them or not."""
-        architecture, layers = shape.architecture, range(shape.layers)
-        modules = [architecture.layer_prefix(i) + p for i in layers for p in architecture.projections()]
-        return [m for m in modules if not self._ignored(m)]
+        return [m for m in _modules(shape) if not self._ignored(m)]
 
     def choices(self, shape: ModelShape) -> dict[str, Choice]:
         """Module → what it is quantized to, layer by layer. Modules that stay as they are do not appear.
@@ -157,18 +163,16 @@ class QuantizeStage(Stage):
             InputError: matrices that engines fuse (query, key and value; gate and up) would differ; schemes that
                 cannot share a checkpoint; with `fallback: refuse`, a group size that does not divide.
         """
-        architecture, columns = shape.architecture, input_dimensions(shape)
         found: dict[str, Choice] = {}
-        for layer in range(shape.layers):
-            for group in architecture.groups:
-                names = [architecture.layer_prefix(layer) + p for p in group.projections]
-                names = [n for n in names if not self._ignored(n)]
-                own = {name: self._fitted(name, columns[group.name]) for name in names}
-                if len(set(own.values())) > 1:
-                    differ = ", ".join(f"{n}: {c.scheme if c else 'as it is'}" for n, c in own.items())
-                    raise InputError(f"overrides: matrices of one input must have one scheme; {differ}")
-                found |= {name: choice for name, choice in own.items() if choice}
-        found = self._alike(found, columns, shape)
+        columns: dict[str, int] = {}
+        for width, modules in itertools.chain.from_iterable(inputs_by_layer(shape)):
+            own = {name: self._fitted(name, width) for name in modules if not self._ignored(name)}
+            if len(set(own.values())) > 1:
+                differ = ", ".join(f"{n}: {c.scheme if c else 'as it is'}" for n, c in own.items())
+                raise InputError(f"overrides: matrices of one input must have one scheme; {differ}")
+            found |= {name: choice for name, choice in own.items() if choice}
+            columns |= dict.fromkeys(modules, width)
+        found = self._alike(found, columns)
         check_together(found)
         return found
 
@@ -185,26 +189,22 @@ class QuantizeStage(Stage):
             )
         return fitted
 
-    def _alike(self, found: dict[str, Choice], columns: dict[str, int], shape: ModelShape) -> dict[str, Choice]:
+    def _alike(self, found: dict[str, Choice], columns: dict[str, int]) -> dict[str, Choice]:
         """With one group size for all matrices that ask for one scheme, where a checkpoint can hold one only."""
-        group = {p: g.name for g in shape.architecture.groups for p in g.projections}
         widths: dict[Choice, set[int]] = {}
         for name in found:
-            widths.setdefault(self.asked(name), set()).add(columns[group[shape.architecture.split_name(name)[1]]])
+            widths.setdefault(self.asked(name), set()).add(columns[name])
         common = {asked: asked.common(seen) for asked, seen in widths.items() if asked.dequantize_on_load}
         return {name: common.get(self.asked(name), choice) for name, choice in found.items()}
 
     def check(self, shape: ModelShape) -> None:
         """See `Stage.check`: mixtures of experts, quantized sources, bad `ignore` or `overrides`."""
-        architecture = shape.architecture
-        if architecture.experts is not None:
-            raise InputError(
-                f"quantizing {architecture.model_type} is not supported yet: its experts are fused parameters, "
-                "not Linear modules, so a Linear-targeted scheme would leave most weights as they are"
-            )
+        refuse_unroundable(shape)
         if shape.config.get("quantization_config"):
             raise InputError(f"the model is quantized already; {self.scheme} needs dense float weights")
-        modules = [architecture.layer_prefix(i) + p for i in range(shape.layers) for p in architecture.projections()]
+        if self.bits is not None:
+            refuse_unlike(shape, "quantize: bits", "give one scheme and overrides")
+        modules = _modules(shape)
         for option, entries in (("ignore", self.ignore), ("overrides", tuple(self.overrides))):
             for entry in entries:
                 if not any(matches(entry, module) for module in ("lm_head", *modules)):
@@ -301,3 +301,8 @@ class QuantizeStage(Stage):
         """
         run = worker("compression_dags.quantization.quantizing:reference_logits")
         return run(self, source, ids, rounding=rounding, device=device, dtype=dtype)
+
+
+def _modules(shape: ModelShape) -> list[str]:
+    """Every projection of every layer."""
+    return [name for layer in inputs_by_layer(shape) for _, modules in layer for name in modules]

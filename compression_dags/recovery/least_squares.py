@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compression_dags.architectures import ModelShape
+from compression_dags.architectures import Architecture, ModelShape
+from compression_dags.architectures.uniformity import refuse_shared
 from compression_dags.errors import InputError
 from compression_dags.options import TOKENS_PER_UNKNOWN, Ridge
 from compression_dags.recovery.stage import RecoverStage
@@ -69,6 +70,13 @@ class LeastSquares(RecoverStage):
                 f"recover: least-squares cannot fold into {shape.architecture.model_type}: a norm or a router stands "
                 "between its last projection and the residual stream; leave the stage out for this model"
             )
+        refuse_shared(shape, "recover: least-squares", "leave the stage out for this model")
+        if self.projections != "mlp" and (lacking := _without_attention_output(shape.architecture)):
+            raise InputError(
+                f"recover: least-squares with projections {self.projections} needs an attention output that is added "
+                f"to the residual stream in every layer; {shape.architecture.model_type} has layers without one "
+                f"({lacking}); take projections: mlp"
+            )
 
     def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse a fit with fewer than 10 tokens an unknown (per output column).
@@ -78,7 +86,7 @@ class LeastSquares(RecoverStage):
         """
         fit_rows = sequences - self.held_out(sequences)
         tokens = fit_rows * max(0, length - self.sink_positions)
-        need = TOKENS_PER_UNKNOWN * (shape.intermediate if self.form == "refit" else shape.hidden)
+        need = TOKENS_PER_UNKNOWN * (_inputs_of_writer(shape) if self.form == "refit" else shape.hidden)
         if tokens < need or not fit_rows:
             raise InputError(
                 f"recover: least-squares ({self.form}) has {tokens:,} fitting tokens and needs {need:,} "
@@ -93,3 +101,20 @@ class LeastSquares(RecoverStage):
 
     def held_out(self, sequences: int) -> int:
         return max(1, round(self.holdout * sequences))
+
+
+def _inputs_of_writer(shape: ModelShape) -> int:
+    architecture, last = shape.architecture, shape.architecture.residual_writer
+    if not architecture.kinds or last is None:
+        return shape.intermediate
+    return max(kind.columns(last) for kind in architecture.kinds)
+
+
+def _without_attention_output(architecture: Architecture) -> str:
+    """The first kind of layer whose attention's output is not added to the stream as it is; empty if there is none."""
+    for kind in architecture.kinds:
+        outputs = kind.members("attention_output")
+        everywhere = bool(outputs) and outputs == architecture.group("attention_output")
+        if not everywhere or not kind.plain_writers.issuperset(outputs):
+            return kind.attention
+    return ""

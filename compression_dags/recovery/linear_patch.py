@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
+from compression_dags.architectures.uniformity import refuse_unlike
 from compression_dags.errors import InputError
 from compression_dags.recovery.stage import RecoverStage
 
@@ -45,11 +46,12 @@ class LinearPatch(RecoverStage):
     sink_positions: int = Field(4, ge=0, description="first positions of a sequence, left out of α (attention sinks)")
 
     def check(self, shape: ModelShape) -> None:
-        if shape.architecture.experts:
+        if shape.architecture.has_experts:
             raise InputError(
                 f"recover: linear-patch does not fold into {shape.architecture.model_type}: its experts are not "
                 "rescaled; leave the stage out for this model"
             )
+        refuse_unlike(shape, "recover: linear-patch", "use least-squares, or leave the stage out for this model")
 
     def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:
         """Refuse a set without fitting tokens or without a held-out sequence.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compression_dags.errors import InputError
 from compression_dags.passes.input_sums import InputSums
 
 if TYPE_CHECKING:
@@ -64,9 +65,30 @@ class ExpertBlock:
         Raises:
             IntegrityError: activations or Hessians that cannot be used.
         """
+        if self._batches and self.pruning.source.architecture.kinds:
+            self._check_form()
         for expert in range(len(self.module.gate_up_proj)):
             self._prune(expert, go_on)
         self._batches.clear()
+
+    def _check_form(self) -> None:
+        """Compare the module's output for one token with what its experts give as they are computed here.
+
+        Raises:
+            InputError: experts of a discovered model compute something else.
+        """
+        rows, routed = (part[:1] for part in self._batches[0])
+        weights = torch.full(routed.shape, 1 / routed.shape[-1], dtype=rows.dtype, device=rows.device)
+        found = self.module.forward(rows, routed, weights).float()  # not by a call, whose hook would wait
+        ours = torch.zeros_like(found)
+        for expert in routed[0].tolist():
+            inner = self._inner(self.module.gate_up_proj[expert], rows)
+            ours += functional.linear(inner, self.module.down_proj[expert]).float() / routed.shape[-1]
+        if not torch.allclose(found, ours, rtol=2e-2, atol=2e-2 * float(found.abs().max())):
+            raise InputError(
+                f"sparsify: experts of {self.pruning.source.architecture.model_type} are not down(act(gate) · up); "
+                "use magnitude, or drop layers instead (shortgpt, sleb)"
+            )
 
     def _prune(self, expert: int, go_on: bool) -> None:
         architecture, label = self.pruning.source.architecture, f"layer {self.index} expert {expert}"

@@ -21,6 +21,7 @@ from compression_dags.provenance.resume import as_note, from_note
 from compression_dags.provenance.wording import apart
 from compression_dags.sparsity.allocation import UNSTRUCTURED, SparsityPlan
 from compression_dags.sparsity.experts import SAW_NONE
+from compression_dags.sparsity.fitness import why_dense
 from compression_dags.sparsity.masks import check_pattern, mask_digest, pack_mask, save_masks
 from compression_dags.sparsity.pruner import Pruned
 from compression_dags.sparsity.stage import SparsifyStage
@@ -126,7 +127,24 @@ class Results:
         written = write_checkpoint(directory, self.source, self.source.config, names)
         columns = {name: self.source.tensors[f"{name}.weight"].shape[1] for name in self.packed}
         save_masks(self.packed, columns, directory)
-        return Sparsified(written, self.decisions, self.metadata(), self.tensors)
+        return Sparsified(written, [*self.decisions, *self._kept()], self.metadata(), self.tensors)
+
+    def _kept(self) -> list[Decision]:
+        """Rows of the matrices of a discovered model's layers that no plan may name, and so stay dense."""
+        architecture, rows = self.source.architecture, list[Decision]()
+        for name, info in self.source.tensors.items() if architecture.kinds else ():
+            layer, local = architecture.split_name(name)
+            if layer is None or len(info.shape) != 2 or name in self.tensors:
+                continue
+            reason = f"kept: {why_dense(architecture, layer, local.removesuffix('.weight'))}"
+            target, step = name.removesuffix(".weight"), len(self.decisions) + len(rows)
+            evidence = {"parameters": info.numel}
+            rows.append(
+                Decision(
+                    "sparsify", self.method, step, target, "keep", [layer], 0.0, "share of zeros", reason, evidence
+                )
+            )
+        return rows
 
     def metadata(self) -> dict[str, float | int | str]:
         zeros = sum(d.evidence["zeros"] for d in self.decisions)

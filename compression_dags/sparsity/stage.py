@@ -24,6 +24,7 @@ from compression_dags.sparsity.allocation import (
 )
 from compression_dags.sparsity.allocators import AnyAllocation
 from compression_dags.sparsity.allocators.uniform import Uniform
+from compression_dags.sparsity.fitness import pruned_widths, refuse_unprunable
 from compression_dags.sparsity.identity import plan_identity
 from compression_dags.stage import Progress, Stage, StatisticKind, Target, implementation, silent
 from compression_dags.step import ANALYSIS, WEIGHTS, Chain, Kind, Step, worker
@@ -150,11 +151,8 @@ class SparsifyStage(Stage):
     def check(self, shape: ModelShape) -> None:
         self.allocation.check(self.asked.sparsity)
         self.allocation.check_model(self.asked.sparsity, shape)
-        kinds = {shape.kind(index)[1] for index in range(shape.layers)}
-        widths = [(shape.hidden, "hidden size")]
-        widths += [(shape.intermediate, "intermediate size")] if "dense" in kinds else []
-        widths += [(shape.expert_intermediate, "experts' intermediate size")] if "experts" in kinds else []
-        for width, what in widths:
+        refuse_unprunable(shape)
+        for width, what in pruned_widths(shape):
             if self.asked.m and width % self.asked.m:
                 raise InputError(f"sparsify: pattern {self.pattern} does not divide the {what} {width}")
 
@@ -234,7 +232,7 @@ def all_matrices(source: Checkpoint) -> list[Matrix]:
     found = []
     for index in range(source.num_layers):
         prefix, names = source.architecture.layer_prefix(index), source.layer(index)
-        present = (p for p in source.architecture.projections() if f"{p}.weight" in names)
+        present = (p for p in source.architecture.projections_of(index) if f"{p}.weight" in names)
         for local in itertools.chain(present, _of_experts(source.architecture, names)):
             rows, columns = source.tensors[names[f"{local}.weight"]].shape
             found.append(Matrix(f"{prefix}{local}", index, local, rows, columns))

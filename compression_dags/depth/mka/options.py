@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from compression_dags.architectures import ModelShape
+from compression_dags.architectures.uniformity import refuse_unlike
 from compression_dags.depth.stage import MergeStage
 from compression_dags.depth.windows import refuse_more
 from compression_dags.errors import InputError
@@ -49,11 +50,11 @@ class MKA(MergeStage):
 
     def check(self, shape: ModelShape) -> None:
         super().check(shape)
-        if shape.architecture.experts is not None:
+        if shape.architecture.has_experts:
             raise InputError(
                 f"merge: mka cannot merge experts ({shape.architecture.model_type}); use sleb, shortgpt or angular"
             )
-
+        refuse_unlike(shape, "merge: mka", "use sleb, shortgpt or angular")
         refuse_more(self, shape, shape.layers)
 
     def check_tokens(self, shape: ModelShape, sequences: int, length: int) -> None:

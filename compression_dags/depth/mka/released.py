@@ -111,6 +111,7 @@ class MKACodeFixedWrite(MergeStage):
                 f"{self.method} merges {count + 1} layers into one, but only {len(free)} of {shape.layers} are free "
                 f"(protect_first {self.protect_first}, protect_last {self.protect_last}); lower the ratio"
             )
+        _refuse_opaque(self.method, shape)
         group = self._group(shape.layers)
         kinds = {i: "/".join(shape.kind(i)) for i in group}
         if odd := [i for i in group if kinds[i] != kinds[group[-1]]]:
@@ -183,3 +184,13 @@ def similarity_table(evidence: Evidence, name: str, layers: int) -> np.ndarray:
     if table.shape != (layers, layers):
         raise InputError(f"{name} is {table.shape}, but the model has {layers} layers")
     return table
+
+
+def _refuse_opaque(method: str, shape: ModelShape) -> None:
+    """Raise InputError where a layer has matrices that are no projections: the code would keep them as they are."""
+    architecture = shape.architecture
+    if architecture.kinds and (left := architecture.opaque or [p for k in architecture.kinds for p in k.experts]):
+        raise InputError(
+            f"{method} averages linear projections alone, and {architecture.model_type} has other matrices "
+            f"({left[0]}); use mka-paper or laco, which average all tensors"
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compression_dags.calibration.streaming import output_of, replaced_layers
+from compression_dags.calibration.streaming import output_of, positional, replaced_layers
 from compression_dags.checkpoints.gate import load_stock
 from compression_dags.checkpoints.reader import Checkpoint
 
@@ -34,7 +34,7 @@ class WholeModel:
         self.device = torch.device(device)
         self.model = load_stock(source.path, device=device, dtype=dtype).requires_grad_(False)
         self.stack: Any = self.model.get_submodule(source.architecture.stack)
-        self.layers: Any = self.model.get_submodule(source.architecture.layers)
+        self.layers: Any = self.model.get_submodule(source.architecture.modules)
         self.soft_cap = source.text_config.get("final_logit_softcapping")
         self._kwargs: dict[tuple[int, ...], list[dict[str, Any]]] = {}
 
@@ -47,7 +47,8 @@ class WholeModel:
         seen: list[tuple[Tensor, dict[str, Any]]] = []
 
         def pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            seen.append((hidden_states, kwargs))
+            named = dict(zip(positional(self.layers[len(seen)]), args, strict=False))
+            seen.append((hidden_states, {**named, **kwargs}))
             return hidden_states
 
         with replaced_layers(self.layers, pass_through), self.autocast():

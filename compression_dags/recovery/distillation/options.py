@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     pass
 
 
+#: Config fields of factors between the head and the logits, which training in pieces does not apply.
+_LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale", "dim_model_base")
+
+
 class Distillation(RecoverStage):
     """Options of both schedules.
 
@@ -59,9 +63,14 @@ class Distillation(RecoverStage):
         return self
 
     def check(self, shape: ModelShape) -> None:
-        if shape.architecture.experts is not None:
+        if shape.architecture.has_experts:
             raise InputError(
                 f"recover: {self.method} does not train experts ({shape.architecture.model_type}); "
+                "leave the stage out for this model"
+            )
+        if why := _untrainable(shape):
+            raise InputError(
+                f"recover: {self.method} cannot train {shape.architecture.model_type}: {why}; use least-squares, or "
                 "leave the stage out for this model"
             )
         for corpus in self.corpora:
@@ -77,6 +86,26 @@ class Distillation(RecoverStage):
 
     def _window(self, shape: ModelShape) -> int:
         return min(self.length, int(shape.config.get("max_position_embeddings") or self.length))
+
+
+def _untrainable(shape: ModelShape) -> str:
+    """Why layers of a discovered model cannot be trained one by one; empty if they can."""
+    architecture = shape.architecture
+    if not architecture.kinds:
+        return ""
+    if architecture.fields is not None and architecture.fields.path:
+        return "its decoder is a part of a larger model"
+    if architecture.returned:
+        return "its layers return more than their output"
+    if scales := [n for n in _LOGIT_SCALES if shape.config.get(n) not in (None, 1, 1.0)]:
+        return f"its logits are scaled after the head ({scales[0]})"
+    if shared := next((name for kind in architecture.kinds for name in kind.shared), ""):
+        return f"its layers share {shared}"
+    for number, kind in enumerate(architecture.kinds):
+        prefix = architecture.layer_prefix(architecture.kind_of.index(number))
+        if missing := next((n for n, _ in kind.shapes if shape.tensors and prefix + n not in shape.tensors), ""):
+            return f"{missing} has another name or form on disk"
+    return ""
 
 
 class DistillSP(Distillation):

@@ -1,0 +1,89 @@
+"""Decoders that nobody wrote down: cut, pruned and rounded like a Llama, or refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from concat_cases import random_blocks
+
+from compression_dags.checkpoints.gate import check_reload, load_stock
+from compression_dags.checkpoints.importing import import_checkpoint
+from compression_dags.checkpoints.reader import Checkpoint
+from compression_dags.depth.apply import apply_plan, reference_logits
+from compression_dags.depth.plan import MergePlan, PlannedLayer
+from compression_dags.errors import InputError
+from compression_dags.registry import METHODS
+from compression_dags.sparsity.allocation import SparsityEvidence
+from tests.support.any_models import tiny_any
+
+#: Family → a word of the refusal of quantizers; empty where they work.
+SOME = {
+    "smollm3": "",  # dense
+    "gemma2": "",  # norms before and after a branch
+    "olmoe": "experts are fused",  # one tensor an expert on disk
+    "dots1": "experts are fused",  # shared experts
+    "qwen3_5_text": "",  # linear attention in most layers
+    "bamba": "",  # Mamba in most layers
+    "aya_vision": "names modules as both",  # a text model in a wrapper
+    "gpt_bigcode": "reads a weight",  # one key and value head, fused with the queries
+    "starcoder2": "",  # biases
+    "olmo3": "",  # sliding and full attention
+    "minicpm3": "",  # latent attention
+    "phi": "",  # attention and MLP side by side
+}
+MORE = {
+    "arcee": "", "bloom": "", "cohere2": "", "deepseek_v3": "experts are fused", "exaone4": "", "falcon_h1": "",
+    "gemma3n_text": "", "glm4": "", "gpt_neox": "", "granite": "", "lfm2": "", "mamba": "reads a weight",
+    "nemotron": "", "olmo_hybrid": "while loading", "phi3": "", "stablelm": "", "zamba2": "several layers use",
+}  # fmt: skip
+EVERY = [*SOME.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in MORE.items())]
+
+
+@pytest.mark.parametrize(("family", "refusal"), EVERY)
+def test_a_decoder_is_cut_pruned_and_rounded(family, refusal, tmp_path):
+    import_checkpoint(tiny_any(family, tmp_path / "source"), tmp_path / "base", revision=None, origin="test")
+    base = Checkpoint(tmp_path / "base")
+    assert len(base.architecture.kind_of) == 4
+    _cut(base, tmp_path / "cut")
+    if "several layers" not in refusal:
+        _pruned(base, tmp_path / "sparse")
+    for method in ("rtn", "gptq"):
+        _rounded(base, method, refusal, tmp_path / method)
+
+
+def _cut(base: Checkpoint, directory: Path) -> None:
+    plan = MergePlan("test", 4, tuple(PlannedLayer((i,)) for i in (0, 2, 3)))
+    apply_plan(base, plan, directory)
+    check_reload(directory, reference_logits(base, plan))
+    model, ids = load_stock(directory), torch.arange(5, 21)[None]
+    model.generation_config.eos_token_id = None
+    told = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    logits = (model.generate(ids, use_cache=c, output_logits=True, **told).logits for c in (True, False))
+    with_cache, without = map(torch.stack, logits)
+    assert torch.allclose(with_cache, without, atol=1e-4)
+
+
+def _pruned(base: Checkpoint, directory: Path) -> None:
+    stage = METHODS["sparsify"]["wanda"].model_validate({"method": "wanda", "sparsity": 0.5})
+    stage.check(base.shape)
+    plan, _ = stage.plan(base, SparsityEvidence(base.architecture))
+    found = stage.sparsify(base, plan, random_blocks(rows=4, length=16), directory)
+    check_reload(directory, found.reference_logits(base))
+    pruned = {d.target for d in found.decisions if d.action == "prune"}
+    assert pruned == set(plan.patterns) and found.metadata["sparsity"] == pytest.approx(0.5, abs=0.02)
+    matrices = {n.removesuffix(".weight") for i in range(4) for n in base.layer(i).values()}
+    flat = {n for n in matrices if f"{n}.weight" in base.tensors and len(base.tensors[f"{n}.weight"].shape) == 2}
+    assert {d.target for d in found.decisions} >= flat  # what stays dense has a row that says why
+
+
+def _rounded(base: Checkpoint, method: str, refusal: str, directory: Path) -> None:
+    stage = METHODS["quantize"][method].model_validate({"method": method, "scheme": "W4A16", "group_size": 16})
+    if refusal:
+        with pytest.raises(InputError, match=refusal):
+            stage.check(base.shape)
+        return
+    stage.check(base.shape)
+    made = stage.quantize(base, directory, blocks=random_blocks(rows=4, length=16) if stage.reads_tokens else None)
+    check_reload(directory, stage.reference_logits(base, rounding=made.rounding))
