@@ -206,7 +206,7 @@ def main() -> int:
     recipes: dict[str, list[str]] = {}
     for model, path in models.items():
         folder = args.work / "recipes" / model
-        depth = json.loads((path / "config.json").read_text())["num_hidden_layers"]
+        depth = json.loads((path / "config.json").read_text()).get("num_hidden_layers", LAYERS)
         write_recipes(folder, depth, args.only)
         found = feasible(folder, path)
         recipes[model] = [n for n, why in found.items() if not why]
