@@ -52,6 +52,7 @@ def load_stock(directory: Path, *, device: str = "cpu", dtype: str = "float32"):
     # the code location loads this module, and neither torch nor transformers
     from transformers import AutoConfig  # noqa: PLC0415
 
+    # it imports both
     from compression_dags.architectures.tracing import auto_class  # noqa: PLC0415
 
     # Straight to the device: weights that transformers 5.17 dequantizes while loading do not follow a later `.to`.

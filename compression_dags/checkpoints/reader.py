@@ -107,6 +107,7 @@ class Checkpoint:
     @functools.cached_property
     def _stated(self) -> Any:
         """transformers' config object."""
+        # headers and stated configs are read without transformers
         from transformers import AutoConfig  # noqa: PLC0415
 
         try:
