@@ -61,7 +61,7 @@ class LayerKind:
         branch_norms: norms between a branch's last matrix and the residual stream.
         head_norms: norms between a matrix and the attention's core.
         writers: matrices whose output is added to the residual stream, times the constant in `factors`.
-        routers: matrices that choose experts.
+        routers: matrices that choose experts, or weigh a branch by one number.
         experts: parameters that hold a matrix an expert, (experts, …, …).
         odd: matrices that are no plain linear module, or are used outside of it or more than once.
         shared: parameters of other places that the layer uses.

@@ -62,7 +62,8 @@ class LayerReader:
         """The layer's description. `attention` is what the config calls its type, if it does."""
         own = [p for p in self.products if p.parameter.startswith(self.prefix)]
         flat = [p for p in own if self._ndim(p.parameter) == 2]
-        routers = [p.local for p in flat if self._reaches(p.op.outs, _CHOICE)]
+        # one row is a gate: a choice between a branch and nothing
+        routers = [p.local for p in flat if self._reaches(p.op.outs, _CHOICE) or self._rows(p.parameter) == 1]
         uses = Counter(p.local for p in flat)
         odd = [p.local for p in flat if p.local not in routers and (uses[p.local] > 1 or not self._is_linear(p))]
         inputs: dict[int, list[_Product]] = {}
@@ -149,6 +150,9 @@ class LayerReader:
 
     def _ndim(self, name: str) -> int:
         return self.trace.model.get_parameter(name).ndim
+
+    def _rows(self, name: str) -> int:
+        return self.trace.model.get_parameter(name).shape[0]
 
     def _local(self, name: str) -> str:
         return name.removeprefix(self.prefix).removesuffix(".weight")

@@ -55,8 +55,13 @@ class Batch:
         skip = max(0, first - self.rows.start)
         if skip >= len(self.rows):
             return None
-        kwargs = [{k: _tail(v, skip, len(self.rows)) for k, v in layer.items()} for layer in self.kwargs]
+        kwargs = [{k: self._tail(k, v, skip) for k, v in layer.items()} for layer in self.kwargs]
         return Batch(self.rows[skip:], self.ids[skip:], self.mask[skip:], self.hidden[skip:], kwargs)
+
+    def _tail(self, name: str, value: Any, skip: int) -> Any:
+        rows = len(self.rows)
+        each = value.shape[0] // rows if name == "alibi" and isinstance(value, Tensor) else 1  # rows times heads
+        return _tail(value, skip * each, rows * each)
 
     @property
     def padded(self) -> bool:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from concat_cases import random_blocks
+from slow import by_default
 
-from compression_dags.checkpoints.gate import check_reload, load_stock
+from compression_dags.checkpoints.gate import check_reload, load_stock, probe_of
 from compression_dags.checkpoints.importing import import_checkpoint
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.depth.apply import apply_plan, reference_logits
@@ -35,8 +36,8 @@ SOME = {
 }
 MORE = {
     "arcee": "", "bloom": "", "cohere2": "", "deepseek_v3": "experts are fused", "exaone4": "", "falcon_h1": "",
-    "gemma3n_text": "", "glm4": "", "gpt_neox": "", "granite": "", "lfm2": "", "mamba": "reads a weight",
-    "nemotron": "", "olmo_hybrid": "while loading", "phi3": "", "stablelm": "", "zamba2": "several layers use",
+    "glm4": "", "gpt_neox": "", "granite": "", "lfm2": "", "mamba": "reads a weight",
+    "nemotron": "", "olmo_hybrid": "while loading", "phi3": "", "stablelm": "",
 }  # fmt: skip
 EVERY = [*SOME.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in MORE.items())]
 
@@ -47,8 +48,7 @@ def test_a_decoder_is_cut_pruned_and_rounded(family, refusal, tmp_path):
     base = Checkpoint(tmp_path / "base")
     assert len(base.architecture.kind_of) == 4
     _cut(base, tmp_path / "cut")
-    if "several layers" not in refusal:
-        _pruned(base, tmp_path / "sparse")
+    _pruned(base, tmp_path / "sparse")
     for method in ("rtn", "gptq"):
         _rounded(base, method, refusal, tmp_path / method)
 
@@ -87,3 +87,44 @@ def _rounded(base: Checkpoint, method: str, refusal: str, directory: Path) -> No
     stage.check(base.shape)
     made = stage.quantize(base, directory, blocks=random_blocks(rows=4, length=16) if stage.reads_tokens else None)
     check_reload(directory, stage.reference_logits(base, rounding=made.rounding))
+
+
+#: Family → methods that take it, of those that mix channels or train, and a word of what the others say.
+TAKEN = {
+    "smollm3": ({"mka", "come", "concat", "linear-patch", "distill-sp", "least-squares", "bits"}, ""),
+    "olmoe": (set[str](), "experts|router"),
+    "phi": ({"distill-sp", "least-squares"}, "phi: a layer .* has other matrices"),
+    "bamba": ({"least-squares"}, "bamba: (a layer|its layers)"),
+    "aya_vision": ({"least-squares"}, "larger model|as both|has other matrices"),
+}
+
+
+@pytest.mark.parametrize("family", by_default("smollm3", "bamba", of=list(TAKEN)))
+def test_methods_that_mix_channels_take_it_or_say_why_not(family, tmp_path):
+    shape = Checkpoint(tiny_any(family, tmp_path / "model")).shape
+    taken, word = TAKEN[family]
+    asked = {name: ("merge", {"layers": 1}) for name in ("mka", "come", "concat")}
+    asked |= {name: ("recover", {}) for name in ("linear-patch", "distill-sp", "least-squares")}
+    asked["bits"] = ("quantize", {"method": "gptq", "scheme": "W4A16", "group_size": 16, "bits": 4.5})
+    for name, (stage, options) in asked.items():
+        method = options.get("method", name)
+        chosen = METHODS[stage][method].model_validate({"method": method, **options})
+        if name in taken:
+            chosen.check(shape)
+        else:
+            with pytest.raises(InputError, match=word):
+                chosen.check(shape)
+
+
+@pytest.mark.parametrize("family", by_default("gemma", of=["gemma", "starcoder2", "olmo2"]))
+def test_factors_are_folded_where_nothing_else_changes(family, tmp_path):
+    base = Checkpoint(tiny_any(family, tmp_path / "model"))
+    options = {"method": "smoothquant", "scheme": "W8A8", "where": "all"}
+    stage = METHODS["quantize"]["smoothquant"].model_validate(options)
+    made = stage.quantize(base, tmp_path / "out", blocks=random_blocks(rows=8, length=32))
+    model = load_stock(base.path)
+    with torch.no_grad():
+        dense = model(probe_of(model)).logits
+    error = (stage.reference_logits(base, rounding=made.rounding) - dense).norm() / dense.norm()
+    assert error < 0.06
+    assert bool(made.rounding.changed) == (family != "olmo2")  # its norms stand behind the branches

@@ -26,10 +26,11 @@ def test_layer_lists_have_the_asked_length(model_type, layers):
 
 
 #: One of each structure: uniform, mixed attention, latent attention with experts, state space, wrapper, other names.
+#: benchmarks/architectures.py goes over all.
 SOME = ("llama", "gemma3", "deepseek_v3", "jamba", "gpt2")
 
 
-@pytest.mark.parametrize("model_type", [pytest.param(f, marks=() if f in SOME else pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("model_type", SOME)
 def test_a_tiny_model_is_a_stock_checkpoint(model_type, tmp_path):
     import torch
 

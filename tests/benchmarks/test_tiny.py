@@ -14,6 +14,7 @@ FOLDER = PROJECT / "benchmarks"
 #: Script → what it is given beside `--tiny`; `WORK` is a folder that does not exist yet.
 TINY = {
     "architectures.py": (),
+    "width_methods.py": (),
     "come_speed.py": ("--work", "WORK", "--device", "cpu", "--refit"),
     "depth_quality.py": (),
     "quantization_speed.py": ("--work", "WORK", "--device", "cpu", "--ours", "--repeats", "1"),
