@@ -311,7 +311,8 @@ class Architecture:
         """The description of the model whose layer j is (or is merged into) the layer `kept[j]`."""
         if not self.kinds:
             return self
-        return replace(self, kind_of=tuple(self.kind_of[i] for i in kept))
+        sizes = {**dict(self.sizes), "num_hidden_layers": len(kept)}
+        return replace(self, kind_of=tuple(self.kind_of[i] for i in kept), sizes=tuple(sorted(sizes.items())))
 
     def _refuse_unknown_layer_fields(self, config: dict[str, Any], count: int) -> None:
         if config.get("per_layer_config"):

@@ -116,6 +116,24 @@ def check_finite_logits(model: Any, directory: Path, rows: int) -> None:
     )
 
 
+def check_causal(model: Any, directory: Path) -> None:
+    """The last token of the probe changes no logits before it: the model reads from left to right.
+
+    Raises:
+        IntegrityError: it does.
+    """
+    # the code location loads this module, and neither torch nor transformers
+    import torch  # noqa: PLC0415
+
+    ids = probe_of(model)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % _vocabulary(model)
+    with torch.inference_mode(), quiet():
+        before, after = (model(x).logits[:, :-1].float() for x in (ids, other))
+    if not torch.allclose(before, after, rtol=1e-5, atol=1e-5 * float(before.abs().max())):
+        raise IntegrityError(f"{directory} reads later tokens too; only decoders that read from left to right are used")
+
+
 def check_reload(
     directory: Path, reference: torch.Tensor, *, device: str = "cpu", dtype: str = "float32"
 ) -> dict[str, Any]:

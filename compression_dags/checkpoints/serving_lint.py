@@ -181,7 +181,8 @@ class _Examination:
     def modules(self) -> list[str]:
         """The `Linear` modules: every projection of every layer, and the head."""
         layers = range(self.shape.layers)
-        inside = [self.architecture.layer_prefix(i) + p for i in layers for p in self.architecture.projections()]
+        prefix, own = self.architecture.layer_prefix, self.architecture.projections_of
+        inside = [prefix(i) + p for i in layers for p in own(i)]
         return [*inside, "lm_head"]
 
     def _ignored(self, module: str) -> bool:
@@ -260,6 +261,12 @@ class _Examination:
 
     def _misshapen(self, module: str, shape: tuple[int, int]) -> Iterator[str]:
         """Dimensions that config.json states otherwise."""
+        if self.architecture.kinds:
+            layer, projection = self.architecture.split_name(module)
+            kind = self.architecture.kinds[self.architecture.kind_of[layer or 0]]
+            if (traced := dict(kind.shapes).get(f"{projection}.weight")) and tuple(traced) != tuple(shape):
+                yield f"{' x '.join(map(str, shape))}; config.json makes it {' x '.join(map(str, traced))}"
+            return
         config = self.shape.config
         hidden, between = self.shape.hidden, config.get("intermediate_size") or config.get("ffn_dim")
         stated = {"attention_input": (None, hidden), "attention_output": (hidden, None)}
@@ -291,7 +298,9 @@ class _Examination:
         for name in self.checkpoint.tensors:
             layer, rest = self.architecture.split_name(name)
             module, _, local = name.rpartition(".")
-            if layer is None:
+            if self.architecture.kinds:
+                known = layer is None or module in linear or self._is_traced(layer, rest)
+            elif layer is None:
                 known = module in linear or re.search(_OUTSIDE, name)
             else:
                 norm = local in {"weight", "bias"} and rest.rpartition(".")[0] in norms
@@ -299,11 +308,18 @@ class _Examination:
             if not known:
                 self.damaged.append(f"{name}: no module of a {self.shape.layers}-layer {self.architecture.model_type}")
 
+    def _is_traced(self, layer: int, rest: str) -> bool:
+        """Whether a discovered model's layer has this tensor; where names in memory are others, it may."""
+        architecture = self.architecture
+        if layer >= self.shape.layers:
+            return False
+        return bool(architecture.opaque) or rest in dict(architecture.kinds[architecture.kind_of[layer]].shapes)
+
     # -- modules that vLLM makes one -----------------------------------------------------------------------------------
 
     def _fused(self) -> Iterator[tuple[str, list[str]]]:
         for layer in range(self.shape.layers):
-            for group in self.architecture.groups:
+            for group in self.architecture.groups_of(layer):
                 if group.name in FUSED and len(group.projections) > 1:
                     shards = [self.architecture.layer_prefix(layer) + p for p in group.projections]
                     yield f"{shards[0].rpartition('.')[0]}.{FUSED[group.name]}", shards
