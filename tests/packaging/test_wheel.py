@@ -1,10 +1,11 @@
-"""What a wheel and an sdist hold, and an unpacked wheel at work in an empty directory, away from the checkout."""
+"""What a wheel and an sdist hold; the wheel at work in an empty directory: unpacked, and in a fresh environment."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,50 @@ def test_an_unpacked_wheel_works_in_an_empty_directory(site, tmp_path):
     assert found["store"] == {} and made.read_text() == (PROJECT / "dagster.yaml").read_text()
     assert len(found["texts"]) > 2 and all(Path(t).is_file() and t.startswith(str(shipped)) for t in found["texts"])
     assert found["own"] == "once"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The `compression-dags` of a fresh environment, into which the built wheel was installed.
+
+    Its dependencies are those of the environment that runs the tests; nothing is fetched.
+    """
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel: install the dev extra")
+    folder = tmp_path_factory.mktemp("fresh")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
+    subprocess.run(build, cwd=PROJECT, check=True, capture_output=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    python = folder / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check", wheel]
+    subprocess.run(install, check=True)
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    # after what the wheel installed; an editable install beside the dependencies adds its path later still
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "venv" / "bin" / "compression-dags"
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_with_the_wheel_runs_and_exports(installed, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COMPRESSION_DAGS", "PYTHONPATH"))}
+    environment |= {"HF_HUB_OFFLINE": "1"}
+
+    def said(*words: str) -> str:
+        done = subprocess.run(
+            [installed, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    found = json.loads(said("run", "-m", "stories260k", "-r", "shortgpt-20-ls", "--json"))
+    checkpoint = Path(found["recipes"]["shortgpt-20-ls"]["checkpoint"])
+    assert checkpoint.is_relative_to(tmp_path / ".compression_dags")
+    assert "shortgpt-20-ls" in said("leaderboard")
+    said("export", "-m", "stories260k", "-r", "shortgpt-20-ls", "--to", "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    code = "import compression_dags; print(compression_dags.__file__)"
+    done = subprocess.run([installed.with_name("python"), "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).is_relative_to(installed.parents[1])
 
 
 def test_own_recipes_stand_beside_the_shipped_ones(tmp_path, monkeypatch):
