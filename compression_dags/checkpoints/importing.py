@@ -38,7 +38,7 @@ from compression_dags.checkpoints.stated_config import (
     check_code,
     check_config,
     left_out,
-    plain_floats,
+    stock_config,
     without_attributes,
 )
 from compression_dags.checkpoints.stock_check import check_stock_load
@@ -245,17 +245,12 @@ def _filled(checkpoint: Checkpoint, rewritten: dict[str, str], notes: list[str])
     # the code location loads this module without transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
-    config_class: Any = CONFIG_MAPPING[checkpoint.raw_config["model_type"]]
     kept, _ = left_out(checkpoint.raw_config)
-    stated, names = without_attributes(kept, config_class)
+    stated, names = without_attributes(kept, CONFIG_MAPPING[checkpoint.raw_config["model_type"]])
     if names:
         rewritten["config.json"] = _text(stated)
         notes.append(_left_out("config.json", names))
-    try:
-        filled = config_class.from_dict(plain_floats(stated)).to_dict()
-    except Exception as error:  # transformers' validators raise many types
-        named = checkpoint.path / "config.json"
-        raise InputError(f"{named} is refused by transformers: {one_line(error)}") from None
+    filled = stock_config(checkpoint.raw_config, checkpoint.path / "config.json").to_dict()
     return {**filled, **{k: v for k, v in stated.items() if v is not None}}
 
 

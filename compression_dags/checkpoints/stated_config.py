@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_dags.architectures import KNOWN
+from compression_dags.checkpoints.headers import one_line
 from compression_dags.errors import InputError
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -92,6 +93,26 @@ def written_floats(value: Any) -> Any:
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+
+
+def stock_config(raw: dict[str, Any], file: Path) -> Any:
+    """transformers' config object, of the fields alone that describe a model.
+
+    Raises:
+        InputError: transformers knows no such `model_type`, or refuses the config.
+    """
+    # the code location loads this module without transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
+
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        raise InputError(f"{file}: model_type {family!r} is no architecture that this version of transformers has")
+    config_class: Any = CONFIG_MAPPING[family]
+    stated, _ = without_attributes(left_out(raw)[0], config_class)
+    try:
+        return config_class.from_dict(plain_floats(stated))
+    except Exception as error:  # transformers' validators raise many types
+        raise InputError(f"{file} is refused by transformers: {one_line(error)}") from None
 
 
 def check_code(config: dict[str, Any], file: Path) -> None:

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compression_dags.errors import InputError
-
 if TYPE_CHECKING:
     from compression_dags.architectures.decoder import Discovered, LayerKind
 
@@ -19,25 +17,19 @@ def inspect_model(home: Path, model: str) -> Discovered:
     Raises:
         InputError: no model, remote code, or a config that transformers cannot build or run.
     """
-    from transformers import AutoConfig
-
     from compression_dags.architectures.discovery import discover
     from compression_dags.checkpoints.gate import quiet
-    from compression_dags.checkpoints.headers import one_line, read_object
-    from compression_dags.checkpoints.stated_config import check_code
+    from compression_dags.checkpoints.headers import read_object
+    from compression_dags.checkpoints.stated_config import check_code, stock_config
     from compression_dags.resources.model_hub import ModelHub
 
     hub = ModelHub(home=str(home))
     with tempfile.TemporaryDirectory() as scratch:
         file = hub.fetch(hub.resolve(model), Path(scratch)) / "config.json"
-        check_code(read_object(file), file)
-        try:
-            with quiet():
-                config = AutoConfig.from_pretrained(file.parent, local_files_only=True)
-        except Exception as error:  # transformers' validators raise many types
-            raise InputError(f"{file} is refused by transformers: {one_line(error)}") from None
+        raw = read_object(file)
+        check_code(raw, file)
         with quiet():
-            return discover(config)
+            return discover(stock_config(raw, file))
 
 
 def to_json(found: Discovered) -> dict[str, Any]:

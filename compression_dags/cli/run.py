@@ -290,7 +290,7 @@ def stored_model(source: ModelSource, settings: Settings) -> tuple[Checkpoint, P
     """The checkpoint whose headers tell what fits: a directory as it lies; others are imported for it."""
     if source.kind in {"embedded", "directory"}:
         copy = ArtifactStore(home=str(settings.home)).recall(BASE, source.slug) if is_gone(source) else None
-        return Checkpoint(copy.checkpoint if copy else source.location), None
+        return (Checkpoint(copy.checkpoint) if copy else Checkpoint(source.location, described=False)), None
     base = admit(source, settings)
     return Checkpoint(base.artifact.checkpoint), base
 

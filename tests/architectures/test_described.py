@@ -9,6 +9,7 @@ from any_models import tiny_any
 from compression_dags.architectures.described import from_json, to_json
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint, description_file
+from compression_dags.cli.inspect import inspect_model
 from compression_dags.depth.apply import apply_plan, reference_logits
 from compression_dags.depth.plan import MergePlan, PlannedLayer
 from compression_dags.errors import InputError
@@ -90,3 +91,14 @@ def test_more_layers_than_the_weights_number_are_refused(tmp_path):
     config = json.loads((source / "config.json").read_text()) | {"n_layer": 10**6}
     (source / "config.json").write_text(json.dumps(config))
     refuse(source, r"config.json counts 1000000 layers \(n_layer\), the weights number 4")
+
+
+def test_a_config_that_steers_loading_steers_no_trace(tmp_path):
+    """Kernels of a hub repository are code: neither the import nor `models inspect` may ask for them."""
+    source = tiny_any("gpt_neox", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"attn_implementation": "org/kernel"}))
+    found = inspect_model(tmp_path / "home", str(source))
+    assert found.kinds[0].attends and not (tmp_path / "home").exists()
+    admit(source, tmp_path / "imported")
+    assert "attn_implementation" not in (tmp_path / "imported" / "config.json").read_text()
