@@ -155,10 +155,9 @@ class Architecture:
         embedding_name, head_name: tensors on disk; a tied head is the embedding.
         kinds, kind_of: every kind of layer, and for each layer its place there; empty for written families.
         fields: which config fields depend on the layers; None for written families.
-        writers: groups whose output is added to the residual stream as it is; None where `branch_norms` says it.
         sizes: the config's names of sizes → what a discovered model has.
         returned: how many values a layer returns in a tuple; 0 where it returns its output as it is.
-        opaque: kinds of matrices that only whole layers' methods may touch, with the reason.
+        opaque: matrices of discovered models that only methods of whole layers may touch.
         needs_weights: why stock transformers cannot load linear modules without a plain weight; empty if it can.
     """
 
@@ -186,7 +185,6 @@ class Architecture:
     kinds: tuple[LayerKind, ...] = ()
     kind_of: tuple[int, ...] = ()
     fields: LayerFields | None = None
-    writers: tuple[str, ...] | None = None
     sizes: tuple[tuple[str, int], ...] = ()
     returned: int = 0
     opaque: tuple[str, ...] = ()
@@ -206,17 +204,6 @@ class Architecture:
     def embedding(self) -> str:
         """Name of the token embedding's tensor."""
         return self.embedding_name or f"{self.stack}.embed_tokens.weight"
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether every layer has the parts of a Llama layer, which methods that mix layers' channels know."""
-        plain = {group.name: len(group.projections) for group in LLAMA_GROUPS}
-        for kind in self.kinds:
-            found = {group.name: len(group.projections) for group in kind.groups}
-            counts = found | {"mlp_input": plain["mlp_input"] if found.get("mlp_input") in (1, 2) else 0}
-            if counts != plain or len(kind.input_norms) != 2 or kind.odd or set(kind.factors) - {1.0}:
-                return False
-        return True
 
     @property
     def has_experts(self) -> bool:
@@ -244,9 +231,7 @@ class Architecture:
 
     @property
     def stream_writers(self) -> tuple[str, ...]:
-        """Groups whose output is added to the residual stream as it is; none where a norm stands between."""
-        if self.writers is not None:
-            return self.writers
+        """Groups of a written family whose output is added to the residual stream as it is."""
         return () if self.branch_norms else ("attention_output", "mlp_output")
 
     def projections(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from typing import Any
 
 from compression_dags.architectures.config_rules import LayerFields
@@ -43,7 +43,7 @@ def architecture(
         whole = {group.name for group in groups if group in kind.groups}
         folds = tuple((group, row) for group, row in kind.row_folds if group in whole and row in usable)
         sole = tuple(group for group in kind.sole if group in whole)
-        kinds.append(LayerKind(**{**_shallow(kind), "groups": groups, "sole": sole, "row_folds": folds}))
+        kinds.append(replace(kind, groups=groups, sole=sole, row_folds=folds))
         opaque |= dict.fromkeys((*kind.odd, *kind.shared, *sorted(_projections(kind) - usable)))
     offsets = {offset for kind in kinds for offset in kind.norm_offsets}
     one_offset = len(offsets) <= 1
@@ -65,7 +65,6 @@ def architecture(
         kinds=tuple(kinds),
         kind_of=found.kind_of,
         fields=rule,
-        writers=_stream_writers(kinds),
         sizes=tuple(sorted(sizes.items())),
         returned=found.returned,
         opaque=tuple(opaque),
@@ -96,10 +95,6 @@ def _only(group: ProjectionGroup, usable: set[str]) -> ProjectionGroup:
     return ProjectionGroup(group.name, tuple(p for p in group.projections if p in usable))
 
 
-def _shallow(kind: LayerKind) -> dict[str, Any]:
-    return {field.name: getattr(kind, field.name) for field in fields(kind)}
-
-
 def _once(kinds: list[LayerKind], what: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for kind in kinds for name in getattr(kind, what)))
 
@@ -116,21 +111,8 @@ def _union(kinds: list[LayerKind]) -> tuple[ProjectionGroup, ...]:
 
 def _last_writer(kind: LayerKind) -> str | None:
     """The last matrix of the layer, if its output is added to the stream as it is."""
-    outputs = [p for group in kind.groups if group.name == "mlp_output" for p in group.projections]
-    factors = dict(zip(kind.writers, kind.factors, strict=True))
-    plain = len(outputs) == 1 and factors.get(outputs[0]) == 1.0 and not kind.experts
-    return outputs[0] if plain else None
-
-
-def _stream_writers(kinds: list[LayerKind]) -> tuple[str, ...]:
-    """Groups whose members write the stream as they are, in every kind that has them."""
-    found: dict[str, bool] = {}
-    for kind in kinds:
-        factors = dict(zip(kind.writers, kind.factors, strict=True))
-        for group in kind.groups:
-            plain = all(factors.get(p) == 1.0 for p in group.projections)
-            found[group.name] = found.get(group.name, True) and plain
-    return tuple(name for name, plain in found.items() if plain)
+    outputs = kind.members("mlp_output")
+    return outputs[0] if len(outputs) == 1 and kind.plain_writers.issuperset(outputs) and not kind.experts else None
 
 
 def kinds_text(description: Architecture) -> str:

@@ -10,6 +10,9 @@ from compression_dags.checkpoints.headers import TensorInfo
 from compression_dags.checkpoints.reader import Checkpoint
 from compression_dags.errors import InputError
 
+#: Counts of layers, of towers too.
+_LAYER_COUNTS = {*COUNTS, "depth", "encoder_layers", "num_encoder_layers"}
+_EXPERT_COUNT = re.compile(r"(num|n|moe_num)(_\w+)?_experts")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: Stored by older versions of the libraries, computed today: no weights.
 _BUFFERS = re.compile(
@@ -58,13 +61,23 @@ def check_family(checkpoint: Checkpoint) -> None:
         return
     if family not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}:
         raise InputError(f"architecture {family!r} is no decoder that this version of transformers has")
+    _check_counts(checkpoint)
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Layers and experts, also of a wrapper's parts, are no more than the weights can hold: a trace makes modules."""
     numbered = [int(part) for name in checkpoint.tensors for part in name.split(".") if part.isdecimal()]
-    most = 1 + max(numbered, default=-1)
-    for config in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        for count in COUNTS:
-            if type(stated := config.get(count)) is int and stated > most:
+    layers = 1 + max(numbered, default=-1)
+    widest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
+    configs = [checkpoint.raw_config]
+    while configs:
+        config = configs.pop()
+        configs += [value for value in config.values() if isinstance(value, dict)]
+        for name, stated in config.items():
+            most = layers if name in _LAYER_COUNTS else max(layers, widest) if _EXPERT_COUNT.fullmatch(name) else None
+            if most is not None and type(stated) is int and stated > most:
                 raise InputError(
-                    f"{checkpoint.path}: config.json counts {stated} layers ({count}), the weights number {most}"
+                    f"{checkpoint.path}: config.json counts {stated} ({name}), the weights have room for {most}"
                 )
 
 
@@ -93,9 +106,10 @@ def check_shapes(checkpoint: Checkpoint, shape: ModelShape) -> None:
     if rows != named and not (architecture.kinds and rows > named):
         raise InputError(f"{path}: the embedding has {rows} rows, config.json says vocab_size {named}")
     layers = layer_tensors(checkpoint)
-    first: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
+    first: dict[tuple[str, ...], tuple[int, dict[str, tuple[int, ...]]]] = {}
     for index in range(shape.layers):
-        local, kind = layers[index], str(architecture.layer_kind(shape.config, index)[architecture.kinds == () :])
+        local, kind = layers[index], architecture.layer_kind(shape.config, index)
+        kind = kind if architecture.kinds else kind[1:]  # of a written family, attention types have equal tensors
         # of a discovered family the stock loader knows the shapes
         wanted = {} if architecture.kinds else _expected(architecture, shape, index, count=len(local))
         for name, size in wanted.items():

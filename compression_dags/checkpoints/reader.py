@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -99,7 +100,8 @@ class Checkpoint:
         if family in KNOWN:
             return architecture_of(self.raw_config)
         if self.described and is_file(file := description_file(self.path)):
-            return from_json(file.read_text(encoding="utf-8"))
+            with contextlib.suppress(InputError):  # written by another version: traced anew
+                return from_json(file.read_text(encoding="utf-8"))
         # headers and stated configs are read without transformers
         from compression_dags.checkpoints.describing import described  # noqa: PLC0415
 

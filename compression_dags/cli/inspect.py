@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from compression_dags.architectures.decoder import Discovered, LayerKind
@@ -30,10 +29,6 @@ def inspect_model(home: Path, model: str) -> Discovered:
         check_code(raw, file)
         with quiet():
             return discover(stock_config(raw, file))
-
-
-def to_json(found: Discovered) -> dict[str, Any]:
-    return asdict(found)
 
 
 def text(found: Discovered) -> str:

@@ -165,10 +165,12 @@ def models_add(model: str, name: str | None, home: Path, as_json: bool) -> None:
 @json_option
 def models_inspect(model: str, home: Path, as_json: bool) -> None:
     """Print what MODEL is made of: kinds of layers, matrices by common input, experts."""
-    from compression_dags.cli.inspect import inspect_model, text, to_json
+    from dataclasses import asdict
+
+    from compression_dags.cli.inspect import inspect_model, text
 
     found = inspect_model(home, model)
-    emit(to_json(found), as_json, text(found))
+    emit(asdict(found), as_json, text(found))
 
 
 @models.command("remove")

@@ -7,6 +7,7 @@ import pytest
 from any_models import tiny_any
 
 from compression_dags.architectures.described import from_json, to_json
+from compression_dags.architectures.uniformity import unlike_llama
 from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint, description_file
 from compression_dags.cli.inspect import inspect_model
@@ -33,7 +34,8 @@ def test_the_description_is_read_as_it_was_written(hybrid):
     assert from_json(text) == hybrid.architecture and to_json(from_json(text)) == text
     kinds = {hybrid.shape.kind(index) for index in range(4)}
     assert kinds == {("linear_attention", "experts"), ("full_attention", "experts")}
-    assert hybrid.architecture.experts is not None and not hybrid.architecture.is_uniform
+    assert hybrid.architecture.experts is not None
+    assert unlike_llama(hybrid.shape) == "some layers are mixtures of experts"
     assert hybrid.architecture.residual_writer is None
 
 
@@ -61,7 +63,9 @@ def test_a_stranger_s_description_is_not_read(hybrid, tmp_path):
     admit(source, tmp_path / "imported")
     assert Checkpoint(tmp_path / "imported").architecture == hybrid.architecture
     with pytest.raises(InputError, match="description of the architecture cannot be read"):
-        _ = Checkpoint(source).architecture
+        from_json(description_file(source).read_text())
+    # in a home it would be of another version of this project
+    assert Checkpoint(source).architecture == hybrid.architecture
 
 
 def test_blocks_by_layer_go_with_their_layers(tmp_path):
@@ -86,11 +90,26 @@ def test_a_model_that_reads_later_tokens_is_refused(tmp_path):
     refuse(tmp_path / "bert", "reads later tokens too")
 
 
-def test_more_layers_than_the_weights_number_are_refused(tmp_path):
-    source = tiny_any("gpt2", tmp_path / "source")
-    config = json.loads((source / "config.json").read_text()) | {"n_layer": 10**6}
+@pytest.mark.parametrize(
+    ("family", "path", "count"),
+    [
+        ("gpt2", (), "n_layer"),
+        ("gemma3", ("vision_config",), "num_hidden_layers"),
+        ("qwen2_5_vl", ("vision_config",), "depth"),
+        ("qwen3_next", (), "num_experts"),
+    ],
+)
+def test_counts_that_the_weights_have_no_room_for_are_refused(tmp_path, family, path, count):
+    """Before a trace: it would make that many modules."""
+    source = tiny_any(family, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    part = config
+    for key in path:
+        part = part[key]
+    assert count in part
+    part[count] = 10**7
     (source / "config.json").write_text(json.dumps(config))
-    refuse(source, r"config.json counts 1000000 layers \(n_layer\), the weights number 4")
+    refuse(source, rf"config.json counts 10000000 \({count}\), the weights have room for")
 
 
 def test_a_config_that_steers_loading_steers_no_trace(tmp_path):
