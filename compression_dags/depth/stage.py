@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 
 from compression_dags.architectures import ModelShape
-from compression_dags.architectures.uniformity import refuse_unlike
+from compression_dags.architectures.uniformity import refuse_shared, refuse_unlike
 from compression_dags.depth.plan import VERSION as WRITER_VERSION
 from compression_dags.depth.plan import MergePlan
 from compression_dags.errors import InputError
@@ -111,6 +111,7 @@ class MergeStage(Stage):
         return f"protected: {where} (protect_{side} {count})"
 
     def check(self, shape: ModelShape) -> None:
+        refuse_shared(shape, f"merge: {self.method}", "leave its layers as they are")
         count, free = self.removed(shape.layers), len(self.free_layers(shape.layers))
         target = f"ratio {self.ratio}" if self.ratio is not None else f"layers {self.layers}"
         if count < 1:

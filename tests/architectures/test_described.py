@@ -12,6 +12,7 @@ from compression_dags.checkpoints.gate import check_reload
 from compression_dags.checkpoints.reader import Checkpoint, description_file
 from compression_dags.cli.inspect import inspect_model
 from compression_dags.depth.apply import apply_plan, reference_logits
+from compression_dags.depth.methods.reverse import Reverse
 from compression_dags.depth.plan import MergePlan, PlannedLayer
 from compression_dags.errors import InputError
 from models import admit, refuse
@@ -88,6 +89,12 @@ def test_a_model_that_reads_later_tokens_is_refused(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tiny_any("gpt2", tmp_path / "other") / name, tmp_path / "bert" / name)
     refuse(tmp_path / "bert", "reads later tokens too")
+
+
+def test_layers_that_share_matrices_are_not_cut(tmp_path):
+    admit(tiny_any("zamba2", tmp_path / "source"), tmp_path / "imported")
+    with pytest.raises(InputError, match="merge: reverse does not fit zamba2: several layers use"):
+        Reverse(layers=1).check(Checkpoint(tmp_path / "imported").shape)
 
 
 @pytest.mark.parametrize(
