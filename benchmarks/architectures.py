@@ -44,7 +44,8 @@ from compression_dags.architectures.config_rules import (
     remapped,
     text_config,
 )
-from tests.support.any_models import FAMILIES, auto_class, tiny_any
+from compression_dags.architectures.tracing import auto_class
+from tests.support.any_models import FAMILIES, tiny_any, tiny_config
 
 TOLERANCE = 1e-4
 #: Rules tried for one family; each is a reload or more.
@@ -154,7 +155,7 @@ def _whole(directory: Path, model_type: str) -> Whole:
 
 
 def _loaded(directory: Path, model_type: str) -> Any:
-    kind = auto_class(model_type)
+    kind = auto_class(tiny_config(model_type))
     model, info = kind.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     if wrong := {name: sorted(map(str, found))[:3] for name, found in info.items() if found}:
         raise ValueError(f"reload: {wrong}")
@@ -307,7 +308,7 @@ def _write(whole: Whole, kept: Sequence[int], config: dict[str, Any], target: Pa
     (target / "config.json").write_text(json.dumps(config))
     place = {i: j for j, i in enumerate(kept)}
     tensors: dict[str, torch.Tensor] = {}
-    wanted = _wanted_shapes(whole.model_type, target)
+    wanted = _wanted_shapes(target)
     for name, tensor in _tensors(whole.directory).items():
         match = re.match(rf"{re.escape(whole.prefix)}(\d+)(\..*)", name)
         if match is None:
@@ -317,11 +318,11 @@ def _write(whole: Whole, kept: Sequence[int], config: dict[str, Any], target: Pa
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def _wanted_shapes(model_type: str, directory: Path) -> dict[str, torch.Size]:
+def _wanted_shapes(directory: Path) -> dict[str, torch.Size]:
     """Shapes of the model that the new config describes, without its weights."""
     config = transformers.AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
-        model = auto_class(model_type).from_config(copy.deepcopy(config))
+        model = auto_class(config).from_config(copy.deepcopy(config))
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 

@@ -97,7 +97,9 @@ class Trace:
 def auto_class(config: Any) -> Any:
     """The class of transformers that loads a model of this config whole: with its towers, where it has some."""
     wraps = config.get_text_config(decoder=True) is not config
-    if wraps and type(config) in AutoModelForImageTextToText._model_mapping:
+    alone = type(config) not in AutoModelForCausalLM._model_mapping
+    # a wrapper's causal class may be that of its text alone
+    if alone or (wraps and type(config) in AutoModelForImageTextToText._model_mapping):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

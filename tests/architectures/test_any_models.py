@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.any_models import FAMILIES, SKIPPED, VOCABULARY, auto_class, tiny_any, tiny_config
+from compression_dags.architectures.tracing import auto_class
+from tests.support.any_models import FAMILIES, SKIPPED, VOCABULARY, tiny_any, tiny_config
 
 
 def test_every_family_of_transformers_is_built_or_skipped_with_a_reason():
@@ -35,7 +36,9 @@ def test_a_tiny_model_is_a_stock_checkpoint(model_type, tmp_path):
     import torch
 
     directory = tiny_any(model_type, tmp_path / "model")
-    model, info = auto_class(model_type).from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    model, info = auto_class(tiny_config(model_type)).from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(info.values())
     ids = torch.randint(3, 200, (2, 48), generator=torch.Generator().manual_seed(5))
     changed = torch.cat([ids[:, :40], torch.full((2, 8), 7)], dim=1)

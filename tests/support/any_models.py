@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tests.support.any_families import FAMILIES, SKIPPED
 from tests.support.models import WINDOW, _copy_tokenizer, _randomize
 
+__all__ = ["FAMILIES", "SKIPPED", "VOCABULARY", "randomize_any", "tiny_any", "tiny_config"]
 VOCABULARY = 512
 
 #: (pattern of a field's whole name, value of a stack's config); the first match decides.
@@ -161,120 +163,6 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
     },
 }
-SKIPPED: dict[str, str] = {
-    **dict.fromkeys(
-        ("cpmant", "xlm", "xlnet"),
-        "It attends in both directions within the input.",
-    ),
-    "diffusion_gemma": "It denoises blocks of text and is not autoregressive.",
-    **dict.fromkeys(
-        ("gemma4_assistant", "gemma4_unified_assistant"),
-        "It drafts for another model and shares its keys and values.",
-    ),
-    "blt": "It has four stacks of layers over byte patches.",
-    "shieldgemma2": "It is a classifier around Gemma 3.",
-    **dict.fromkeys(
-        (
-            "bert",
-            "bert-generation",
-            "big_bird",
-            "camembert",
-            "data2vec-text",
-            "electra",
-            "ernie",
-            "megatron-bert",
-            "rembert",
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "xlm-roberta",
-            "xlm-roberta-xl",
-            "xmod",
-        ),
-        "It is an encoder, or attends in both directions; no decoder stack is dropped from it.",
-    ),
-    **dict.fromkeys(
-        (
-            "bart",
-            "bigbird_pegasus",
-            "blenderbot",
-            "blenderbot-small",
-            "florence2",
-            "kosmos-2.5",
-            "marian",
-            "mbart",
-            "musicgen",
-            "musicgen_melody",
-            "mvp",
-            "pegasus",
-            "pix2struct",
-            "plbart",
-            "pp_formulanet",
-            "prophetnet",
-            "t5gemma2",
-            "trocr",
-            "udop",
-            "vision-encoder-decoder",
-            "whisper",
-        ),
-        "It is an encoder–decoder; its causal class is the decoder alone.",
-    ),
-    **dict.fromkeys(
-        ("fast_vlm", "gemma3n", "perception_lm"),
-        "It needs the package timm.",
-    ),
-    "hrm_text": "It runs two stacks in cycles.",
-    "molmo2": "Its adapter names vision layers of the full size.",
-    "granite4_vision": "Its default config lacks the layers that read the image.",
-    **dict.fromkeys(
-        ("chameleon", "emu3"),
-        "Its default config lacks the map from images to tokens.",
-    ),
-    "hunyuan_vl": "Its default config lacks the rotary sections.",
-    "deepseek_ocr2": "Its default text config has no layer types, which the model reads.",
-    **dict.fromkeys(
-        ("blip", "blip-2", "idefics", "instructblip", "instructblipvideo", "kosmos-2", "pi0"),
-        "Its forward needs an image.",
-    ),
-    **dict.fromkeys(
-        ("deepseek_vl_hybrid", "janus"),
-        "Its image towers do not shrink by config.",
-    ),
-    "reformer": "Its layers are reversible and need lengths that the hash buckets divide.",
-    "paligemma": "Its text attends in both directions without an image prefix.",
-    "dots3_note": "Its towers do not shrink by the generic rule.",
-    "evolla": "No auto class loads it with its language head.",
-}
-# fmt: off
-FAMILIES: tuple[str, ...] = (
-    "afmoe", "apertus", "arcee", "aria", "aria_text", "axk1", "axk2", "aya_vision", "bailing_hybrid", "bamba", "beam",
-    "biogpt", "bitnet", "bloom", "codegen", "cohere", "cohere2", "cohere2_moe", "cohere2_vision", "cohere_compass",
-    "cohere_compass_text", "cosmos3_edge", "cosmos3_omni", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3",
-    "deepseek_v32", "deepseek_v4", "deepseek_vl", "diffllama", "doge", "dots1", "dots3_note_text", "ernie4_5",
-    "ernie4_5_moe", "ernie4_5_vl_moe", "exaone4", "exaone4_5", "exaone_moe", "falcon", "falcon_h1", "falcon_mamba",
-    "flex_olmo", "flint", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text",
-    "gemma4_unified", "gemma4_unified_text", "git", "glm", "glm4", "glm46v", "glm4_moe", "glm4_moe_lite", "glm4v",
-    "glm4v_moe", "glm5_next", "glm_moe_dsa", "glm_ocr", "glmga", "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode",
-    "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite", "granite_docling", "granite_swa",
-    "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense",
-    "hunyuan_v1_moe", "hy_v3", "hy_v4", "hyperclovax", "hyperclovax_vision_v2", "idefics2", "idefics3", "inkling2",
-    "inkling2_text", "inkling_mm_model", "inkling_text", "internlm3", "internvl", "iquestcoder", "jais2", "jamba",
-    "jetmoe", "kimi_k25", "kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl",
-    "lighton_ocr", "llama", "llama4", "llama4_text", "llava", "llava_next", "llava_next_video", "llava_onevision",
-    "longcat_flash", "mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "minicpm_ocr", "minicpmv4_6",
-    "minicpmv4_7", "minimax", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "ministral", "ministral3",
-    "mistral", "mistral3", "mistral4", "mistral_large4", "mixtral", "mllama", "modernbert-decoder", "moshi",
-    "moss_transcribe_diarize", "mpt", "muse_glimmer", "muse_spark", "nanochat", "nemotron", "nemotron_h",
-    "nemotron_h_omni", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "openai-gpt", "opt", "ovis2", "paddleocr_vl",
-    "persimmon", "phi", "phi3", "phi4_multimodal", "phimoe", "pp_chart2table", "qianfan_ocr", "qwen2",
-    "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_5", "qwen3_5_moe",
-    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_thinker", "qwen3_vl",
-    "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "smolvlm",
-    "solar_open", "stablelm", "starcoder2", "step3p7", "unlimited_ocr", "vaultgemma", "video_llama_3", "video_llava",
-    "vipllava", "xglm", "xlstm", "youtu", "zamba", "zamba2", "zaya",
-)
-# fmt: on
 
 
 def tiny_config(model_type: str, layers: int = 4) -> Any:
@@ -292,29 +180,16 @@ def tiny_any(model_type: str, directory: Path, layers: int = 4, seed: int = 0) -
     """`directory`, now a stock checkpoint of a random model of `model_type` with the stories tokenizer."""
     import torch
 
+    from compression_dags.architectures.tracing import auto_class
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto_class(model_type).from_config(tiny_config(model_type, layers), dtype=torch.float32)
+        config = tiny_config(model_type, layers)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     randomize_any(model, seed)
     model.save_pretrained(directory)
     _copy_tokenizer(directory)
     return directory
-
-
-def auto_class(model_type: str) -> Any:
-    """The auto class that loads `model_type` with its language head."""
-    import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    is_wrapper = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    # A wrapper's causal class may be its text model alone, without the towers.
-    if causal is None or (is_wrapper and causal.endswith("ForCausalLM")):
-        return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM
 
 
 def randomize_any(model: Any, seed: int) -> None:
